@@ -1,0 +1,257 @@
+"""SGLang's page allocator over a slab arena: which tokens get which page format.
+
+Rules. A prompt's full pages are BFP8. Its part-full last page is BF16, because
+the request's own tokens continue it; on a decode server that page also owns a
+BFP8 landing page, into which the prefill server writes. Generated pages are
+BF16. Where nothing arrives over the wire, a full prompt page may also be stored
+as BF16 (its values are the same) when no BFP8 page is left.
+"""
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+
+from hma_kernels import PAGE
+from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
+from sglang_hma.kvcache.pool import MixedKVPool
+from sglang_hma.kvcache.sizing import SLAB_TOKENS
+
+BFP8, BF16 = PageFormat.BFP8, PageFormat.BF16
+
+
+class SlabPageAllocator(PagedTokenToKVPoolAllocator):
+    """Token slots in BFP8 and BF16 pages. All bookkeeping is on the host."""
+
+    _kvcache: MixedKVPool
+
+    def clear(self) -> None:
+        self.arena = SlabArena(self.size // SLAB_TOKENS)
+        self.landing: dict[int, int] = {}
+        self.free_group = None
+        self.free_page_ids_group: list[torch.Tensor] = []
+        self._extend_demand: tuple[int, ...] | None = None
+        self._mirror_formats()
+
+    def available_size(self) -> int:
+        """Free room in tokens, as if all of it became BFP8 pages."""
+        return self.arena.free_in_bfp8_pages() * PAGE
+
+    def live_tokens(self) -> int:
+        """Tokens that the handed-out pages could hold, landing pages left out."""
+        return (self.arena.live_pages - len(self.landing)) * PAGE
+
+    def get_all_free_pages(self) -> torch.Tensor:
+        return torch.as_tensor(self.arena.free_page_ids(), device=self.device)
+
+    def merge_and_sort_free(self) -> None:
+        pass
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        return self._alloc_prompts([(0, need_size)], [-1])
+
+    def alloc_extend(
+        self,
+        prefix_lens: torch.Tensor,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        last_loc: torch.Tensor,
+        extend_num_tokens: int,
+        num_new_pages: int | None = None,
+    ) -> torch.Tensor | None:
+        """Slots for each request's tokens prefix..seq, all of them prompt tokens."""
+        spans = list(zip(prefix_lens_cpu.tolist(), seq_lens_cpu.tolist(), strict=True))
+        inside_page = any(start % PAGE for start, _ in spans)
+        return self._alloc_prompts(spans, last_loc.tolist() if inside_page else [-1] * len(spans))
+
+    def _alloc_prompts(
+        self, spans: list[tuple[int, int]], last_slots: list[int]
+    ) -> torch.Tensor | None:
+        counts = [page_counts(start, end, end) for start, end in spans]
+        num_bfp8, num_bf16 = (sum(column) for column in zip(*counts, strict=True))
+        spilled = max(0, num_bfp8 - max(0, self.arena.available_beside(num_bf16)))
+        pages = self._take(num_bfp8 - spilled, num_bf16 + spilled)
+        if pages is None:
+            return None
+        # A request's BFP8 pages come first: where they run out, BF16 pages stand in.
+        bfp8, bf16 = (iter(kind) for kind in pages)
+        slots = []
+        for (start, end), last_slot, (full, tails) in zip(spans, last_slots, counts, strict=True):
+            chosen = [*islice(bfp8, full)]
+            chosen += islice(bf16, full + tails - len(chosen))
+            slots.append(slots_of(chosen, start, end, last_slot))
+        return torch.from_numpy(np.concatenate(slots)).to(self.device)
+
+    def alloc_landing(self, prompt_len: int, end: int) -> torch.Tensor | None:
+        """Slots int64 [end] for a request whose prompt a peer will write.
+
+        Tokens behind `prompt_len` are generated ones (a retracted request that
+        resumes; nothing lands then). The peer writes raw BFP8, so a part-full last
+        prompt page gets a landing page beside its BF16 page. None if it is full.
+        """
+        num_bfp8, num_bf16 = page_counts(0, prompt_len, end)
+        lands = end == prompt_len and prompt_len % PAGE != 0
+        pages = self._take(num_bfp8 + lands, num_bf16)
+        if pages is None:
+            return None
+        bfp8, bf16 = pages
+        if lands:
+            self.landing[int(bf16[0])] = int(bfp8[-1])
+        slots = slots_of([*bfp8[:num_bfp8], *bf16], 0, end, -1)
+        return torch.from_numpy(slots).to(self.device)
+
+    def fits_landing(self, prompt_len: int, end: int, *, when_empty: bool = False) -> bool:
+        """Whether `alloc_landing` would succeed and leave room for one more token."""
+        num_bfp8, num_bf16 = page_counts(0, prompt_len, end + 1)
+        fits = self.arena.fits_when_empty if when_empty else self.arena.fits
+        return fits(bfp8=num_bfp8 + 1, bf16=num_bf16)
+
+    def _take(self, num_bfp8: int, num_bf16: int) -> tuple[PageIds, PageIds] | None:
+        pages = self.arena.alloc_both(bfp8=num_bfp8, bf16=num_bf16)
+        if pages is not None:
+            self._mirror_formats()
+        return pages
+
+    def alloc_decode(
+        self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
+    ) -> torch.Tensor | None:
+        """One slot for each request's next token; seq_lens already count it."""
+        opens_page = (seq_lens_cpu - 1) % PAGE == 0
+        pages = self.arena.alloc(BF16, int(opens_page.sum()))
+        if pages is None:
+            return None
+        slots = last_loc + 1
+        if len(pages):
+            self._mirror_formats()
+            slots[opens_page.to(slots.device)] = torch.from_numpy(pages * PAGE).to(slots)
+        return slots
+
+    def transfer_pages(self, pages: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The pages that a peer writes to: a page with a landing page is reached there."""
+        return np.asarray([self.landing.get(int(p), int(p)) for p in pages], dtype=np.int32)
+
+    def commit_landing(self, page: int) -> None:
+        """Unpack the landed bytes into BF16 page `page` and free the landing page."""
+        source = self.landing.pop(page, None)
+        if source is not None:
+            self._kvcache.unpack_page(source, page)
+            self.arena.free([source])
+            self._mirror_formats()
+
+    def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
+        pages = torch.cat(page_ids).tolist()
+        self.arena.free(pages)
+        self.arena.free([self.landing.pop(p) for p in pages if p in self.landing])
+        self._mirror_formats()
+
+    def _debug_check_no_duplicate_pages(self) -> None:
+        """The arena itself refuses a page that is not handed out."""
+
+    def _mirror_formats(self) -> None:
+        formats = torch.from_numpy(self.arena.formats == BF16)
+        self._kvcache.slab_is_bf16.copy_(formats)
+
+    # -- capacity questions that SGLang asks its allocator --
+
+    def create_prefill_budget(
+        self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
+    ) -> "MixedPrefillBudget":
+        self.evict_until(tree_cache, lambda: self.arena.available(BF16) > 0)
+        return MixedPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+
+    def get_extend_allocation_demand(
+        self,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        *,
+        conservative_num_tokens: int,
+        shard_size: int,
+    ) -> int:
+        spans = zip(prefix_lens_cpu.tolist(), seq_lens_cpu.tolist(), strict=True)
+        counts = [page_counts(start, end, end) for start, end in spans]
+        self._extend_demand = tuple(sum(column) for column in zip(*counts, strict=True))
+        return sum(self._extend_demand) * PAGE
+
+    def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
+        """Before an extend it serves the page counts of `get_extend_allocation_demand`,
+        which SGLang calls right before; otherwise all tokens are generated ones."""
+        full, tails = self._extend_demand or (0, -(-num_tokens // PAGE))
+        self._extend_demand = None
+        return self.evict_until(
+            tree_cache,
+            lambda: (
+                self.arena.available_beside(tails) >= 0
+                and self.arena.any_format_beside(tails) >= full
+            ),
+        )
+
+    def check_decode_capacity(
+        self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
+    ) -> bool:
+        pages = -(-num_tokens // PAGE)
+        return self.evict_until(tree_cache, lambda: self.arena.available(BF16) >= pages)
+
+    def evict_until(self, tree_cache: Any, satisfied: Callable[[], bool]) -> bool:
+        """Evict unlocked prefixes until `satisfied()` or nothing is left to evict."""
+        if satisfied():
+            return True
+        if tree_cache is None or not tree_cache.supports_prefix_sharing():
+            return False
+        while tree_cache.evictable_size() > 0:
+            if tree_cache.evict(EvictParams(num_tokens=SLAB_TOKENS)).num_tokens_evicted == 0:
+                break
+            if satisfied():
+                return True
+        return satisfied()
+
+
+class MixedPrefillBudget(PrefillBudget):
+    """Admits a prompt only if its pages can be placed, its BF16 last page included."""
+
+    def __init__(self, allocator: SlabPageAllocator, *args: Any, **kwargs: Any) -> None:
+        super().__init__(allocator, *args, **kwargs)
+        self.tails = 0
+
+    def _available_and_evictable(self) -> int:
+        arena = self.allocator.arena
+        placeable = arena.any_format_beside(self.tails + 1) if self._has_tail_room() else 0
+        return placeable * PAGE + int(self.tree_cache.evictable_size())
+
+    def _has_tail_room(self) -> bool:
+        return bool(self.allocator.arena.available(BF16) > self.tails)
+
+    def has_capacity(self) -> bool:
+        return self._has_tail_room() and super().has_capacity()
+
+    def check_prefill(self, **kwargs: Any) -> tuple[bool, int | None]:
+        return super().check_prefill(**kwargs) if self._has_tail_room() else (False, None)
+
+    def can_allocate_prefill(self, **kwargs: Any) -> bool:
+        return self._has_tail_room() and super().can_allocate_prefill(**kwargs)
+
+    def reserve(self, *args: Any, **kwargs: Any) -> None:
+        super().reserve(*args, **kwargs)
+        self.tails += 1
+
+
+def page_counts(start: int, prompt_end: int, end: int) -> tuple[int, int]:
+    """(BFP8, BF16) pages that positions start..end of a request open."""
+    first = -(-start // PAGE)
+    opened = max(0, -(-end // PAGE) - first)
+    full = min(max(0, prompt_end // PAGE - first), opened)
+    return full, opened - full
+
+
+def slots_of(pages: list[int], start: int, end: int, last_slot: int) -> npt.NDArray[np.int64]:
+    """Token slots of positions start..end: the rest of the page of `last_slot`, then `pages`."""
+    head = min(-start % PAGE, end - start)
+    first = np.arange(last_slot + 1, last_slot + 1 + head, dtype=np.int64)
+    rest = (np.asarray(pages, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)).reshape(-1)
+    return np.concatenate([first, rest[: end - start - head]])

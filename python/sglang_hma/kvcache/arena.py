@@ -1,0 +1,207 @@
+"""The slab arena: one stretch of memory that serves BFP8 and BF16 pages.
+
+A slab is 32 BFP8 pages or 17 BF16 pages, the same number of bytes for every
+head count and head dim (1088/2048 = 17/32). A slab takes a format when its
+first page is handed out and loses it when its last page returns, so neither
+format has a fixed share. Page id = slab * 32 + i, i < 32 (BFP8) or i < 17
+(BF16). Slab 0 is never handed out: SGLang writes padded tokens to slot 0.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB
+
+PageIds = npt.NDArray[np.int64]
+
+IDS_PER_SLAB = BFP8_PAGES_PER_SLAB
+
+
+class PageFormat(IntEnum):
+    """Format of a slab; FREE slabs have none."""
+
+    FREE = 0
+    BFP8 = 1
+    BF16 = 2
+
+
+CAPACITY = {PageFormat.BFP8: BFP8_PAGES_PER_SLAB, PageFormat.BF16: BF16_PAGES_PER_SLAB}
+
+
+class SlabArena:
+    """Who owns which page. Holds no memory; one thread (the scheduler's) uses it."""
+
+    def __init__(self, num_slabs: int) -> None:
+        """`num_slabs` usable slabs, beside the reserved slab 0."""
+        if num_slabs < 1:
+            raise ValueError(f"an arena needs at least 1 slab, got {num_slabs}")
+        self.num_slabs = num_slabs
+        self.formats = np.zeros(num_slabs + 1, dtype=np.uint8)
+        self._free_mask = [0] * (num_slabs + 1)
+        self._free_slabs = list(range(1, num_slabs + 1))
+        self._partial: dict[PageFormat, set[int]] = {f: set() for f in CAPACITY}
+        self._spare = dict.fromkeys(CAPACITY, 0)
+        self._live = dict.fromkeys(CAPACITY, 0)
+
+    @property
+    def live_pages(self) -> int:
+        return sum(self._live.values())
+
+    def live(self, fmt: PageFormat) -> int:
+        return self._live[fmt]
+
+    def available(self, fmt: PageFormat) -> int:
+        """Pages of `fmt` that could be handed out if nothing else is."""
+        return self._spare[fmt] + CAPACITY[fmt] * len(self._free_slabs)
+
+    def fits(self, *, bfp8: int, bf16: int) -> bool:
+        """Whether both counts could be handed out together."""
+        return self._slabs_needed(bfp8, bf16) <= len(self._free_slabs)
+
+    def available_beside(self, bf16: int) -> int:
+        """BFP8 pages that could be handed out beside `bf16` BF16 pages, -1 if not even those."""
+        slabs = len(self._free_slabs) - self._slabs_needed(0, bf16)
+        return self._spare[PageFormat.BFP8] + slabs * BFP8_PAGES_PER_SLAB if slabs >= 0 else -1
+
+    def any_format_beside(self, bf16: int) -> int:
+        """Pages of either format that could be handed out beside `bf16` BF16 pages, at least 0."""
+        slabs = self._slabs_needed(0, bf16)
+        spare16 = self._spare[PageFormat.BF16] + slabs * BF16_PAGES_PER_SLAB - bf16
+        return max(0, self.available_beside(bf16)) + max(0, spare16)
+
+    def fits_when_empty(self, *, bfp8: int, bf16: int) -> bool:
+        slabs = -(-bfp8 // BFP8_PAGES_PER_SLAB) - (-bf16 // BF16_PAGES_PER_SLAB)
+        return slabs <= self.num_slabs
+
+    def free_in_bfp8_pages(self) -> int:
+        """All free room, counted in BFP8 pages (a spare BF16 page is 32/17 of one)."""
+        bf16 = self._spare[PageFormat.BF16] * BFP8_PAGES_PER_SLAB // BF16_PAGES_PER_SLAB
+        return self.available(PageFormat.BFP8) + bf16
+
+    def alloc(self, fmt: PageFormat, count: int) -> PageIds | None:
+        """`count` pages in runs as long as the arena allows, or None if it is too full.
+
+        BF16 pages open as few slabs as possible; BFP8 pages prefer whole slabs,
+        because a transfer of one run is faster than one of many.
+        """
+        if count > self.available(fmt):
+            return None
+        whole = count // CAPACITY[fmt]
+        if fmt is PageFormat.BF16:
+            whole = min(whole, self._slabs_needed(0, count))
+        taken: list[int] = []
+        for slab in self._free_run(whole):
+            taken += self._open(slab, fmt, CAPACITY[fmt])
+        while len(taken) < count:
+            rest = count - len(taken)
+            partial = self._best_partial(fmt, rest)
+            if partial is None:
+                taken += self._open(self._free_slabs[0], fmt, rest)
+            else:
+                taken += self._take(partial, fmt, rest)
+        return np.asarray(taken, dtype=np.int64)
+
+    def alloc_both(self, *, bfp8: int, bf16: int) -> tuple[PageIds, PageIds] | None:
+        """Both counts, or None (and nothing taken) unless `fits`."""
+        if not self.fits(bfp8=bfp8, bf16=bf16):
+            return None
+        # BF16 first: it opens exactly the slabs that `fits` counted for it.
+        second, first = self.alloc(PageFormat.BF16, bf16), self.alloc(PageFormat.BFP8, bfp8)
+        assert first is not None and second is not None
+        return first, second
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Return pages. Raises ValueError for a page that is not handed out."""
+        for page in pages:
+            slab, index = divmod(int(page), IDS_PER_SLAB)
+            if not 0 < slab <= self.num_slabs or self.formats[slab] == PageFormat.FREE:
+                raise ValueError(f"page {page} is not handed out")
+            fmt = PageFormat(self.formats[slab])
+            if index >= CAPACITY[fmt] or self._free_mask[slab] >> index & 1:
+                raise ValueError(f"page {page} is not handed out")
+            self._free_mask[slab] |= 1 << index
+            self._spare[fmt] += 1
+            self._live[fmt] -= 1
+            if self._free_mask[slab] == (1 << CAPACITY[fmt]) - 1:
+                self._close(slab, fmt)
+            else:
+                self._partial[fmt].add(slab)
+
+    def is_bf16(self, pages: PageIds) -> npt.NDArray[np.bool_]:
+        return np.equal(self.formats[pages // IDS_PER_SLAB], PageFormat.BF16)
+
+    def free_page_ids(self) -> PageIds:
+        """Ids that could be handed out, a free slab's counted as BFP8 pages."""
+        ids: list[int] = []
+        for slab in range(1, self.num_slabs + 1):
+            free = self.formats[slab] == PageFormat.FREE
+            mask = (1 << IDS_PER_SLAB) - 1 if free else self._free_mask[slab]
+            ids += [slab * IDS_PER_SLAB + i for i in range(IDS_PER_SLAB) if mask >> i & 1]
+        return np.asarray(ids, dtype=np.int64)
+
+    def _slabs_needed(self, bfp8: int, bf16: int) -> int:
+        over8 = max(0, bfp8 - self._spare[PageFormat.BFP8])
+        over16 = max(0, bf16 - self._spare[PageFormat.BF16])
+        return -(-over8 // BFP8_PAGES_PER_SLAB) - (-over16 // BF16_PAGES_PER_SLAB)
+
+    def _free_run(self, count: int) -> list[int]:
+        """Up to `count` free slabs, adjacent ones if there is such a run."""
+        count = min(count, len(self._free_slabs))
+        for start in range(len(self._free_slabs) - count + 1):
+            run = self._free_slabs[start : start + count]
+            if count and run[-1] - run[0] == count - 1:
+                return run
+        return self._free_slabs[:count]
+
+    def _best_partial(self, fmt: PageFormat, count: int) -> int | None:
+        """The slab whose longest run fits `count` most tightly, else the longest run."""
+
+        def waste(slab: int) -> tuple[bool, int, int]:
+            run = longest_run(self._free_mask[slab])[1]
+            return (run < count, abs(run - count), slab)
+
+        return min(self._partial[fmt], key=waste, default=None)
+
+    def _open(self, slab: int, fmt: PageFormat, count: int) -> list[int]:
+        self._free_slabs.remove(slab)
+        self.formats[slab] = fmt
+        self._free_mask[slab] = (1 << CAPACITY[fmt]) - 1
+        self._spare[fmt] += CAPACITY[fmt]
+        self._partial[fmt].add(slab)
+        return self._take(slab, fmt, count)
+
+    def _close(self, slab: int, fmt: PageFormat) -> None:
+        self._spare[fmt] -= CAPACITY[fmt]
+        self._partial[fmt].discard(slab)
+        self.formats[slab] = PageFormat.FREE
+        self._free_mask[slab] = 0
+        insort(self._free_slabs, slab)
+
+    def _take(self, slab: int, fmt: PageFormat, count: int) -> list[int]:
+        """The start of the slab's longest run, at most `count` pages."""
+        start, run = longest_run(self._free_mask[slab])
+        count = min(count, run)
+        self._free_mask[slab] &= ~(((1 << count) - 1) << start)
+        self._spare[fmt] -= count
+        self._live[fmt] += count
+        if not self._free_mask[slab]:
+            self._partial[fmt].discard(slab)
+        return [slab * IDS_PER_SLAB + i for i in range(start, start + count)]
+
+
+def longest_run(mask: int) -> tuple[int, int]:
+    """(start, length) of the longest run of ones in `mask`, the lowest if several."""
+    length, survivors = 0, mask
+    ends = mask
+    while survivors:
+        ends = survivors
+        survivors &= survivors << 1
+        length += 1
+    if not length:
+        return 0, 0
+    end = (ends & -ends).bit_length() - 1
+    return end - length + 1, length

@@ -1,0 +1,226 @@
+"""KV pools: the memory behind the pages, and how K and V rows are written to it."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.mem_cache.memory_pool import KvBufferDesc, MHATokenToKVPool, unwrap_write_loc
+from sglang.srt.runtime_context import get_parallel
+
+from hma_kernels import PAGE, TILE, TILE_BYTES, PagedKV, bfp8_round, bfp8_unpack, bfp8_write_rows
+from sglang_hma.kvcache.arena import IDS_PER_SLAB
+from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, KVFormat
+from sglang_hma.kvcache.sizing import SLAB_TOKENS
+
+logger = logging.getLogger(__name__)
+
+
+class Bfp8KVPool(MHATokenToKVPool):
+    """Pages of raw BFP8 bytes: the prefill pool.
+
+    `k_buffer[layer]` is uint8 [pages, kv_heads, head_dim/32, 1088], so SGLang's
+    PD registration publishes one page an item and needs no change. Page 0 takes
+    what SGLang writes for padded tokens.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Any layout but "nhd" makes SGLang count one page a row.
+        kwargs["kv_cache_layout"] = "bfp8_pages"
+        kwargs["enable_kv_cache_copy"] = False
+        super().__init__(*args, **kwargs)
+
+    @property
+    def hma_format(self) -> KVFormat:
+        return KVFormat.bfp8(
+            kv_heads=self.head_num,
+            head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
+            layers=self.layer_num,
+            attn_tp=get_parallel().attn_tp_size,
+        )
+
+    def _num_page_ids(self) -> int:
+        return self.size // PAGE + 1
+
+    def _create_buffers(self) -> None:
+        if self.page_size != PAGE:
+            raise ValueError(f"--page-size is {self.page_size}, BFP8 pages hold {PAGE} tokens")
+        self.store_dtype = torch.uint8
+        for name in ("k_scale", "v_scale", "native_k_scale", "native_v_scale", "dq_k", "dq_v"):
+            setattr(self, f"{name}_buffer", None)
+        self.num_pages = self._num_page_ids()
+        self.k_buffer = self._page_bytes(self.head_dim)
+        self.v_buffer = self._page_bytes(self.v_head_dim)
+        self._kv_buffer_descs = self._build_kv_buffer_descs()
+        self._init_data_ptrs_and_strides()
+        self.kv = PagedKV(
+            k_bfp8=self.k_buffer,
+            v_bfp8=self.v_buffer,
+            k_bf16=[self._bf16_view(buf, self.head_dim) for buf in self.k_buffer],
+            v_bf16=[self._bf16_view(buf, self.v_head_dim) for buf in self.v_buffer],
+        )
+
+    def _page_bytes(self, head_dim: int) -> list[torch.Tensor]:
+        shape = (self.num_pages, self.head_num, head_dim // TILE, TILE_BYTES)
+        with self.memory_saver_adapter.region("kv_cache"):
+            return [
+                torch.zeros(shape, dtype=torch.uint8, device=self.device)
+                for _ in range(self.layer_num)
+            ]
+
+    def _bf16_view(self, buffer: torch.Tensor, head_dim: int) -> torch.Tensor:
+        return torch.empty(
+            (0, self.head_num, PAGE, head_dim), dtype=torch.bfloat16, device=self.device
+        )
+
+    def _build_kv_buffer_descs(self) -> list[KvBufferDesc]:
+        return [
+            KvBufferDesc(
+                f"{name}{layer}",
+                tuple(buffer.shape),
+                row_bytes=int(np.prod(buffer.shape[1:])),
+                tokens_per_row=PAGE,
+            )
+            for name, buffers in (("k", self.k_buffer), ("v", self.v_buffer))
+            for layer, buffer in enumerate(buffers)
+        ]
+
+    def get_contiguous_buf_infos(self) -> tuple[list[int], list[int], list[int]]:
+        buffers = self.k_buffer + self.v_buffer
+        item_lens = [buf.stride(0) for buf in buffers]
+        return [buf.data_ptr() for buf in buffers], [buf.nbytes for buf in buffers], item_lens
+
+    def _get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.k_buffer[layer_id - self.start_layer]
+
+    def _get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.v_buffer[layer_id - self.start_layer]
+
+    def set_kv_buffer(
+        self,
+        layer: Any,
+        loc_info: Any,
+        cache_k: torch.Tensor,
+        cache_v: torch.Tensor,
+        *_: Any,
+        **kwargs: Any,
+    ) -> None:
+        raise NotImplementedError("use --attention-backend hma: this pool holds BFP8 pages")
+
+    def write_prompt(
+        self, layer_id: int, loc_info: Any, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store prompt rows k, v [tokens, kv_heads, dim]; return what was stored.
+
+        Both go through the device packer; the returned values are the exact
+        unpacked bytes in the input's dtype, which attention must read instead of
+        the unrounded rows.
+        """
+        layer = layer_id - self.start_layer
+        loc = unwrap_write_loc(loc_info)[0].long()
+        k, v = to_bf16_values(k), to_bf16_values(v)
+        self._store_prompt(self.k_buffer[layer], self.kv.k_bf16[layer], loc, k)
+        self._store_prompt(self.v_buffer[layer], self.kv.v_bf16[layer], loc, v)
+        return bfp8_round(k), bfp8_round(v)
+
+    def _store_prompt(
+        self, pages: torch.Tensor, bf16: torch.Tensor, loc: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        bfp8_write_rows(pages, loc // PAGE, loc % PAGE, rows)
+
+
+class MixedKVPool(Bfp8KVPool):
+    """BFP8 prompt pages and BF16 generated pages in one slab arena.
+
+    The allocator decides each slab's format and mirrors it into `slab_is_bf16`.
+    """
+
+    def _num_page_ids(self) -> int:
+        return (self.size // SLAB_TOKENS + 1) * IDS_PER_SLAB
+
+    def _create_buffers(self) -> None:
+        super()._create_buffers()
+        self.slab_is_bf16 = torch.zeros(
+            self.num_pages // IDS_PER_SLAB, dtype=torch.bool, device=self.device
+        )
+
+    def _bf16_view(self, buffer: torch.Tensor, head_dim: int) -> torch.Tensor:
+        pages = self.num_pages // IDS_PER_SLAB * BF16_PAGES_PER_SLAB
+        return buffer.view(-1).view(torch.bfloat16).view(pages, self.head_num, PAGE, head_dim)
+
+    def _store_prompt(
+        self, pages: torch.Tensor, bf16: torch.Tensor, loc: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        in_bf16 = self.slab_is_bf16[loc // SLAB_TOKENS]
+        if not bool(in_bf16.any()):
+            return super()._store_prompt(pages, bf16, loc, rows)
+        packed, plain = ~in_bf16, loc[in_bf16]
+        super()._store_prompt(pages, bf16, loc[packed], rows[packed])
+        rounded = bfp8_round(rows[in_bf16])
+        bf16[bf16_index(plain // PAGE), :, plain % PAGE] = rounded.to(torch.bfloat16)
+
+    def write_generated(
+        self, layer_id: int, loc_info: Any, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Store generated rows k, v [tokens, kv_heads, dim] in BF16 pages.
+
+        A row whose slot lies in a BFP8 page is a padded token's (slot 0).
+        """
+        layer = layer_id - self.start_layer
+        loc = unwrap_write_loc(loc_info)[0].long()
+        page, row = bf16_index(loc // PAGE), loc % PAGE
+        self.kv.k_bf16[layer][page, :, row] = k.to(torch.bfloat16)
+        self.kv.v_bf16[layer][page, :, row] = v.to(torch.bfloat16)
+
+    def unpack_page(self, source: int, target: int) -> None:
+        """Copy BFP8 page `source` into BF16 page `target` in every layer, exactly."""
+        index = int(bf16_index(torch.tensor(target)))
+        for layer in range(self.layer_num):
+            self.kv.k_bf16[layer][index] = bfp8_unpack(self.k_buffer[layer][source, :, None])
+            self.kv.v_bf16[layer][index] = bfp8_unpack(self.v_buffer[layer][source, :, None])
+
+    def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> list[Any]:
+        """Bytes of the pages behind `indices` (one request's slots in order)."""
+        bfp8, bf16 = self._split_pages(indices)
+        return [
+            [
+                (buffers[layer][bfp8].cpu(), plain[layer][bf16].cpu())
+                for buffers, plain in self._kinds()
+            ]
+            for layer in range(self.layer_num)
+        ]
+
+    def load_cpu_copy(
+        self, kv_cache_cpu: list[Any], indices: torch.Tensor, *_: Any, **__: Any
+    ) -> None:
+        """Inverse of `get_cpu_copy` for slots whose pages have the same formats."""
+        bfp8, bf16 = self._split_pages(indices)
+        for layer, saved in enumerate(kv_cache_cpu):
+            for (buffers, plain), (packed_pages, plain_pages) in zip(
+                self._kinds(), saved, strict=True
+            ):
+                if len(packed_pages) != len(bfp8) or len(plain_pages) != len(bf16):
+                    raise RuntimeError(
+                        "a retracted request was given pages of other formats than it had"
+                    )
+                buffers[layer][bfp8] = packed_pages.to(self.device)
+                plain[layer][bf16] = plain_pages.to(self.device)
+
+    def _kinds(self) -> tuple[tuple[list[torch.Tensor], list[torch.Tensor]], ...]:
+        return (self.k_buffer, self.kv.k_bf16), (self.v_buffer, self.kv.v_bf16)
+
+    def _split_pages(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pages = indices[::PAGE].long() // PAGE
+        in_bf16 = self.slab_is_bf16[pages // IDS_PER_SLAB]
+        return pages[~in_bf16], bf16_index(pages[in_bf16])
+
+
+def bf16_index(pages: torch.Tensor) -> torch.Tensor:
+    """Row of a BF16 page id in the [pages, kv_heads, 32, dim] view of its arena."""
+    return pages // IDS_PER_SLAB * BF16_PAGES_PER_SLAB + pages % IDS_PER_SLAB
+
+
+def to_bf16_values(x: torch.Tensor) -> torch.Tensor:
+    """fp32 rows rounded to the nearest BF16 value (still fp32); BF16 unchanged."""
+    return x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16).to(x.dtype)
