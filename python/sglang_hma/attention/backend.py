@@ -1,0 +1,159 @@
+"""SGLang's attention backend `hma`: plans a batch, then calls hma_kernels."""
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from hma_kernels import PAGE, DecodePlan, PageTable, extend_attention
+from sglang_hma.kvcache.arena import IDS_PER_SLAB
+from sglang_hma.kvcache.pool import Bfp8KVPool, MixedKVPool, bf16_index
+from sglang_hma.prefill import reference
+
+BACKEND_NAME = "hma"
+
+
+class HmaAttnBackend(AttentionBackend):
+    """Reads BFP8 and BF16 pages as they lie; nothing is unpacked into the cache."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        if not isinstance(self.token_to_kv_pool, Bfp8KVPool):
+            raise RuntimeError(
+                f"--attention-backend {BACKEND_NAME} reads BFP8 pages, but SGLang built "
+                f"{type(self.token_to_kv_pool).__name__}"
+            )
+        self.pool: Bfp8KVPool = self.token_to_kv_pool
+        self.forward_metadata: PageTable | None = None
+        self.plans: dict[tuple[int, int], DecodePlan] = {}
+        self.q_indptr: torch.Tensor | None = None
+
+    def support_triton(self) -> bool:
+        return False
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        mode = forward_batch.forward_mode
+        if mode.is_idle():
+            return
+        reference.enter_phase(prefill=not mode.is_decode())
+        rows = forward_batch.req_pool_indices
+        if mode.is_decode():
+            self.forward_metadata = self._page_table(rows, forward_batch.seq_lens)
+            self.plans = {}
+        else:
+            self.forward_metadata = self._page_table(rows, forward_batch.extend_prefix_lens)
+            lens = torch.tensor([0, *forward_batch.extend_seq_lens_cpu], dtype=torch.int64)
+            self.q_indptr = lens.cumsum(0)
+
+    def _page_table(self, req_rows: torch.Tensor, seq_lens: torch.Tensor) -> PageTable:
+        """Both page lists of the first `seq_lens` tokens of each request."""
+        seq_lens = seq_lens.to(torch.int64)
+        counts = (seq_lens + PAGE - 1) // PAGE
+        request = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        start = (counts.cumsum(0) - counts)[request]
+        pos = (torch.arange(len(request), device=counts.device) - start) * PAGE
+        slots = self.req_to_token_pool.req_to_token[req_rows[request], pos].long()
+        pages = slots // PAGE
+        if isinstance(self.pool, MixedKVPool):
+            in_bf16 = self.pool.slab_is_bf16[pages // IDS_PER_SLAB]
+        else:
+            in_bf16 = torch.zeros_like(pages, dtype=torch.bool)
+
+        def indptr(chosen: torch.Tensor) -> torch.Tensor:
+            per_request = torch.bincount(request[chosen], minlength=len(counts))
+            return torch.cat([per_request.new_zeros(1), per_request.cumsum(0)])
+
+        return PageTable(
+            bfp8_indptr=indptr(~in_bf16),
+            bfp8_indices=pages[~in_bf16],
+            bfp8_pos=pos[~in_bf16],
+            bf16_indptr=indptr(in_bf16),
+            bf16_indices=bf16_index(pages[in_bf16]),
+            bf16_pos=pos[in_bf16],
+            seq_lens=seq_lens,
+        )
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        assert isinstance(self.pool, MixedKVPool), "a prefill server does not decode"
+        k, v = require_own_kv(layer, k, v)
+        if save_kv_cache:
+            loc = KVWriteLoc.for_batch(forward_batch)
+            self.pool.write_generated(layer.layer_id, loc, k, v)
+        key = (layer.tp_q_head_num, layer.sliding_window_size)
+        if key not in self.plans:
+            assert self.forward_metadata is not None
+            self.plans[key] = DecodePlan(
+                self.pool.kv,
+                self.forward_metadata,
+                num_q_heads=layer.tp_q_head_num,
+                sliding_window=layer.sliding_window_size,
+            )
+        out = self.plans[key].run(
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            layer.layer_id - self.pool.start_layer,
+            scale=layer.scaling,
+            logit_cap=layer.logit_cap,
+        )
+        return out.reshape(q.shape[0], -1)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        k, v = require_own_kv(layer, k, v)
+        if not save_kv_cache:
+            raise NotImplementedError("prefill without writing the KV cache")
+        loc = KVWriteLoc.for_batch(forward_batch)
+        k, v = self.pool.write_prompt(layer.layer_id, loc, k, v)
+        assert self.forward_metadata is not None and self.q_indptr is not None
+        out = extend_attention(
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            k,
+            v,
+            self.pool.kv,
+            layer.layer_id - self.pool.start_layer,
+            self.forward_metadata,
+            self.q_indptr,
+            scale=layer.scaling,
+            logit_cap=layer.logit_cap,
+            sliding_window=layer.sliding_window_size,
+        )
+        return out.reshape(q.shape[0], -1)
+
+
+def require_own_kv(
+    layer: Any, k: torch.Tensor | None, v: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as [tokens, kv_heads, dim]; raises for layers that are not plain self-attention."""
+    plain = layer.attn_type == AttentionType.DECODER and not layer.is_cross_attention
+    if k is None or v is None or not plain:
+        raise NotImplementedError(
+            f"layer {layer.layer_id} is no causal self-attention with its own K and V; "
+            "serve this model with --hma-kv-format native"
+        )
+    return (
+        k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
+        v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+    )

@@ -1,0 +1,256 @@
+"""python -m sglang_hma.launch_server: one SGLang server, prefill, decode or both.
+
+Takes every flag of sglang.launch_server and the --hma-* flags. Roles are
+SGLang's own --disaggregation-mode prefill | decode | null.
+"""
+
+import argparse
+import os
+import sys
+from typing import Any, NoReturn
+
+import psutil
+
+from sglang_hma import config as hma_config
+from sglang_hma.config import PAGE_TOKENS, HmaConfig
+
+CPU_KV_SHARE_OF_MEMORY = 0.2
+SHARE_ENV = "SGLANG_HMA_SHARE"
+
+# Mooncake's TCP transport, as measured in docs/transfer.md: larger slices are
+# faster, and a peer that restarts on the same port is found again.
+MOONCAKE_DEFAULTS = {
+    "MC_TCP_SLICE_SIZE": "1048576",
+    "MC_TE_METADATA_REFRESH_INTERVAL_SECONDS": "1",
+    "MC_LOG_LEVEL": "WARNING",
+}
+
+# flag: (the only value that works with BFP8 pages or None for "not at all", why)
+BFP8_CONFLICTS: dict[str, tuple[str | None, str]] = {
+    "--page-size": (str(PAGE_TOKENS), "a BFP8 page is one tile of 32 tokens"),
+    "--attention-backend": ("hma", "only the hma backend reads BFP8 pages"),
+    "--prefill-attention-backend": ("hma", "only the hma backend reads BFP8 pages"),
+    "--decode-attention-backend": ("hma", "only the hma backend reads BFP8 pages"),
+    "--kv-cache-dtype": ("auto", "--hma-kv-format decides how K and V are stored"),
+    "--enable-mixed-chunk": (None, "prefill and decode use different weights and page formats"),
+    "--speculative-algorithm": (None, "draft models need a second KV pool"),
+    "--enable-hierarchical-cache": (None, "host pools copy SGLang's own page layout"),
+    "--disaggregation-decode-enable-radix-cache": (
+        None,
+        "a cached prefix on decode would mix page formats inside one transfer",
+    ),
+    "--pp-size": ("1", "page descriptors cover all layers"),
+    "--pipeline-parallel-size": ("1", "page descriptors cover all layers"),
+    "--enable-dp-attention": (None, "not tried with BFP8 pages"),
+    "--enable-unified-memory": (None, "it replaces the KV pool"),
+    "--enable-lora": (None, "adapters would be added to rounded weights"),
+}
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    sys.stderr.write(f"sglang_hma.launch_server: error: {message}\n")
+    raise SystemExit(2)
+
+
+def flag_value(argv: list[str], flag: str) -> str | None:
+    """The last value given for `flag`, '' for a bare flag, None if it is absent."""
+    found = None
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.partition("=")
+        if name == flag:
+            following = argv[i + 1] if i + 1 < len(argv) else ""
+            found = value if equals else ("" if following.startswith("--") else following)
+    return found
+
+
+def parse(argv: list[str]) -> tuple[HmaConfig, list[str]]:
+    """Split argv into our config and SGLang's arguments, our defaults filled in."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    hma_config.add_cli_args(parser)
+    ours, rest = parser.parse_known_args(argv)
+    unknown = [arg for arg in rest if arg.startswith("--hma-")]
+    if unknown:
+        fail(f"{unknown[0]} is no flag of this version; see --help")
+    role = flag_value(rest, "--disaggregation-mode") or "null"
+    if role not in ("prefill", "decode", "null"):
+        fail(f"--disaggregation-mode is {role}: it must be prefill, decode or null")
+    device = flag_value(rest, "--device") or default_device()
+    if device not in ("cpu", "cuda"):
+        fail(f"--device is {device}: sglang-hma serves on cpu and cuda")
+    config = HmaConfig(
+        role=role,  # type: ignore[arg-type]
+        device=device,  # type: ignore[arg-type]
+        kv_format=ours.hma_kv_format,
+        weight_format=ours.hma_weight_format or ours.hma_kv_format,
+    )
+    check_conflicts(config, rest)
+    return config, with_defaults(config, rest)
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_conflicts(config: HmaConfig, argv: list[str]) -> None:
+    if not config.packs_kv:
+        if config.weight_format == "bfp8":
+            fail(
+                "--hma-weight-format is bfp8 but --hma-kv-format is native, which switches all "
+                "formats off: leave one of them out"
+            )
+        return
+    for flag, (allowed, why) in BFP8_CONFLICTS.items():
+        value = flag_value(argv, flag)
+        if value is None or value == allowed:
+            continue
+        shown = f"{flag} {value}".strip()
+        remedy = f"use {flag} {allowed}" if allowed else "leave it out"
+        fail(f"{shown} does not go with --hma-kv-format bfp8 ({why}): {remedy}")
+    backend = flag_value(argv, "--disaggregation-transfer-backend")
+    if backend is not None and not backend.startswith("mooncake"):
+        fail(
+            f"--disaggregation-transfer-backend is {backend}: BFP8 pages travel with mooncake "
+            "or mooncake_tcp"
+        )
+    dtype = flag_value(argv, "--dtype")
+    if dtype in ("half", "float16"):
+        fail(f"--dtype is {dtype}: K and V are kept in BFP8 and BF16, use bfloat16 or float32")
+    chunk = flag_value(argv, "--chunked-prefill-size")
+    if chunk and chunk.isdecimal() and int(chunk) % PAGE_TOKENS:
+        fail(f"--chunked-prefill-size is {chunk}: use a multiple of {PAGE_TOKENS}, the page size")
+
+
+def with_defaults(config: HmaConfig, argv: list[str]) -> list[str]:
+    """SGLang's arguments with what sglang-hma needs where the user said nothing."""
+    defaults: dict[str, str] = {"--device": config.device}
+    on_cpu = config.device == "cpu"
+    if config.packs_kv:
+        defaults |= {"--attention-backend": "hma", "--page-size": str(PAGE_TOKENS)}
+    elif on_cpu:
+        defaults["--attention-backend"] = "torch_native"
+    if config.packs_kv or on_cpu:
+        defaults["--disable-cuda-graph"] = ""
+    if on_cpu:
+        defaults["--sampling-backend"] = "pytorch"
+    if config.role != "null":
+        transport = "mooncake_tcp" if on_cpu else "mooncake"
+        defaults["--disaggregation-transfer-backend"] = transport
+    if config.role == "decode":
+        defaults["--disaggregation-decode-retraction-backup"] = "cpu_tensor"
+    out = list(argv)
+    for flag, value in defaults.items():
+        if flag_value(argv, flag) is None:
+            out += [flag, value] if value else [flag]
+    return out
+
+
+def check_model(config: HmaConfig, server_args: Any) -> Any:
+    """SGLang's ModelConfig, after a one-line refusal of models without plain KV pages."""
+    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+
+    try:
+        model = ModelConfig.from_server_args(server_args)
+    except (OSError, ValueError) as error:
+        fail(f"--model-path is {server_args.model_path}: {str(error).splitlines()[0]}")
+    if not config.packs_kv:
+        return model
+    name = (model.hf_config.architectures or ["model"])[0]
+    remedy = "serve it with --hma-kv-format native"
+    if model.attention_arch != AttentionArch.MHA:
+        fail(
+            f"{name} uses {model.attention_arch.name} attention, BFP8 pages need MHA/GQA: {remedy}"
+        )
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    if mambaish_config(model) is not None:
+        fail(f"{name} has state-space layers, BFP8 pages need MHA/GQA in every layer: {remedy}")
+    if getattr(model, "is_hybrid_swa", False):
+        fail(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
+    for label, dim in (("head_dim", model.head_dim), ("v_head_dim", model.v_head_dim)):
+        if dim % PAGE_TOKENS:
+            fail(f"{name} has {label} {dim}, BFP8 tiles need a multiple of {PAGE_TOKENS}: {remedy}")
+    if str(model.dtype) == "torch.float16":
+        fail(f"{name} is float16: add --dtype bfloat16, K and V are kept in BFP8 and BF16")
+    return model
+
+
+def cpu_memory_defaults(config: HmaConfig, argv: list[str], model: Any, tp_size: int) -> list[str]:
+    """A KV budget for a CPU box: a share of its memory, split between servers on it."""
+    if config.device != "cpu" or any(
+        flag_value(argv, flag) is not None
+        for flag in ("--max-total-tokens", "--mem-fraction-static")
+    ):
+        return argv
+    servers = max(1, int(os.environ.get(SHARE_ENV, "1")))
+    budget = psutil.virtual_memory().total * CPU_KV_SHARE_OF_MEMORY / servers
+    elements = model.num_hidden_layers * model.get_num_kv_heads(tp_size) * tp_size
+    elements *= model.head_dim + model.v_head_dim
+    bytes_per_element = 17 / 16 if config.packs_kv else model.dtype.itemsize
+    tokens = int(budget / (elements * bytes_per_element)) // 1024 * 1024
+    return [
+        *argv,
+        "--max-total-tokens",
+        str(min(max(tokens, 2048), 1 << 20)),
+        "--mem-fraction-static",
+        "0.95",
+    ]
+
+
+def print_help() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_hma.launch_server",
+        description="One SGLang server with BFP8 KV pages. Roles: --disaggregation-mode prefill, "
+        "decode or null (both in one server). For a prefill and a decode server with a router on "
+        "one box use python -m sglang_hma.launch_pd.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    hma_config.add_cli_args(parser)
+    ServerArgs.add_cli_args(parser)
+    parser.print_help()
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in argv or "--help" in argv:
+        print_help()
+        return
+    config, rest = parse(argv)
+    config.to_env()
+    os.environ["SGLANG_PLATFORM"] = "hma"
+    for name, value in MOONCAKE_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if config.device == "cpu":
+        # Early sends of a cached prefix wait on a CUDA event.
+        os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
+
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    from sglang_hma import seams
+
+    try:
+        seams.verify(config)
+    except RuntimeError as error:
+        fail(str(error))
+    server_args = prepare_server_args(rest)
+    model = check_model(config, server_args)
+    sized = cpu_memory_defaults(config, rest, model, server_args.tp_size)
+    if sized is not rest:
+        server_args = prepare_server_args(sized)
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()

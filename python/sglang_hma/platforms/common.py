@@ -1,0 +1,29 @@
+"""What every sglang-hma platform answers, whatever the device."""
+
+from typing import Any
+
+from sglang_hma.config import HmaConfig
+
+
+class HmaPlatformMixin:
+    """Pools, allocator and weights of sglang-hma."""
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        config = HmaConfig.require()
+        if kind != "mha" or not config.packs_kv:
+            return None
+        from sglang_hma.kvcache import pool
+
+        return pool.MixedKVPool if config.mixes_page_formats else pool.Bfp8KVPool
+
+    def get_paged_allocator_cls(self) -> type | None:
+        if not HmaConfig.require().mixes_page_formats:
+            return None
+        from sglang_hma.kvcache.allocator import SlabPageAllocator
+
+        return SlabPageAllocator
+
+    def post_load_model(self, model: Any) -> None:
+        from sglang_hma.prefill import reference
+
+        reference.prepare_model(model)

@@ -1,0 +1,23 @@
+"""CPU servers of either role, without sgl_kernel: SGLang's native torch operators."""
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from sglang_hma.platforms.common import HmaPlatformMixin
+
+
+class HmaCpuPlatform(HmaPlatformMixin, CpuDeviceMixin, SRTPlatform):
+    """An out-of-tree CPU: SGLang's in-tree one insists on sgl_kernel."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def is_pin_memory_available(self, device: object = None) -> bool:
+        return False

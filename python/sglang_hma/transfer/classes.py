@@ -1,0 +1,39 @@
+"""What SGLang is handed when it asks for its PD transfer classes and KV layout."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.disaggregation.utils import KVClassType, TransferBackend
+
+from sglang_hma.kvcache.format import KVFormat
+
+
+def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
+    """Our manager and sender for Mooncake, SGLang's classes for all else."""
+    if transfer_backend == TransferBackend.MOONCAKE:
+        from sglang_hma.transfer.manager import HmaKVManager, HmaKVSender
+
+        ours = {KVClassType.MANAGER: HmaKVManager, KVClassType.SENDER: HmaKVSender}
+        if class_type in ours:
+            return ours[class_type]
+    return original(transfer_backend, class_type)
+
+
+def get_pd_kv_layout(original: Callable[..., Any], token_to_kv_pool: Any) -> str:
+    """The pool's KVFormat descriptor, as both servers publish it."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_hma.kvcache.pool import Bfp8KVPool
+
+    pool = token_to_kv_pool
+    if isinstance(pool, Bfp8KVPool):
+        return pool.hma_format.canonical()
+    return KVFormat.native(
+        dtype=str(pool.dtype).removeprefix("torch."),
+        kv_heads=getattr(pool, "head_num", 1),
+        head_dim=getattr(pool, "head_dim", 0),
+        v_head_dim=getattr(pool, "v_head_dim", 0),
+        layers=pool.layer_num,
+        attn_tp=get_parallel().attn_tp_size,
+        page=pool.page_size,
+    ).canonical()

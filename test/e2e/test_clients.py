@@ -1,0 +1,127 @@
+"""The clients people use, against the router."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .harness import Pair
+
+pytestmark = pytest.mark.e2e
+
+
+def bench(pair: Pair, model: Path, tmp_path: Path, *args: str) -> dict:
+    out = tmp_path / "bench.jsonl"
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"]
+    command += ["--base-url", pair.url, "--model", str(model), "--pd-separated"]
+    command += ["--output-file", str(out), "--disable-tqdm", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return dict(json.loads(out.read_text().splitlines()[-1]))
+
+
+def test_bench_serving_random_ids(pair: Pair, model: Path, tmp_path: Path) -> None:
+    args = ["--dataset-name", "random-ids", "--num-prompts", "12", "--random-input-len", "100"]
+    result = bench(pair, model, tmp_path, *args, "--random-output-len", "16")
+    assert result["completed"] == 12
+
+
+def test_bench_serving_shared_prefix(pair: Pair, model: Path, tmp_path: Path) -> None:
+    args = ["--dataset-name", "generated-shared-prefix", "--gsp-num-groups", "2"]
+    args += ["--gsp-prompts-per-group", "4", "--gsp-system-prompt-len", "128"]
+    args += ["--gsp-question-len", "16", "--gsp-output-len", "8"]
+    result = bench(pair, model, tmp_path, *args)
+    assert result["completed"] == 8
+
+
+FRONTEND = """
+import sys
+import sglang as sgl
+from sglang import RuntimeEndpoint
+
+sgl.set_default_backend(RuntimeEndpoint(sys.argv[1]))
+
+
+@sgl.function
+def program(s, q):
+    s += "Q: " + q + "\\nA:" + sgl.gen("a", max_tokens=8, temperature=0)
+    forks = s.fork(2)
+    for i, f in enumerate(forks):
+        f += f"\\n{i}:" + sgl.gen("b", max_tokens=4, temperature=0)
+    s += "\\n" + forks[0]["b"] + forks[1]["b"]
+    s += sgl.gen("c", max_tokens=6, regex="[0-9]{2}", temperature=0)
+
+
+state = program.run("what is x?")
+assert state["a"] and len(state["c"]) == 2 and state["c"].isdigit(), state.text()
+batch = program.run_batch([{"q": "one"}, {"q": "two"}, {"q": "three"}], num_threads=2)
+assert all(s["a"] for s in batch)
+streamed = "".join(program.run("stream me", stream=True).text_iter())
+assert streamed.startswith("Q: stream me")
+print("frontend ok")
+"""
+
+SELECT = """
+import sys
+import sglang as sgl
+from sglang import RuntimeEndpoint
+
+sgl.set_default_backend(RuntimeEndpoint(sys.argv[1]))
+
+
+@sgl.function
+def choose(s):
+    s += "Is it? " + sgl.select("d", choices=["yes", "no"])
+
+
+state = choose.run()
+assert state["d"] in ("yes", "no"), state.error()
+print("select ok")
+"""
+
+
+def run_program(source: str, url: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", source, url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_frontend_programs(pair: Pair) -> None:
+    done = run_program(FRONTEND, pair.url)
+    assert "frontend ok" in done.stdout, done.stdout + done.stderr
+
+
+def test_select(pair: Pair) -> None:
+    done = run_program(SELECT, pair.url)
+    assert "select ok" in done.stdout, done.stdout + done.stderr
+
+
+def test_openai_client(pair: Pair) -> None:
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{pair.url}/v1", api_key="none")
+    chat = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=8,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert chat.usage is not None and chat.usage.completion_tokens <= 8
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None and logprobs.content
+    assert all(token.logprob <= 0 and len(token.top_logprobs) == 2 for token in logprobs.content)
+
+    text = client.completions.create(model="default", prompt="Hello", max_tokens=8, temperature=0)
+    stream = client.completions.create(
+        model="default", prompt="Hello", max_tokens=8, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert "".join(pieces) == text.choices[0].text
+    scored = client.completions.create(
+        model="default", prompt="Hello", max_tokens=4, temperature=0, logprobs=2
+    )
+    assert scored.choices[0].logprobs is not None
+    assert len(scored.choices[0].logprobs.tokens or []) == 4

@@ -1,0 +1,69 @@
+"""200 concurrent requests on a pool that is too small for them, twice."""
+
+import asyncio
+import random
+import time
+
+import aiohttp
+import pytest
+import requests
+
+from .conftest import POOL_TOKENS
+from .harness import Pair, output_ids, payload
+
+pytestmark = pytest.mark.e2e
+
+REQUESTS = 200
+
+
+def test_every_request_survives_and_keeps_its_tokens(pair: Pair, seed: int) -> None:
+    rng = random.Random(seed)
+    jobs = [
+        ([rng.randrange(8, 4000) for _ in range(rng.choice(LENGTHS))], rng.randrange(4, 97))
+        for _ in range(REQUESTS)
+    ]
+    demand = sum(len(prompt) + tokens for prompt, tokens in jobs)
+    assert demand > 3 * POOL_TOKENS
+    quiet = [output_ids(pair.url, prompt, tokens) for prompt, tokens in jobs]
+    retracted = 0
+    for _ in range(2):
+        replies = asyncio.run(all_at_once(pair.url, jobs))
+        for (prompt, tokens), expected, (status, body) in zip(jobs, quiet, replies, strict=True):
+            assert status == 200, body
+            assert body["output_ids"] == expected, (len(prompt), tokens)
+            retracted += body["meta_info"].get("num_retractions", 0)
+    log = pair.decode.text()
+    assert "retract" in log.lower(), "the pool was never too small: the test shows nothing"
+    assert_drained(pair)
+
+
+LENGTHS = [1, 2, 17, 31, 32, 33, 63, 64, 65, 96, 130, 200, 257, 300]
+
+
+async def all_at_once(url: str, jobs: list[tuple[list[int], int]]) -> list[tuple[int, dict]]:
+    timeout = aiohttp.ClientTimeout(total=280)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+
+        async def one(prompt: list[int], tokens: int) -> tuple[int, dict]:
+            async with session.post(f"{url}/generate", json=payload(prompt, tokens)) as reply:
+                return reply.status, await reply.json(content_type=None)
+
+        return await asyncio.gather(*(one(*job) for job in jobs))
+
+
+def assert_drained(pair: Pair) -> None:
+    """After the last answer every page is free on both sides."""
+    for server in (pair.prefill, pair.decode):
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            assert server.alive(), server.text()[-3000:]
+            flushed = requests.post(f"{server.url}/flush_cache", timeout=30)
+            if flushed.status_code == 200:
+                break
+            time.sleep(0.5)
+        load = requests.get(f"{server.url}/get_load", timeout=30)
+        state = server.info()["internal_states"][0]
+        used = [v for k, v in server.metrics("sglang:num_used_tokens").items() if v]
+        assert flushed.status_code == 200, (server.name, state, load.text, used)
+        assert "leak" not in server.text().lower(), server.name

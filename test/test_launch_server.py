@@ -1,0 +1,117 @@
+"""One-line refusals at start, and what the launcher hands to SGLang."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_hma.launch_server import flag_value, parse
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--model-path", "m", "--device", "cpu", *argv])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--page-size", "16"], ["--page-size 16", "use --page-size 32"]),
+        (["--page-size=1"], ["--page-size 1", "32 tokens"]),
+        (["--kv-cache-dtype", "fp8_e4m3"], ["--kv-cache-dtype fp8_e4m3", "auto"]),
+        (["--attention-backend", "torch_native"], ["use --attention-backend hma"]),
+        (["--enable-mixed-chunk"], ["--enable-mixed-chunk", "leave it out"]),
+        (["--speculative-algorithm", "EAGLE"], ["--speculative-algorithm EAGLE"]),
+        (["--disaggregation-transfer-backend", "nixl"], ["nixl", "mooncake"]),
+        (["--chunked-prefill-size", "100"], ["--chunked-prefill-size", "100", "multiple of 32"]),
+        (["--dtype", "float16"], ["float16", "bfloat16"]),
+        (["--device", "xpu"], ["--device", "xpu"]),
+        (["--disaggregation-mode", "both"], ["--disaggregation-mode", "both"]),
+        (["--hma-kv-format", "native", "--hma-weight-format", "bfp8"], ["--hma-weight-format"]),
+        (["--hma-nothing", "1"], ["--hma-nothing"]),
+    ],
+)
+def test_contradicting_flags(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(argv, capsys)
+    assert all(word in message for word in words), message
+
+
+def test_native_leaves_sglangs_defaults() -> None:
+    config, rest = parse(["--device", "cpu", "--hma-kv-format", "native", "--page-size", "16"])
+    assert config.weight_format == "native"
+    assert flag_value(rest, "--page-size") == "16"
+    assert flag_value(rest, "--attention-backend") == "torch_native"
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode", "null"])
+def test_defaults_for_each_role(mode: str) -> None:
+    config, rest = parse(["--device", "cpu", "--disaggregation-mode", mode])
+    assert config.role == mode and config.packs_kv
+    assert flag_value(rest, "--page-size") == "32"
+    transport = flag_value(rest, "--disaggregation-transfer-backend")
+    assert transport == (None if mode == "null" else "mooncake_tcp")
+
+
+def config_of(**changes: object) -> dict[str, object]:
+    base: dict[str, object] = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 512,
+        "max_position_embeddings": 1024,
+        "torch_dtype": "bfloat16",
+    }
+    return base | changes
+
+
+MLA = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 64,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": None,
+    "first_k_dense_replace": 2,
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_dim": 80}, ["head_dim 80", "multiple of 32"]),
+        (MLA, ["MLA", "MHA/GQA"]),
+    ],
+)
+def test_models_that_cannot_be_served(
+    changes: dict[str, object], words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of(**changes)))
+    command = [sys.executable, "-m", "sglang_hma.launch_server", "--model-path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("sglang_hma.launch_server: error:"), done.stderr[-2000:]
+    assert all(word in last for word in words), last
+
+
+def test_help_shows_both_flag_sets() -> None:
+    command = [sys.executable, "-m", "sglang_hma.launch_server", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "--hma-kv-format" in done.stdout and "--disaggregation-mode" in done.stdout
