@@ -1,0 +1,180 @@
+"""python -m sglang_hma.launch_pd: prefill servers, decode servers and a router on one box."""
+
+import json
+import os
+import random
+import shlex
+import socket
+import sys
+import urllib.error
+import urllib.request
+import uuid
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+
+from sglang_hma.launch_server import SHARE_ENV, flag_value
+from sglang_hma.pd_args import LOOPBACK, Options, fail, parse
+from sglang_hma.supervisor import Fleet, FleetError, Program, direct
+
+# Below the ports that the kernel gives to outgoing connections (32768 and up), above those
+# that Mooncake draws from (15000-17000) and below SGLang's own random choice (22000-29999).
+PORT_POOL = range(17100, 21990)
+# What a server with --enable-dp-attention binds next to its --port (sglang 0.5.23, PortArgs
+# and the data parallel controller).
+DERIVED_PORTS = (13, *range(233, 250))
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What starts a server and the router, before their flags."""
+
+    server: tuple[str, ...] = (sys.executable, "-m", "sglang_hma.launch_server")
+    router: tuple[str, ...] = (sys.executable, "-m", "sglang_router.launch_router")
+
+
+class FreePorts:
+    """Ports that were free when asked, none handed out twice."""
+
+    def __init__(self, *taken: int) -> None:
+        self._taken = set(taken)
+
+    def take(self, *derived: int) -> int:
+        """A port p such that p and every p + derived is free; all of them are taken then."""
+        for port in random.sample(PORT_POOL, len(PORT_POOL)):
+            block = {port, *(port + offset for offset in derived)}
+            if self._taken.isdisjoint(block) and all(map(_is_free, block)):
+                self._taken |= block
+                return port
+        fail(f"no free port in {PORT_POOL.start}-{PORT_POOL.stop - 1} for a server: stop some")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        try:
+            sock.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a client on this box reaches a server that listens on host:port."""
+    host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
+    """The servers and the router, with ports."""
+    ports = FreePorts(options.port)
+    env = child_env()
+    share = env | {SHARE_ENV: str(sum(options.counts.values()))}
+    servers: list[Program] = []
+    routes: list[str] = []
+    for role, number in options.counts.items():
+        flags = [*options.shared, *options.role_args[role]]
+        for i in range(number):
+            port = ports.take(*DERIVED_PORTS)
+            url = url_of(LOOPBACK, port)
+            command = [*commands.server, "--model-path", options.model]
+            command += ["--disaggregation-mode", role, "--host", LOOPBACK, "--port", str(port)]
+            routes += [f"--{role}", url]
+            if role == "prefill":
+                bootstrap = str(ports.take())
+                command += ["--disaggregation-bootstrap-port", bootstrap]
+                routes.append(bootstrap)
+            # Data-parallel groups need a port each and pick them themselves.
+            if all(
+                flag_value(flags, name) is None for name in ("--dp-size", "--data-parallel-size")
+            ):
+                command += ["--nccl-port", str(ports.take())]
+            servers.append(Program(f"{role}-{i}", [*command, *flags], f"{url}/health", share))
+    router = [*commands.router, "--pd-disaggregation", "--policy", "random", *routes]
+    router += ["--host", options.host, "--port", str(options.port)]
+    router += ["--prometheus-host", options.host, "--prometheus-port", str(ports.take())]
+    key = api_key(options)
+    router += ["--api-key", key] if key else []
+    router_url = url_of(options.host, options.port)
+    command = [*router, *options.router_args]
+    # /readiness, unlike /health, waits until a prefill and a decode server are registered.
+    return servers, Program("router", command, f"{router_url}/readiness", env)
+
+
+def api_key(options: Options) -> str | None:
+    return flag_value([*options.shared, *options.role_args["decode"]], "--api-key")
+
+
+def child_env() -> dict[str, str]:
+    """Logs line by line, and no proxy between processes of one box."""
+    env = {"PYTHONUNBUFFERED": "1"}
+    for name in ("no_proxy", "NO_PROXY"):
+        env[name] = ",".join(filter(None, (os.environ.get(name), LOOPBACK, "localhost", "::1")))
+    return env
+
+
+def first_request(options: Options, decode_url: str) -> str:
+    """The ready line, with a request that has just been answered as it is printed.
+
+    Raises FleetError if neither a chat nor a plain completion comes through.
+    """
+    url, key = url_of(options.host, options.port), api_key(options)
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    status, reply = request(f"{decode_url}/v1/models", headers, options.timeout)
+    if status != 200:
+        raise FleetError(f"{decode_url}/v1/models answers HTTP {status}: {reply[:300]}")
+    model = json.loads(reply)["data"][0]["id"]
+    # A base model has no chat template and refuses the first of these.
+    prompts: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
+        "/v1/completions": {"prompt": "Hello"},
+    }
+    refusals = []
+    for path, prompt in prompts.items():
+        body = json.dumps({"model": model, **prompt, "max_tokens": 16}, separators=(",", ":"))
+        status, reply = request(url + path, headers, options.timeout, body)
+        if status == 200:
+            return f"sglang-hma ready: {url}  try: {curl(url + path, body, key)}"
+        refusals.append(f"{path} HTTP {status} {' '.join(reply.split())[:300]}")
+    raise FleetError(f"a first request through {url} fails: {'; '.join(refusals)}")
+
+
+def request(
+    url: str, headers: dict[str, str], timeout: float, body: str | None = None
+) -> tuple[int, str]:
+    """Status and text of a GET, or of a POST if there is a body; status 0 for no reply."""
+    data = body.encode() if body else None
+    try:
+        with direct.open(urllib.request.Request(url, data, headers), timeout=timeout) as reply:
+            return reply.status, reply.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+    except (OSError, HTTPException) as error:
+        return 0, str(error)
+
+
+def curl(url: str, body: str, key: str | None) -> str:
+    """A shell line; the API key stays out of it."""
+    secret = ' -H "Authorization: Bearer $API_KEY"' if key else ""
+    json_type = "-H 'Content-Type: application/json'"
+    return f"curl -s {shlex.quote(url)} {json_type}{secret} -d {shlex.quote(body)}"
+
+
+def main(argv: list[str] | None = None, commands: Commands | None = None) -> int:
+    options = parse(sys.argv[1:] if argv is None else argv)
+    servers, router = plan(options, commands or Commands())
+    decode_url = servers[-1].ready_url.removesuffix("/health")
+    fleet = Fleet(
+        servers,
+        router,
+        lambda: first_request(options, decode_url),
+        run_id=uuid.uuid4().hex,
+        timeout=options.timeout,
+        log_dir=options.log_dir,
+    )
+    return fleet.run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
