@@ -1,0 +1,206 @@
+"""The definition, in numpy: what every kernel of this package is tested against.
+
+Written for reading, one rule at a time, over integers and float64; nothing here is fast.
+Source of the codec rules: the host packer (ttnn.Tensor with bfloat8_b) and the device packer
+(ttnn.typecast to bfloat8_b) of Tenstorrent's ttnn 0.81.1, measured.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hma_kernels.layout import (
+    GROUP,
+    PAGE,
+    TILE,
+    TILE_BYTES,
+    Rounding,
+    data_offset,
+    exponent_offset,
+    padded,
+)
+
+type Array = np.ndarray[Any, Any]
+
+
+def pack(x: Array, rounding: Rounding) -> Array:
+    """float32 [..., H, W] -> uint8 [..., ceil(H/32), ceil(W/32), 1088]; H, W zero-padded."""
+    *lead, height, width = x.shape
+    full = np.zeros((*lead, padded(height), padded(width)), np.float32)
+    full[..., :height, :width] = x
+    strips = full.reshape(-1, TILE, full.shape[-1] // GROUP, GROUP)
+    exponents, data = (_encode_host if rounding == "host" else _encode_device)(strips)
+
+    tiles_wide = full.shape[-1] // TILE
+    out = np.zeros((len(strips), tiles_wide * TILE_BYTES), np.uint8)
+    row, group = np.indices((TILE, 2 * tiles_wide))
+    out[:, exponent_offset(row, group)] = exponents
+    out[:, data_offset(row, group)[..., None] + np.arange(GROUP)] = data
+    return out.reshape(*lead, full.shape[-2] // TILE, tiles_wide, TILE_BYTES)
+
+
+def _encode_host(groups: Array) -> tuple[Array, Array]:
+    """float32 [..., 16] -> shared exponents uint8 [...], data bytes uint8 [..., 16]."""
+    bits = groups.view(np.uint32).astype(np.int64)
+    sign, exponent, fraction = bits >> 31, bits >> 23 & 0xFF, bits & 0x7FFFFF
+    shared = exponent.max(-1, keepdims=True)
+    mantissa = (0x800000 | fraction) >> np.minimum(shared - exponent, 31)
+    q, rest = mantissa >> 17, mantissa & 0x1FFFF
+    q += (rest > 0x10000) | ((rest == 0x10000) & (q % 2 == 1))
+    q = np.where(exponent == 0, 0, np.minimum(q, 127))
+    return shared[..., 0].astype(np.uint8), _with_sign(sign, q)
+
+
+def _encode_device(groups: Array) -> tuple[Array, Array]:
+    bits = groups.view(np.uint32).astype(np.int64) >> 16
+    sign, exponent, fraction = bits >> 15, bits >> 7 & 0xFF, bits & 0x7F
+    is_nan = (exponent == 255) & (fraction != 0)
+    fraction = np.where(is_nan, 0, fraction)
+    mantissa = np.where(exponent == 0, 0, 128 | fraction)
+    shared = exponent.max(-1, keepdims=True)
+    shift = np.minimum(shared - exponent, 8)
+    rounded = (mantissa + (1 << shift)) >> (shift + 1)
+    q = np.where(shift == 8, 0, np.minimum(rounded, 127))
+    return shared[..., 0].astype(np.uint8), _with_sign(sign, q)
+
+
+def _with_sign(sign: Array, q: Array) -> Array:
+    return np.where(q == 0, 0, sign << 7 | q).astype(np.uint8)
+
+
+def unpack(tiles: Array) -> Array:
+    """uint8 [..., Ht, Wt, 1088] -> float32 [..., Ht*32, Wt*32], each value exact in bfloat16."""
+    *lead, tiles_high, tiles_wide, _ = tiles.shape
+    strips = tiles.reshape(-1, tiles_wide * TILE_BYTES)
+    row, group = np.indices((TILE, 2 * tiles_wide))
+    exponents = strips[:, exponent_offset(row, group)]
+    data = strips[:, data_offset(row, group)[..., None] + np.arange(GROUP)]
+    values = decode(exponents[..., None], data)
+    return values.reshape(*lead, tiles_high * TILE, tiles_wide * TILE)
+
+
+def decode(exponents: Array, data: Array) -> Array:
+    """Shared exponents and data bytes, uint8, broadcast together -> float32."""
+    exponent, byte = np.broadcast_arrays(exponents.astype(np.int64), data.astype(np.int64))
+    sign, q = byte >> 7, byte & 0x7F
+    leading_zeros = 7 - np.frexp(q)[1]
+    magnitude = (exponent - leading_zeros) << 7 | (q << (leading_zeros + 1) & 0x7F)
+    bits = np.where(exponent < leading_zeros, 0, sign << 15 | magnitude)
+    bits = np.where(q == 0, sign << 15, bits)
+    return (bits << 16).astype(np.uint32).view(np.float32)
+
+
+@dataclass(frozen=True)
+class KV:
+    """One layer's pages: uint8 [pages, heads, dim/32, 1088] and float [pages16, heads, 32, dim]."""
+
+    k_bfp8: Array
+    v_bfp8: Array
+    k_bf16: Array
+    v_bf16: Array
+
+
+@dataclass(frozen=True)
+class Table:
+    """hma_kernels.PageTable's fields as numpy arrays."""
+
+    bfp8_indptr: Array
+    bfp8_indices: Array
+    bfp8_pos: Array
+    bf16_indptr: Array
+    bf16_indices: Array
+    bf16_pos: Array
+    seq_lens: Array
+
+
+def cached(kv: KV, table: Table, request: int) -> tuple[Array, Array, Array]:
+    """k [n, heads, D], v [n, heads, Dv], positions [n] of one request's valid tokens; float64."""
+    keys = [np.zeros((0, *kv.k_bf16.shape[1::2]))]
+    values = [np.zeros((0, *kv.v_bf16.shape[1::2]))]
+    positions = [np.zeros(0, np.int64)]
+    for name in ("bfp8", "bf16"):
+        start, stop = getattr(table, f"{name}_indptr")[request : request + 2]
+        for entry in range(start, stop):
+            page = getattr(table, f"{name}_indices")[entry]
+            k, v = getattr(kv, f"k_{name}")[page], getattr(kv, f"v_{name}")[page]
+            if name == "bfp8":
+                k, v = unpack(k[:, None]), unpack(v[:, None])
+            first = getattr(table, f"{name}_pos")[entry]
+            rows = int(np.clip(table.seq_lens[request] - first, 0, PAGE))
+            keys.append(k[:, :rows].swapaxes(0, 1).astype(np.float64))
+            values.append(v[:, :rows].swapaxes(0, 1).astype(np.float64))
+            positions.append(first + np.arange(rows))
+    return np.concatenate(keys), np.concatenate(values), np.concatenate(positions)
+
+
+def attend(q: Array, k: Array, v: Array, visible: Array, scale: float, logit_cap: float) -> Array:
+    """One query [Hq, D] over k [n, H, D], v [n, H, Dv], visible bool [n] -> float64 [Hq, Dv].
+
+    Query head h reads KV head h // (Hq/H). softmax(cap*tanh(q.k*scale/cap)); zero if none visible.
+    """
+    k, v = k[visible], v[visible]
+    group = q.shape[0] // k.shape[1]
+    out = np.zeros((q.shape[0], v.shape[2]))
+    if len(k) == 0:
+        return out
+    for head, row in enumerate(q.astype(np.float64)):
+        logits = k[:, head // group] @ row * scale
+        if logit_cap > 0:
+            logits = logit_cap * np.tanh(logits / logit_cap)
+        weights = np.exp(logits - logits.max())
+        out[head] = weights @ v[:, head // group] / weights.sum()
+    return out
+
+
+def in_window(positions: Array, query: int, sliding_window: int) -> Array:
+    """Which key positions the query at position `query` sees: causal, at most window behind."""
+    oldest = query - sliding_window if sliding_window >= 0 else 0
+    return (positions <= query) & (positions >= oldest)
+
+
+def decode_attention(
+    q: Array,
+    kv: KV,
+    table: Table,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    sliding_window: int = -1,
+) -> Array:
+    """q [B, Hq, D], one query per request at position seq_len-1 -> float64 [B, Hq, Dv]."""
+    rows = []
+    for request, query in enumerate(q):
+        k, v, positions = cached(kv, table, request)
+        visible = in_window(positions, int(table.seq_lens[request]) - 1, sliding_window)
+        rows.append(attend(query, k, v, visible, scale, logit_cap))
+    return np.stack(rows)
+
+
+def extend_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    kv: KV,
+    table: Table,
+    q_indptr: Array,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    sliding_window: int = -1,
+) -> Array:
+    """New rows q [T, Hq, D], k [T, H, D], v [T, H, Dv] after each prefix -> float64 [T, Hq, Dv].
+
+    Request b's row i has position seq_lens[b] + i and sees its prefix and its own rows up to i.
+    """
+    out = np.zeros((q.shape[0], q.shape[1], v.shape[2]))
+    for request, prefix in enumerate(table.seq_lens):
+        start, stop = q_indptr[request], q_indptr[request + 1]
+        old_k, old_v, old_positions = cached(kv, table, request)
+        all_k = np.concatenate([old_k, k[start:stop]])
+        all_v = np.concatenate([old_v, v[start:stop]])
+        positions = np.concatenate([old_positions, prefix + np.arange(stop - start)])
+        for row in range(start, stop):
+            visible = in_window(positions, int(prefix + row - start), sliding_window)
+            out[row] = attend(q[row], all_k, all_v, visible, scale, logit_cap)
+    return out

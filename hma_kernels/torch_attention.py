@@ -1,0 +1,188 @@
+"""Decode attention in torch over BFP8 and BF16 pages: plan once per step, run once per layer.
+
+Each page yields a partial softmax state (maximum, denominator, weighted sum); the states of a
+request's pages merge exactly, so pages of any request may share a batched product.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hma_kernels.layout import PAGE
+from hma_kernels.paged import PagedKV, PageTable
+from hma_kernels.torch_codec import decode_strips
+
+# K and V elements unpacked at once: 4 MB as float32, so that a chunk stays in cache.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def compute_dtype(q: torch.Tensor) -> torch.dtype:
+    """float64 for float32 queries, else float32.
+
+    Raises TypeError unless q is bfloat16, float16 or float32.
+    """
+    if q.dtype == torch.float32:
+        return torch.float64
+    if q.dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    raise TypeError(f"attention: q is {q.dtype}; needs bfloat16, float16 or float32")
+
+
+def load_pages(pages: torch.Tensor, page_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Pages of either format, uint8 [P, H, D/32, 1088] or bfloat16 [P, H, 32, D] -> [n, H, 32, D].
+
+    Exact in dtype. page_ids: int64 [n].
+    """
+    picked = pages.index_select(0, page_ids)
+    if picked.dtype != torch.uint8:
+        return picked.to(dtype)
+    rows = decode_strips(picked.flatten(0, 1), dtype)
+    return rows.view(*picked.shape[:2], *rows.shape[1:])
+
+
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(logits / cap), in place; no change when cap is 0."""
+    return logits.div_(cap).tanh_().mul_(cap) if cap > 0 else logits
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    is_bfp8: bool
+    page_ids: torch.Tensor  # [n]
+    request: torch.Tensor  # [n]
+    hidden_page: torch.Tensor  # [m], page (of n) and row of each token that nobody may read
+    hidden_row: torch.Tensor  # [m]
+
+
+class DecodePlan:
+    """One decode step of a batch: one query per request, at position seq_len - 1.
+
+    Everything that no layer changes is computed here. sliding_window w >= 0 limits a request to
+    positions >= seq_len - 1 - w; -1 is no limit. Pages without a visible row are never read.
+    Raises ValueError if num_q_heads is no multiple of the KV heads.
+    """
+
+    def __init__(
+        self, kv: PagedKV, table: PageTable, *, num_q_heads: int, sliding_window: int = -1
+    ) -> None:
+        if num_q_heads <= 0 or num_q_heads % kv.kv_heads:
+            raise ValueError(
+                f"num_q_heads is {num_q_heads}; needs a multiple of {kv.kv_heads} KV heads"
+            )
+        self._kv = kv
+        self._batch = table.batch_size
+        self._heads = num_q_heads
+        device = kv.k_bf16[0].device
+        stop = table.seq_lens.to(device)
+        start = (stop - 1 - sliding_window if sliding_window >= 0 else stop * 0).clamp(min=0)
+        page_elements = PAGE * kv.kv_heads * (kv.head_dim + kv.v_head_dim)
+        per_chunk = max(1, _CHUNK_ELEMENTS // page_elements)
+        self._chunks = [
+            chunk
+            for is_bfp8, indptr, ids, pos in (
+                (True, table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
+                (False, table.bf16_indptr, table.bf16_indices, table.bf16_pos),
+            )
+            for chunk in _chunks(
+                is_bfp8, indptr.to(device), ids.to(device), pos.to(device), start, stop, per_chunk
+            )
+        ]
+
+    def run(
+        self,
+        q: torch.Tensor,
+        layer: int,
+        *,
+        scale: float,
+        logit_cap: float = 0.0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """q [B, Hq, D] -> [B, Hq, Dv] in q's dtype; zeros for a request with nothing to see.
+
+        bfloat16 and float16 queries compute in float32. float32 queries compute in float64 and
+        round once, so that a row does not depend on what else is in the batch.
+        logit_cap c > 0 applies c * tanh(logit / c).
+        Raises TypeError for another dtype of q, ValueError for another shape of q or out.
+        """
+        kv, batch, heads = self._kv, self._batch, self._heads
+        group = heads // kv.kv_heads
+        if tuple(q.shape) != (batch, heads, kv.head_dim):
+            raise ValueError(f"q is {list(q.shape)}; needs {[batch, heads, kv.head_dim]}")
+        dtype = compute_dtype(q)
+        query = (q.to(dtype) * scale).reshape(batch, kv.kv_heads, group, kv.head_dim)
+        query = query.transpose(2, 3).contiguous()
+
+        state = _State(batch, heads, kv.v_head_dim, dtype, q.device)
+        for chunk in self._chunks:
+            k_pages, v_pages = (kv.k_bfp8, kv.v_bfp8) if chunk.is_bfp8 else (kv.k_bf16, kv.v_bf16)
+            k = load_pages(k_pages[layer], chunk.page_ids, dtype)
+            own_query = query.index_select(0, chunk.request)
+            logits = torch.bmm(k.flatten(0, 1), own_query.flatten(0, 1)).transpose(1, 2)
+            logits = soft_cap(logits.contiguous(), logit_cap).view(-1, heads, PAGE)
+            v = load_pages(v_pages[layer], chunk.page_ids, dtype)
+            # Hidden rows may hold anything, NaN included: replaced, never multiplied away.
+            logits[chunk.hidden_page, :, chunk.hidden_row] = -torch.inf
+            v[chunk.hidden_page, :, chunk.hidden_row] = 0
+            state.add(logits, v, chunk.request)
+        result = state.result()
+        return result.to(q.dtype) if out is None else _checked(out, result, q).copy_(result)
+
+
+def _checked(out: torch.Tensor, result: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    if out.shape != result.shape or out.dtype != q.dtype:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)}; needs {q.dtype} {list(result.shape)}"
+        )
+    return out
+
+
+def _chunks(
+    is_bfp8: bool,
+    indptr: torch.Tensor,
+    page_ids: torch.Tensor,
+    pos: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    per_chunk: int,
+) -> list[_Chunk]:
+    """Pages with a visible row (start <= position < stop, per request), cut into chunks."""
+    requests = torch.arange(len(stop), device=indptr.device)
+    request = torch.repeat_interleave(requests, indptr.diff(), output_size=len(page_ids))
+    position = pos[:, None] + torch.arange(PAGE, device=pos.device)
+    visible = (position >= start[request, None]) & (position < stop[request, None])
+    used = visible.any(-1).nonzero().view(-1)
+    chunks = []
+    for first in range(0, len(used), per_chunk):
+        picked = used[first : first + per_chunk]
+        page, row = (~visible[picked]).nonzero(as_tuple=True)
+        chunks.append(_Chunk(is_bfp8, page_ids[picked], request[picked], page, row))
+    return chunks
+
+
+class _State:
+    """Softmax state per request and query head: maximum, denominator, weighted sum of V."""
+
+    def __init__(
+        self, batch: int, heads: int, v_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._max = torch.full((batch, heads), -torch.inf, dtype=dtype, device=device)
+        self._sum = torch.zeros((batch, heads), dtype=dtype, device=device)
+        self._out = torch.zeros((batch, heads, v_dim), dtype=dtype, device=device)
+
+    def add(self, logits: torch.Tensor, v: torch.Tensor, request: torch.Tensor) -> None:
+        """Merge pages: logits [n, Hq, 32], v [n, H, 32, Dv], request [n]; takes logits over."""
+        pages, heads, _ = logits.shape
+        slot = request[:, None].expand(-1, heads)
+        new_max = self._max.scatter_reduce(0, slot, logits.amax(-1), "amax")
+        # A request without a page so far keeps -inf; -inf - -inf must not become NaN.
+        decay = torch.exp(self._max - new_max).masked_fill_(self._max == -torch.inf, 0)
+        weights = logits.sub_(new_max.index_select(0, request)[..., None]).exp_()
+        per_kv_head = weights.view(pages * v.shape[1], -1, PAGE)
+        partial = torch.bmm(per_kv_head, v.flatten(0, 1)).view(pages, heads, -1)
+        self._sum.mul_(decay).index_add_(0, request, weights.sum(-1))
+        self._out.mul_(decay[..., None]).index_add_(0, request, partial)
+        self._max = new_max
+
+    def result(self) -> torch.Tensor:
+        total = self._sum.masked_fill(self._sum == 0, 1)
+        return self._out / total[..., None]

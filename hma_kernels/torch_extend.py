@@ -1,0 +1,154 @@
+"""Prefill attention in torch: new rows over a cached prefix and causally over themselves."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hma_kernels.layout import PAGE
+from hma_kernels.paged import PagedKV, PageTable
+from hma_kernels.torch_attention import compute_dtype, load_pages, soft_cap
+
+# Logits that may exist at once; a longer prompt's queries go in blocks.
+_BLOCK_LOGITS = 1 << 23
+
+
+def extend_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: PagedKV,
+    layer: int,
+    table: PageTable,
+    q_indptr: torch.Tensor,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    sliding_window: int = -1,
+) -> torch.Tensor:
+    """Attention of B requests' new rows.
+
+    q [T, Hq, D], k [T, H, D], v [T, H, Dv]: the new rows, rounded by the caller as they are
+    stored. table: each request's cached prefix, seq_lens its length. q_indptr: int64 [B+1] on
+    the host; request b owns rows q_indptr[b]..q_indptr[b+1], at positions seq_lens[b] onwards.
+    A row at position p sees positions <= p and, with sliding_window w >= 0, >= p - w.
+    Returns [T, Hq, Dv] in q's dtype. float32 queries compute in float64 and round once, so that
+    a row does not depend on how its prompt was cut into prefix and new rows.
+    Raises TypeError for a dtype other than bfloat16, float16, float32 and ValueError for shapes
+    that do not fit.
+    """
+    _check_shapes(q, k, v, kv, table, q_indptr)
+    compute = compute_dtype(q)
+    use_sdpa = q.dtype == torch.bfloat16 and logit_cap == 0
+    work = q.dtype if use_sdpa else compute
+    prefix_lengths = table.seq_lens.tolist()
+    bounds = q_indptr.tolist()
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    for request, prefix in enumerate(prefix_lengths):
+        rows = slice(bounds[request], bounds[request + 1])
+        count = rows.stop - rows.start
+        if count == 0:
+            continue
+        old_k, old_v, old_positions = _prefix(kv, layer, table, request, prefix, work)
+        keys = torch.cat([old_k, k[rows].transpose(0, 1).to(work)], 1)
+        values = torch.cat([old_v, v[rows].transpose(0, 1).to(work)], 1)
+        positions = torch.arange(prefix, prefix + count, device=q.device)
+        key_positions = torch.cat([old_positions, positions])
+        query = q[rows].to(work).transpose(0, 1)
+        result = out[rows].transpose(0, 1)
+        if use_sdpa and prefix == 0 and sliding_window < 0 and keys.shape[-1] == values.shape[-1]:
+            result.copy_(_sdpa(query, keys, values, None, scale))
+            continue
+        block = max(1, _BLOCK_LOGITS // (q.shape[1] * keys.shape[1]))
+        for start in range(0, count, block):
+            stop = min(start + block, count)
+            seen = slice(0, keys.shape[1] - count + stop)
+            if sliding_window >= 0:
+                oldest = prefix + start - sliding_window
+                seen = slice(int(torch.searchsorted(key_positions, oldest)), seen.stop)
+            at, seen_at = positions[start:stop, None], key_positions[seen]
+            hidden = seen_at > at
+            if sliding_window >= 0:
+                hidden |= seen_at < at - sliding_window
+            part, part_k, part_v = query[:, start:stop], keys[:, seen], values[:, seen]
+            result[:, start:stop] = (
+                _sdpa(part, part_k, part_v, ~hidden, scale)
+                if use_sdpa
+                else _softmax(part, part_k, part_v, hidden, scale, logit_cap)
+            )
+    return out
+
+
+def _prefix(
+    kv: PagedKV, layer: int, table: PageTable, request: int, length: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k [H, n, D], v [H, n, Dv], positions [n] of the cached tokens, in order of position."""
+    device = kv.k_bf16[0].device
+    keys, values, positions = [], [], []
+    for indptr, indices, pos, k_pages, v_pages in (
+        (table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos, kv.k_bfp8, kv.v_bfp8),
+        (table.bf16_indptr, table.bf16_indices, table.bf16_pos, kv.k_bf16, kv.v_bf16),
+    ):
+        own = slice(int(indptr[request]), int(indptr[request + 1]))
+        ids = indices[own].to(device)
+        keys.append(load_pages(k_pages[layer], ids, dtype))
+        values.append(load_pages(v_pages[layer], ids, dtype))
+        positions.append(pos[own].to(device)[:, None] + torch.arange(PAGE, device=device))
+    position = torch.cat(positions).flatten()
+    order = position.argsort()
+    order = order[position[order] < length]
+    k = torch.cat(keys).transpose(0, 1).flatten(1, 2).index_select(1, order)
+    v = torch.cat(values).transpose(0, 1).flatten(1, 2).index_select(1, order)
+    return k, v, position[order]
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """q [Hq, n, D], k [H, m, D], v [H, m, Dv]; causal when visible is None -> [Hq, n, Dv]."""
+    return scaled_dot_product_attention(
+        q[None],
+        k[None],
+        v[None],
+        attn_mask=visible,
+        is_causal=visible is None,
+        scale=scale,
+        enable_gqa=q.shape[0] != k.shape[0],
+    )[0]
+
+
+def _softmax(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: float,
+    logit_cap: float,
+) -> torch.Tensor:
+    rows = q.shape[1]
+    per_kv_head = (q * scale).reshape(k.shape[0], -1, q.shape[2])
+    logits = soft_cap(torch.bmm(per_kv_head, k.transpose(1, 2)), logit_cap)
+    logits = logits.view(q.shape[0], rows, -1).masked_fill_(hidden, -torch.inf)
+    weights = logits.softmax(-1).view(k.shape[0], -1, k.shape[1])
+    return torch.bmm(weights, v).view(q.shape[0], rows, -1)
+
+
+def _check_shapes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: PagedKV,
+    table: PageTable,
+    q_indptr: torch.Tensor,
+) -> None:
+    rows, heads = q.shape[0], q.shape[1]
+    if heads % kv.kv_heads or q.shape[2] != kv.head_dim:
+        raise ValueError(
+            f"q is {list(q.shape)}; needs [T, multiple of {kv.kv_heads}, {kv.head_dim}]"
+        )
+    for name, value, dim in (("k", k, kv.head_dim), ("v", v, kv.v_head_dim)):
+        if tuple(value.shape) != (rows, kv.kv_heads, dim):
+            raise ValueError(f"{name} is {list(value.shape)}; needs {[rows, kv.kv_heads, dim]}")
+    if q_indptr.shape != (table.batch_size + 1,) or int(q_indptr[-1]) != rows:
+        raise ValueError(
+            f"q_indptr is {q_indptr.tolist()}; needs {table.batch_size + 1} entries, "
+            f"the last {rows}"
+        )
