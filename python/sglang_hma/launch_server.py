@@ -134,7 +134,7 @@ def with_defaults(config: HmaConfig, argv: list[str]) -> list[str]:
     if config.packs_kv or on_cpu:
         defaults["--disable-cuda-graph"] = ""
     if on_cpu:
-        defaults["--sampling-backend"] = "pytorch"
+        defaults |= {"--sampling-backend": "pytorch", "--sleep-on-idle": ""}
     if config.role != "null":
         transport = "mooncake_tcp" if on_cpu else "mooncake"
         defaults["--disaggregation-transfer-backend"] = transport
@@ -199,6 +199,17 @@ def cpu_memory_defaults(config: HmaConfig, argv: list[str], model: Any, tp_size:
     ]
 
 
+def cpu_environment() -> None:
+    """Threads that yield the cores: SGLang's servers on one box poll and compute in turns."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    servers = max(1, int(os.environ.get(SHARE_ENV, "1")))
+    if servers > 1:
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // servers)))
+    # Early sends of a cached prefix wait on a CUDA event.
+    os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
+
+
 def print_help() -> None:
     from sglang.srt.server_args import ServerArgs
 
@@ -225,8 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in MOONCAKE_DEFAULTS.items():
         os.environ.setdefault(name, value)
     if config.device == "cpu":
-        # Early sends of a cached prefix wait on a CUDA event.
-        os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
+        cpu_environment()
 
     from sglang.srt.plugins import load_plugins
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import requests
 
+from sglang_hma.guardian import kill_run, marked
+
 START_TIMEOUT_S = 240
-RUN_MARKER = "SGLANG_HMA_TEST_RUN"
 
 
 def free_port() -> int:
@@ -40,8 +40,8 @@ class Process:
     env: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> "Process":
-        self.marker = uuid.uuid4().hex
-        env = os.environ | self.env | {RUN_MARKER: self.marker}
+        self.run_id = uuid.uuid4().hex
+        env = os.environ | {"SGLANG_HMA_SHARE": "3"} | self.env | marked(self.run_id)
         with self.log.open("wb") as out:
             self.popen = subprocess.Popen(
                 self.command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -55,15 +55,12 @@ class Process:
         return self.popen.poll() is None
 
     def stop(self) -> None:
-        """End exactly the processes that carry this run's marker."""
+        """End exactly the processes that carry this run's id."""
         if self.alive():
             self.popen.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.popen.wait(10)
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(RUN_MARKER) == self.marker:
-                    process.kill()
+                self.popen.wait(3)
+        kill_run(self.run_id)
         self.popen.wait(10)
 
 
@@ -71,6 +68,7 @@ class Process:
 class Server(Process):
     url: str = ""
     bootstrap_port: int = 0
+    ready_path: str = "/health"
 
     def wait_healthy(self) -> "Server":
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -78,7 +76,7 @@ class Server(Process):
             if not self.alive():
                 raise AssertionError(f"{self.name} ended early:\n{self.text()[-6000:]}")
             with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=2).status_code == 200:
+                if requests.get(self.url + self.ready_path, timeout=2).status_code == 200:
                     return self
             time.sleep(0.3)
         raise AssertionError(f"{self.name} is not healthy:\n{self.text()[-6000:]}")
@@ -129,7 +127,13 @@ def launch_router(logs: Path, prefill: Server, decode: Server, name: str = "rout
     command += ["--policy", "random", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-port", str(free_port())]
     command += ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]
-    router = Server(name, command, logs / f"{name}.log", url=f"http://127.0.0.1:{port}")
+    router = Server(
+        name,
+        command,
+        logs / f"{name}.log",
+        url=f"http://127.0.0.1:{port}",
+        ready_path="/readiness",  # healthy comes earlier, with no worker to route to
+    )
     router.start()
     return router
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .harness import Pair
+from .harness import Pair, Server
 
 pytestmark = pytest.mark.e2e
 
@@ -92,9 +92,12 @@ def test_frontend_programs(pair: Pair) -> None:
     assert "frontend ok" in done.stdout, done.stdout + done.stderr
 
 
-def test_select(pair: Pair) -> None:
-    done = run_program(SELECT, pair.url)
+def test_select(pair: Pair, single: Server) -> None:
+    """The router of this version takes one text a request; `select` sends a list."""
+    done = run_program(SELECT, single.url)
     assert "select ok" in done.stdout, done.stdout + done.stderr
+    routed = run_program(SELECT, pair.url)
+    assert "invalid type: sequence, expected a string" in routed.stderr, routed.stderr
 
 
 def test_openai_client(pair: Pair) -> None:

@@ -32,8 +32,7 @@ def test_every_request_survives_and_keeps_its_tokens(pair: Pair, seed: int) -> N
             assert status == 200, body
             assert body["output_ids"] == expected, (len(prompt), tokens)
             retracted += body["meta_info"].get("num_retractions", 0)
-    log = pair.decode.text()
-    assert "retract" in log.lower(), "the pool was never too small: the test shows nothing"
+    assert retracted > 0, "the pool was never too small: the test shows nothing"
     assert_drained(pair)
 
 

@@ -1,0 +1,53 @@
+SHELL := bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?=
+REQUIREMENTS ?= cpu
+RUN := $(VENV)/bin/python
+
+PORT ?= 30000
+MODEL ?=
+PREFILL ?= 1
+DECODE ?= 1
+ARGS ?=
+PYTEST_ARGS ?=
+DEMO_MODEL := build/demo-model
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: ## Make or update .venv (VENV= REQUIREMENTS=cpu|cuda PYTHON=); the targets below do it themselves
+	@VENV='$(VENV)' REQUIREMENTS='$(REQUIREMENTS)' PYTHON='$(PYTHON)' scripts/setup.sh
+
+.PHONY: serve
+serve: venv $(if $(MODEL),,demo-model) ## Serve MODEL=, or a demo model, on PORT=30000 with PREFILL=1 DECODE=1 servers; more flags in ARGS=
+	@exec $(RUN) -m sglang_hma.launch_pd --model-path '$(or $(MODEL),$(DEMO_MODEL))' --port $(PORT) \
+		--prefill $(PREFILL) --decode $(DECODE) $(ARGS)
+
+.PHONY: demo-model
+demo-model: venv ## Make a small random model in build/demo-model
+	@$(RUN) -m sglang_hma.demo_model $(DEMO_MODEL)
+
+.PHONY: test
+test: venv ## Lint, then run the tests (PYTEST_ARGS=)
+	@lint=0; $(MAKE) --no-print-directory lint || lint=$$?; \
+	$(RUN) -m pytest $(PYTEST_ARGS) && exit $$lint
+
+.PHONY: lint
+lint: venv ## Check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+.PHONY: format
+format: venv ## Fix style in place
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+.PHONY: clean
+clean: ## Remove what was built, the demo model and the tools' caches; .venv stays
+	rm -rf build dist python/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find python hma_kernels test benchmark -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,66 @@
+"""transformers in float64 as an independent truth for the phase-wise formats.
+
+Prefill: linear weights through the numpy reference of the host packer, K and V
+(after RoPE) rounded to BF16 and through the reference of the device packer.
+Decode: the checkpoint's weights, generated K and V rounded to BF16.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from hma_kernels import reference
+
+
+def round_trip(x: torch.Tensor, rounding: str) -> torch.Tensor:
+    """unpack(pack(x)) of the numpy reference; x [..., H, W] float64 that fp32 holds exactly."""
+    rows, cols = x.shape[-2:]
+    packed = reference.pack(x.to(torch.float32).numpy(), rounding)
+    unpacked = np.asarray(reference.unpack(packed), dtype=np.float64)
+    return torch.from_numpy(unpacked[..., :rows, :cols].copy())
+
+
+class RoundingCache(DynamicCache):
+    """Rounds K and V as they enter the cache, so attention reads what is stored."""
+
+    packs = True
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
+        stored = []
+        for states in (key_states, value_states):
+            rounded = states.to(torch.bfloat16).to(torch.float64)
+            stored.append(round_trip(rounded, "device") if self.packs else rounded)
+        return super().update(*stored, layer_idx, *args, **kwargs)
+
+
+class Oracle:
+    """Greedy decoding with the formats of a prefill and a decode server."""
+
+    def __init__(self, path: Path) -> None:
+        self.decode_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+        self.prefill_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+        head = self.prefill_model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())  # a tied embedding stays
+        for module in self.prefill_model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = round_trip(module.weight.data.T, "host").T.contiguous()
+
+    @torch.no_grad()
+    def greedy(
+        self, prompt: list[int], tokens: int, *, rounded: bool = True
+    ) -> tuple[list[int], list[float]]:
+        """Tokens, and each one's margin over the runner-up."""
+        cache = RoundingCache() if rounded else DynamicCache()
+        model = self.prefill_model if rounded else self.decode_model
+        ids, out, margins = torch.tensor([prompt]), [], []
+        for _ in range(tokens):
+            logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
+            top = logits.topk(2)
+            out.append(int(top.indices[0]))
+            margins.append(float(top.values[0] - top.values[1]))
+            ids, model = torch.tensor([[out[-1]]]), self.decode_model
+            if rounded:
+                cache.packs = False
+        return out, margins
