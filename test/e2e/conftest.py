@@ -12,7 +12,7 @@ from .harness import Pair, Server, launch, running, running_pair
 CHUNK = 64
 COMMON = ("--dtype", "float32", "--chunked-prefill-size", str(CHUNK), "--enable-metrics")
 # Small enough that 200 concurrent requests reuse pages and retract.
-POOL_TOKENS = 6144
+POOL_TOKENS = 4096
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,10 @@ def pair(model: Path, logs: Path) -> Iterator[Pair]:
         logs,
         *COMMON,
         prefill_flags=("--max-total-tokens", "16384"),
-        decode_flags=("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "48"),
+        decode_flags=(
+            *("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "64"),
+            *("--num-reserved-decode-tokens", "1"),
+        ),
     ) as started:
         yield started
 
