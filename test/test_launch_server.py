@@ -85,9 +85,10 @@ MLA = {
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
-    "n_routed_experts": None,
-    "first_k_dense_replace": 2,
 }
+
+
+SSM = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
 
 
 @pytest.mark.e2e
@@ -96,6 +97,7 @@ MLA = {
     [
         ({"head_dim": 80}, ["head_dim 80", "multiple of 32"]),
         (MLA, ["MLA", "MHA/GQA"]),
+        (SSM, ["state-space", "MHA/GQA"]),
     ],
 )
 def test_models_that_cannot_be_served(

@@ -153,8 +153,9 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
 
     try:
         model = ModelConfig.from_server_args(server_args)
-    except (OSError, ValueError) as error:
-        fail(f"--model-path is {server_args.model_path}: {str(error).splitlines()[0]}")
+    except Exception as error:  # whatever transformers makes of a broken config
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        fail(f"--model-path is {server_args.model_path}: {reason}")
     if not config.packs_kv:
         return model
     name = (model.hf_config.architectures or ["model"])[0]

@@ -10,7 +10,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from hma_kernels import PAGE, TILE, TILE_BYTES, PagedKV, bfp8_round, bfp8_unpack, bfp8_write_rows
 from sglang_hma.kvcache.arena import IDS_PER_SLAB
-from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, KVFormat
+from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, KVFormat
 from sglang_hma.kvcache.sizing import SLAB_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,16 @@ class Bfp8KVPool(MHATokenToKVPool):
             v_bfp8=self.v_buffer,
             k_bf16=[self._bf16_view(buf, self.head_dim) for buf in self.k_buffer],
             v_bf16=[self._bf16_view(buf, self.v_head_dim) for buf in self.v_buffer],
+        )
+
+    def _finalize_allocation_log(self, num_tokens: int) -> None:
+        super()._finalize_allocation_log(num_tokens)
+        logger.info(
+            "KV capacity: %d prompt tokens in BFP8 (%d bytes a token); "
+            "the same memory would hold %d tokens in BF16",
+            num_tokens,
+            sum(buffer.stride(0) for buffer in self.k_buffer + self.v_buffer) // PAGE,
+            num_tokens * BF16_PAGES_PER_SLAB // BFP8_PAGES_PER_SLAB,
         )
 
     def _page_bytes(self, head_dim: int) -> list[torch.Tensor]:

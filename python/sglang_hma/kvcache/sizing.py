@@ -1,6 +1,5 @@
 """KV capacity from true bytes: 8.5 bits an element instead of the model dtype's 16 or 32."""
 
-import logging
 from typing import Any
 
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
@@ -8,8 +7,6 @@ from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator,
 from sglang_hma.config import PAGE_TOKENS, HmaConfig
 from sglang_hma.kvcache.arena import IDS_PER_SLAB
 from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB
-
-logger = logging.getLogger(__name__)
 
 SLAB_TOKENS = IDS_PER_SLAB * PAGE_TOKENS
 
@@ -46,11 +43,4 @@ class HmaPoolConfigurator(DefaultPoolConfigurator):
                     f"{(1 + reserved) * SLAB_TOKENS} tokens."
                 )
             sizes.max_total_num_tokens = slabs * SLAB_TOKENS
-        logger.info(
-            "KV capacity: %d prompt tokens as BFP8 pages (%d bytes a token); "
-            "the same memory would hold %d tokens in BF16",
-            sizes.max_total_num_tokens,
-            self._cell_size,
-            sizes.max_total_num_tokens * BF16_PAGES_PER_SLAB // BFP8_PAGES_PER_SLAB,
-        )
         return sizes
