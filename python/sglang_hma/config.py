@@ -48,8 +48,9 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     def rounds_prefill_weights(self) -> bool:
         return self.weight_format == "bfp8" and self.role != "decode"
 
-    def to_env(self) -> None:
-        os.environ[CONFIG_ENV] = msgspec.json.encode(self).decode()
+    def environment(self) -> dict[str, str]:
+        """What a process of this server needs in its environment."""
+        return {CONFIG_ENV: msgspec.json.encode(self).decode(), "SGLANG_PLATFORM": "hma"}
 
     @classmethod
     def from_env(cls) -> "HmaConfig | None":

@@ -232,8 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         print_help()
         return
     config, rest = parse(argv)
-    config.to_env()
-    os.environ["SGLANG_PLATFORM"] = "hma"
+    os.environ.update(config.environment())
     for name, value in MOONCAKE_DEFAULTS.items():
         os.environ.setdefault(name, value)
     if config.device == "cpu":

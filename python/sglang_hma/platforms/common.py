@@ -24,6 +24,9 @@ class HmaPlatformMixin:
         return SlabPageAllocator
 
     def post_load_model(self, model: Any) -> None:
+        from sglang_hma import seams
         from sglang_hma.prefill import reference
 
+        # The launcher verified its own process; this is the one that serves.
+        seams.verify(HmaConfig.require())
         reference.prepare_model(model)

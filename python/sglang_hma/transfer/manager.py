@@ -15,6 +15,7 @@ from typing import Any
 import requests
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.mooncake.conn import (
+    ABORT_TAG,
     KVArgsRegisterInfo,
     MooncakeKVManager,
     MooncakeKVSender,
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 # part of it written.
 MAX_BATCH_ENTRIES = 1000
 FORMAT_FRAME = b"HMA-KV"
+REGISTRATION = b"None"
+# First frames that SGLang itself parses defensively.
+SELF_CHECKED = (ABORT_TAG, b"WATERMARK", b"STAGING_RSP")
 ROUTE_TIMEOUT_S = 5
 
 
@@ -85,23 +89,29 @@ class HmaKVManager(MooncakeKVManager):
         return checked_recv
 
     def _accepts(self, message: list[bytes]) -> bool:
-        """Whether a message to the prefill server parses; remembers a peer's format."""
+        """Whether a message to the prefill server parses; remembers a peer's format.
+
+        SGLang's receiving thread dies of what it cannot parse, and with it the server.
+        """
         try:
-            if message[0] == b"None":
-                peer = KVArgsRegisterInfo.from_zmq(message).mooncake_session_id
-                frames = [f for f in message if f.startswith(FORMAT_FRAME)]
-                with self._peer_lock:
-                    self._peer_formats.pop(peer, None)
-                    if frames:
-                        self._peer_formats[peer] = frames[-1][len(FORMAT_FRAME) :].decode("ascii")
-            elif message[0].isdigit():
-                info = TransferInfo.from_zmq(message)
-                if (info.dst_kv_indices < 0).any():
-                    raise ValueError("negative page index")
+            if message[0] in SELF_CHECKED:
+                return True
+            if message[0] == REGISTRATION:
+                self._remember_format(message)
+            elif (TransferInfo.from_zmq(message).dst_kv_indices < 0).any():
+                raise ValueError("negative page index")
         except Exception as error:
             logger.error("Dropping a malformed message from a decode server: %r", error)
             return False
         return True
+
+    def _remember_format(self, message: list[bytes]) -> None:
+        peer = KVArgsRegisterInfo.from_zmq(message).mooncake_session_id
+        formats = [frame for frame in message if frame.startswith(FORMAT_FRAME)]
+        with self._peer_lock:
+            self._peer_formats.pop(peer, None)
+            if formats:
+                self._peer_formats[peer] = formats[-1][len(FORMAT_FRAME) :].decode("ascii")
 
     def _validate_peer_state_layout(
         self, registration_info: KVArgsRegisterInfo
