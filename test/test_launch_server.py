@@ -30,6 +30,8 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--speculative-algorithm", "EAGLE"], ["--speculative-algorithm EAGLE"]),
         (["--disaggregation-transfer-backend", "nixl"], ["nixl", "mooncake"]),
         (["--chunked-prefill-size", "100"], ["--chunked-prefill-size", "100", "multiple of 32"]),
+        (["--disaggregation-decode-retraction-backup", "host_pool"], ["host_pool", "cpu_tensor"]),
+        (["--enable-hisparse"], ["--enable-hisparse", "leave it out"]),
         (["--dtype", "float16"], ["float16", "bfloat16"]),
         (["--device", "xpu"], ["--device", "xpu"]),
         (["--disaggregation-mode", "both"], ["--disaggregation-mode", "both"]),

@@ -67,6 +67,11 @@ class DemoModelSpec:
             raise DemoModelError(f"head_dim={self.head_dim}: must be even, for RoPE")
         if self.heads % self.kv_heads:
             raise DemoModelError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
+        if self.family == "qwen2" and self.heads * self.head_dim != self.hidden:
+            raise DemoModelError(
+                f"heads={self.heads} x head_dim={self.head_dim} is not hidden={self.hidden}: "
+                "SGLang's Qwen2 takes the head size from hidden / heads"
+            )
         if self.vocab < MIN_VOCAB:
             raise DemoModelError(f"vocab={self.vocab}: must be at least {MIN_VOCAB}")
         if self.seed < 0:

@@ -43,6 +43,10 @@ BFP8_CONFLICTS: dict[str, tuple[str | None, str]] = {
     "--pipeline-parallel-size": ("1", "page descriptors cover all layers"),
     "--enable-dp-attention": (None, "not tried with BFP8 pages"),
     "--enable-unified-memory": (None, "it replaces the KV pool"),
+    "--enable-hisparse": (None, "it replaces the KV pool"),
+    "--enable-page-major-kv-layout": (None, "it replaces the KV pool"),
+    "--enable-pd-role-switch": (None, "prefill and decode keep different weights and pages"),
+    "--dcp-size": ("1", "pages would be split between ranks"),
     "--enable-lora": (None, "adapters would be added to rounded weights"),
 }
 
@@ -114,6 +118,12 @@ def check_conflicts(config: HmaConfig, argv: list[str]) -> None:
         fail(
             f"--disaggregation-transfer-backend is {backend}: BFP8 pages travel with mooncake "
             "or mooncake_tcp"
+        )
+    backup = flag_value(argv, "--disaggregation-decode-retraction-backup")
+    if backup not in (None, "cpu_tensor", "none"):
+        fail(
+            f"--disaggregation-decode-retraction-backup is {backup}, which copies SGLang's own "
+            "page layout: use cpu_tensor"
         )
     dtype = flag_value(argv, "--dtype")
     if dtype in ("half", "float16"):

@@ -65,7 +65,9 @@ def test_formats_equal_the_oracle(
     from sglang_hma.demo_model import make_demo_model
 
     path = tmp_path / family
-    make_demo_model(path, family=family, layers=2, tie_embeddings=family == "llama")
+    make_demo_model(
+        path, family=family, layers=2, heads=4, kv_heads=2, tie_embeddings=family == "llama"
+    )
     server = launch(f"one-{family}", path, logs, *COMMON, "--max-total-tokens", "8192")
     with running(server):
         compare_with_oracle(server, path, seed)

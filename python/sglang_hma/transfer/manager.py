@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import requests
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.mooncake.conn import (
     ABORT_TAG,
@@ -24,6 +23,7 @@ from sglang.srt.disaggregation.mooncake.conn import (
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import mismatch
+from sglang_hma.transfer.refusal import abort_at_prefill, fetch_route
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ FORMAT_FRAME = b"HMA-KV"
 REGISTRATION = b"None"
 # First frames that SGLang itself parses defensively.
 SELF_CHECKED = (ABORT_TAG, b"WATERMARK", b"STAGING_RSP")
-ROUTE_TIMEOUT_S = 5
 
 
 class HmaKVManager(MooncakeKVManager):
@@ -51,26 +50,28 @@ class HmaKVManager(MooncakeKVManager):
         """As SGLang's, but a mismatch fails the waiting requests, not the server."""
         if bootstrap_addr in self.prefill_info_table:
             return True
-        reason = self._prefill_mismatch(bootstrap_addr)
+        route = fetch_route(bootstrap_addr)
+        if route is None:
+            return False
+        theirs = route.get("kv_layout")
+        reason = self._mismatch(theirs if isinstance(theirs, str) else None, their_role="prefill")
         if reason is None:
             return bool(super().try_ensure_parallel_info(bootstrap_addr))
-        logger.error("Refusing prefill server %s: %s", bootstrap_addr, reason)
-        for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ())):
-            self.record_failure(room, reason)
-            self.update_status(room, KVPoll.Failed)
+        self._refuse(bootstrap_addr, route, reason)
         return False
 
-    def _prefill_mismatch(self, bootstrap_addr: str) -> str | None:
-        query = "prefill_dp_rank=-1&prefill_cp_rank=-1&target_tp_rank=-1&target_pp_rank=-1"
-        try:
-            reply = requests.get(f"http://{bootstrap_addr}/route?{query}", timeout=ROUTE_TIMEOUT_S)
-            reply.raise_for_status()
-            theirs = reply.json().get("kv_layout")
-        except (requests.RequestException, ValueError, AttributeError) as error:
-            # Not reachable or not ready: SGLang's own retry deals with it.
-            logger.debug("No route from %s yet: %s", bootstrap_addr, error)
-            return None
-        return self._mismatch(theirs if isinstance(theirs, str) else None, their_role="prefill")
+    def _refuse(self, bootstrap_addr: str, route: dict[str, Any], reason: str) -> None:
+        rooms = [
+            room
+            for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ()))
+            if self.request_status.get(room) != KVPoll.Failed
+        ]
+        logger.error("Refusing prefill server %s: %s", bootstrap_addr, reason)
+        for room in rooms:
+            self.record_failure(room, reason)
+            self.update_status(room, KVPoll.Failed)
+        args = (self._send_multipart_locked, bootstrap_addr, route, rooms)
+        threading.Thread(target=abort_at_prefill, args=args, daemon=True).start()
 
     # -- prefill asks decode --
 
