@@ -3,25 +3,31 @@
 import asyncio
 import random
 import time
+from pathlib import Path
 
 import aiohttp
 import pytest
 import requests
 
-from .conftest import POOL_TOKENS
-from .harness import Pair, output_ids, payload
+from .conftest import COMMON, POOL_TOKENS
+from .harness import Pair, Server, launch, output_ids, payload, running
 
 pytestmark = pytest.mark.e2e
 
 REQUESTS = 200
 
 
-def test_every_request_survives_and_keeps_its_tokens(pair: Pair, seed: int) -> None:
+def random_jobs(seed: int, count: int) -> list[tuple[list[int], int]]:
+    """(prompt, new tokens): page boundaries and long tails are frequent."""
     rng = random.Random(seed)
-    jobs = [
+    return [
         ([rng.randrange(8, 4000) for _ in range(rng.choice(LENGTHS))], rng.choice(TOKENS))
-        for _ in range(REQUESTS)
+        for _ in range(count)
     ]
+
+
+def test_every_request_survives_and_keeps_its_tokens(pair: Pair, seed: int) -> None:
+    jobs = random_jobs(seed, REQUESTS)
     demand = sum(len(prompt) + tokens for prompt, tokens in jobs)
     assert demand > 3 * POOL_TOKENS
     quiet = [output_ids(pair.url, prompt, tokens) for prompt, tokens in jobs]
@@ -33,7 +39,25 @@ def test_every_request_survives_and_keeps_its_tokens(pair: Pair, seed: int) -> N
             assert body["output_ids"] == expected, (len(prompt), tokens)
             retracted += body["meta_info"].get("num_retractions", 0)
     assert retracted > 0, "the pool was never too small: the test shows nothing"
-    assert_drained(pair)
+    assert_drained(pair.prefill, pair.decode)
+
+
+def test_single_server_under_pressure(single: Server, model: Path, logs: Path, seed: int) -> None:
+    """Both roles in one small pool: prompts, generated pages and cached prefixes compete."""
+    jobs = random_jobs(seed, 60)
+    small = launch("small", model, logs, *COMMON, "--max-total-tokens", "3072")
+    with running(small):
+        replies = asyncio.run(all_at_once(small.url, jobs))
+        undisturbed = 0
+        for (prompt, tokens), (status, body) in zip(jobs, replies, strict=True):
+            assert status == 200, body
+            assert len(body["output_ids"]) == tokens
+            # A retracted request is prefilled again, its own tokens as prompt: BFP8, not BF16.
+            if body["meta_info"].get("num_retractions", 0) == 0:
+                undisturbed += 1
+                assert body["output_ids"] == output_ids(single.url, prompt, tokens)
+        assert undisturbed > 10
+        assert_drained(small)
 
 
 TOKENS = [*range(2, 25, 2), 96]
@@ -52,9 +76,9 @@ async def all_at_once(url: str, jobs: list[tuple[list[int], int]]) -> list[tuple
         return await asyncio.gather(*(one(*job) for job in jobs))
 
 
-def assert_drained(pair: Pair) -> None:
-    """After the last answer every page is free on both sides."""
-    for server in (pair.prefill, pair.decode):
+def assert_drained(*servers: Server) -> None:
+    """After the last answer every page is free."""
+    for server in servers:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             assert server.alive(), server.text()[-3000:]
