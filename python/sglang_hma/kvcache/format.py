@@ -121,10 +121,6 @@ class KVFormat:
         return [f"{name}: {ours}/{theirs}" for name, ours, theirs in pairs if ours != theirs]
 
     @property
-    def is_bfp8(self) -> bool:
-        return self.name == "bfp8_b"
-
-    @property
     def k_page_bytes(self) -> int:
         """Bytes of one BFP8 page of one layer's K: [kv_heads][head_dim/32][1088]."""
         return self.kv_heads * (self.head_dim // TILE) * TILE_BYTES

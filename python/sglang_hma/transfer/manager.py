@@ -22,7 +22,7 @@ from sglang.srt.disaggregation.mooncake.conn import (
 )
 
 from sglang_hma.config import HmaConfig
-from sglang_hma.kvcache.format import mismatch
+from sglang_hma.kvcache.format import KVFormat, mismatch
 from sglang_hma.transfer.refusal import abort_at_prefill, fetch_route
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class HmaKVManager(MooncakeKVManager):
         self._peer_formats: dict[str, str] = {}
         self._peer_lock = threading.Lock()
         super().__init__(*args, **kwargs)
+        logger.info("KV format %s: %s", KVFormat.parse(self._ours).digest(), self._ours)
 
     # -- decode asks prefill --
 
