@@ -58,12 +58,14 @@ def enter_phase(*, prefill: bool) -> None:
 def prepare_model(model: Module) -> None:
     """Apply the weight formats of this server's role to a freshly loaded model."""
     config = HmaConfig.require()
-    if config.rounds_prefill_weights:
-        untie_lm_head(model)
-    weights = linear_weights(model)
     exact = config.packs_kv and config.device == "cpu"
+    if config.rounds_prefill_weights:
+        refuse_quantized(model)
+        untie_lm_head(model)
+    elif not exact:
+        return
     rounded = 0
-    for module, name in weights:
+    for module, name in linear_weights(model):
         parameter = getattr(module, name)
         wide = exact and parameter.dtype == torch.float32 and isinstance(module, LinearBase)
         if config.rounds_prefill_weights:
@@ -79,20 +81,30 @@ def prepare_model(model: Module) -> None:
         if wide:
             parameter.data = parameter.data.double()
             module.quant_method = Float64LinearMethod()
-    logger.info("BFP8 weights for prefill: %d of %d linear weights", rounded, len(weights))
+    logger.info("Linear weights rounded to BFP8 for prefill: %d", rounded)
+
+
+def refuse_quantized(model: Module) -> None:
+    """Raise RuntimeError if a linear layer's weights are already in another format."""
+    for module in model.modules():
+        if isinstance(module, LinearBase) and not has_plain_weight(module):
+            raise RuntimeError(
+                f"the checkpoint is quantized ({type(module.quant_method).__name__}): "
+                "serve it with --hma-weight-format native"
+            )
+
+
+def has_plain_weight(module: LinearBase) -> bool:
+    return isinstance(module.quant_method, UnquantizedLinearMethod)
 
 
 def linear_weights(model: Module) -> list[tuple[Module, str]]:
-    """(module, parameter name) of each linear weight, the LM head and experts included."""
+    """(module, parameter name) of each plain linear weight, the LM head and experts included."""
     found: list[tuple[Module, str]] = []
     for module in model.modules():
         if isinstance(module, LinearBase):
-            if not isinstance(module.quant_method, UnquantizedLinearMethod):
-                raise RuntimeError(
-                    f"the checkpoint is quantized ({type(module.quant_method).__name__}): "
-                    "serve it with --hma-weight-format native"
-                )
-            found.append((module, "weight"))
+            if has_plain_weight(module):
+                found.append((module, "weight"))
         elif isinstance(module, ParallelLMHead):
             found.append((module, "weight"))
         elif all(isinstance(getattr(module, n, None), Parameter) for n in _EXPERT_WEIGHTS):
