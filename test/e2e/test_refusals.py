@@ -42,11 +42,10 @@ def test_decode_with_another_format_is_refused(
     from sglang_hma.demo_model import make_demo_model
 
     other = tmp_path / "other-heads"
-    make_demo_model(other, layers=4, kv_heads=2)
+    make_demo_model(other, layers=4, kv_heads=2, head_dim=32)
+    native = ("--hma-kv-format", "native", "--page-size", "16")
     peers = {
-        "native": launch(
-            "x-native", model, logs, *COMMON, *SMALL, "--hma-kv-format", "native", mode="decode"
-        ),
+        "native": launch("x-native", model, logs, *COMMON, *SMALL, *native, mode="decode"),
         "heads": launch("x-heads", other, logs, *COMMON, *SMALL, mode="decode"),
         "stock": launch(
             "x-stock",
@@ -72,8 +71,10 @@ def test_decode_with_another_format_is_refused(
             seen = peers[name].text() + pair.prefill.text() + answer.text
             assert "KV format mismatch" in seen, (name, answer.text[:500])
             assert "name=bfp8_b" in seen
-        assert "name=native-float32" in peers["native"].text()
-        assert "kv_heads=2" in peers["heads"].text() and "kv_heads=4" in peers["heads"].text()
+        for difference in ("name: native-float32/bfp8_b", "page: 16/32"):
+            assert difference in peers["native"].text()
+        for difference in ("kv_heads: 2/4", "head_dim: 32/64"):
+            assert difference in peers["heads"].text()
         assert "stock SGLang" in pair.prefill.text()
         assert peers["native"].alive() and peers["heads"].alive()
     assert output_ids(pair.url, list(range(10, 80))) == before
