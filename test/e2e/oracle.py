@@ -48,19 +48,19 @@ class Oracle:
                 module.weight.data = round_trip(module.weight.data.T, "host").T.contiguous()
 
     @torch.no_grad()
-    def greedy(
-        self, prompt: list[int], tokens: int, *, rounded: bool = True
-    ) -> tuple[list[int], list[float]]:
-        """Tokens, and each one's margin over the runner-up."""
+    def regrets(self, prompt: list[int], tokens: list[int], *, rounded: bool = True) -> list[float]:
+        """How far below the best logit each of `tokens` lies, given the prompt and those before.
+
+        A greedy decoder with the same arithmetic has regret 0 everywhere; the
+        continuation is the given one, so a tie early on hides no later token.
+        """
         cache = RoundingCache() if rounded else DynamicCache()
         model = self.prefill_model if rounded else self.decode_model
-        ids, out, margins = torch.tensor([prompt]), [], []
-        for _ in range(tokens):
+        ids, out = torch.tensor([prompt]), []
+        for token in tokens:
             logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
-            top = logits.topk(2)
-            out.append(int(top.indices[0]))
-            margins.append(float(top.values[0] - top.values[1]))
-            ids, model = torch.tensor([[out[-1]]]), self.decode_model
+            out.append(float(logits.max() - logits[token]))
+            ids, model = torch.tensor([[token]]), self.decode_model
             if rounded:
                 cache.packs = False
-        return out, margins
+        return out

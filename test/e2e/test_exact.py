@@ -12,7 +12,8 @@ from .oracle import Oracle
 LENGTHS = [1, 31, 32, 33, 64, 96, 500]
 NEW_TOKENS = 40
 VOCAB = 4096
-CLEAR_MARGIN = 0.05
+FP32_TIE = 1e-3  # logits closer than this may be ordered differently in fp32
+FLIPPED_ROUNDING = 0.05  # a last-bit difference in K may flip a rounding: a logit moves this far
 
 pytestmark = pytest.mark.e2e
 
@@ -45,11 +46,9 @@ def test_native_equals_transformers(model: Path, logs: Path, seed: int) -> None:
     flags = (*COMMON, "--hma-kv-format", "native", "--max-total-tokens", "8192")
     with running_pair(model, logs, *flags, name="native") as native:
         for prompt in prompts(seed):
-            expected, margins = oracle.greedy(prompt, NEW_TOKENS, rounded=False)
             got = output_ids(native.url, prompt, NEW_TOKENS)
-            # Past a tie that fp32 noise can turn, the continuations are different texts.
-            decided = next((i for i, m in enumerate(margins) if m < 1e-3), NEW_TOKENS)
-            assert got[:decided] == expected[:decided], len(prompt)
+            regrets = oracle.regrets(prompt, got, rounded=False)
+            assert max(regrets) < FP32_TIE, (len(prompt), regrets)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
@@ -74,13 +73,11 @@ def test_formats_equal_the_oracle(
 
 
 def compare_with_oracle(server: Server, path: Path, seed: int) -> None:
-    oracle, decided_tokens, changed = Oracle(path), 0, False
+    oracle, without = Oracle(path), 0.0
     for prompt in prompts(seed):
-        expected, margins = oracle.greedy(prompt, NEW_TOKENS)
-        changed |= oracle.greedy(prompt, NEW_TOKENS, rounded=False)[0] != expected
-        # A last-bit difference in K may flip a rounding and move a logit by about this much.
-        decided = next((i for i, m in enumerate(margins) if m < CLEAR_MARGIN), NEW_TOKENS)
-        assert output_ids(server.url, prompt, NEW_TOKENS)[:decided] == expected[:decided]
-        decided_tokens += decided
-    assert changed, "rounding changed no token: the test shows nothing"
-    assert decided_tokens > len(LENGTHS) * NEW_TOKENS / 8
+        got = output_ids(server.url, prompt, NEW_TOKENS)
+        regrets = oracle.regrets(prompt, got)
+        assert max(regrets) < FLIPPED_ROUNDING, (len(prompt), regrets)
+        without = max(without, *oracle.regrets(prompt, got, rounded=False))
+    print(f"largest regret of an oracle without rounding: {without:.3f}")
+    assert without > FLIPPED_ROUNDING, "rounding changed no token: the test shows nothing"
