@@ -1,10 +1,16 @@
 """Attention and codec kernels over BFP8 and BF16 KV pages; knows nothing of SGLang."""
 
+from hma_kernels.implementation import describe
 from hma_kernels.layout import GROUP, PAGE, TILE, TILE_BYTES
+from hma_kernels.ops import (
+    DecodePlan,
+    bfp8_pack,
+    bfp8_round,
+    bfp8_unpack,
+    bfp8_write_rows,
+    extend_attention,
+)
 from hma_kernels.paged import PagedKV, PageTable
-from hma_kernels.torch_attention import DecodePlan
-from hma_kernels.torch_codec import bfp8_pack, bfp8_round, bfp8_unpack, bfp8_write_rows
-from hma_kernels.torch_extend import extend_attention
 
 __all__ = [
     "GROUP",
@@ -18,5 +24,6 @@ __all__ = [
     "bfp8_round",
     "bfp8_unpack",
     "bfp8_write_rows",
+    "describe",
     "extend_attention",
 ]

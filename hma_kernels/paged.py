@@ -14,9 +14,9 @@ class PagedKV:
 
     k_bfp8: per layer uint8 [pages, kv_heads, head_dim/32, 1088]; v_bfp8 likewise (v_head_dim).
     k_bf16: per layer bfloat16 [pages16, kv_heads, 32, head_dim]; v_bf16 likewise (v_head_dim).
-    The page counts of the two formats differ: both cover the same memory.
+    The page counts of the two formats differ: both cover the same memory. A page is contiguous.
 
-    Raises ValueError if a shape or dtype differs from the above or between layers.
+    Raises ValueError if a shape, dtype or stride differs from the above or between layers.
     """
 
     k_bfp8: list[torch.Tensor]
@@ -47,6 +47,10 @@ class PagedKV:
                 _check(f"{name}_bfp8", pages, torch.uint8, tiles)
 
     @property
+    def device(self) -> torch.device:
+        return self.k_bf16[0].device
+
+    @property
     def kv_heads(self) -> int:
         return self.k_bf16[0].shape[1]
 
@@ -65,6 +69,8 @@ def _check(name: str, pages: torch.Tensor, dtype: torch.dtype, page_shape: tuple
             f"PagedKV.{name} is {pages.dtype} {list(pages.shape)}; "
             f"needs {dtype} [pages, {', '.join(map(str, page_shape))}]"
         )
+    if len(pages) and not pages[0].is_contiguous():
+        raise ValueError(f"PagedKV.{name} has strides {pages.stride()}; a page must be contiguous")
 
 
 @dataclass(frozen=True)

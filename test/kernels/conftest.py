@@ -6,13 +6,16 @@ The run's seed stands in pytest's header; HMA_TEST_SEED=<seed> repeats a run.
 import os
 import secrets
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 from kernel_cases import GOLDEN, Cache, Spec, random_cache, widen
+
+import hma_kernels.portable
+from hma_kernels import implementation
 
 SEED = int(os.environ.get("HMA_TEST_SEED") or secrets.randbits(32))
 
@@ -22,6 +25,27 @@ hypothesis.settings.load_profile("fresh")
 
 def pytest_report_header() -> str:
     return f"kernel tests: HMA_TEST_SEED={SEED}"
+
+
+@pytest.fixture(scope="module", autouse=True, params=["portable", "scalar", "avx2", "avx512"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of this folder runs on each implementation that this machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "portable":
+            patch.setattr(implementation, "_host", lambda: hma_kernels.portable)
+            yield request.param
+            return
+        try:
+            from hma_kernels import cpu
+        except ImportError:
+            pytest.skip("hma_kernels.cpu was not built: no C++ compiler")
+        if request.param not in cpu.available_isas():
+            pytest.skip(f"this machine has no {request.param}")
+        patch.setattr(implementation, "_host", lambda: cpu)
+        before = cpu.isa()
+        cpu.set_isa(request.param)
+        yield request.param
+        cpu.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

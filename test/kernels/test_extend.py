@@ -13,8 +13,8 @@ from hma_kernels import (
     bfp8_round,
     extend_attention,
     reference,
-    torch_extend,
 )
+from hma_kernels.portable import prefill as portable_prefill
 
 
 def normal(rng, shape, dtype):
@@ -24,7 +24,7 @@ def normal(rng, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("trial", range(8))
 def test_equals_reference(rng, make_cache, assert_near, monkeypatch, trial, dtype):
-    monkeypatch.setattr(torch_extend, "_BLOCK_LOGITS", int(rng.choice([1, 5000, 1 << 23])))
+    monkeypatch.setattr(portable_prefill, "_BLOCK_LOGITS", int(rng.choice([1, 5000, 1 << 23])))
     heads, group = int(rng.integers(1, 3)), int(rng.choice([1, 2, 4]))
     dim = int(rng.choice([32, 64, 96]))
     v_dim = dim if rng.random() < 0.5 else 32
@@ -60,7 +60,7 @@ def stored(k, v, prefix, bfp8_pages):
     for x in (k, v):
         padded = torch.full((pages * PAGE, *x.shape[1:]), torch.nan)
         padded[:prefix] = x[:prefix]
-        by_page.append(padded.unflatten(0, (pages, PAGE)).transpose(1, 2))
+        by_page.append(padded.unflatten(0, (pages, PAGE)).transpose(1, 2).contiguous())
     tiles = [bfp8_pack(x)[:, :, 0] for x in by_page]
     kv = PagedKV(tiles[:1], tiles[1:], [by_page[0].bfloat16()], [by_page[1].bfloat16()])
     ids = torch.arange(pages)

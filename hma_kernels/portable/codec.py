@@ -1,7 +1,4 @@
-"""BFP8 in torch: pack, unpack and round tensors, write single rows of a page.
-
-Byte-exact with hma_kernels.reference on every input; see there for the rules and their source.
-"""
+"""The BFP8 codec in torch; arguments are those of hma_kernels.ops, checked there."""
 
 from functools import lru_cache
 
@@ -20,35 +17,14 @@ from hma_kernels.layout import (
     padded,
 )
 
-_SOURCES = (torch.float32, torch.bfloat16, torch.float16)
-_TARGETS = (torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 1 << 20
 
 
-def bfp8_pack(
-    x: torch.Tensor, *, rounding: Rounding = "device", out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Pack x into BFP8 tiles.
-
-    x: float32, bfloat16 or float16 [..., H, W], any strides; H and W are zero-padded to 32.
-    rounding: "device" (half away from zero on bfloat16, float32 truncated first) for K and V,
-    "host" (half to even on float32) for weights.
-    Returns uint8 [..., ceil(H/32), ceil(W/32), 1088], in `out` if given.
-    Raises TypeError for another dtype, ValueError for another rounding or a shape that
-    does not fit.
-    """
-    _check_source(x, rounding)
-    if x.dim() < 2:
-        raise ValueError(f"bfp8_pack: x has shape {list(x.shape)}; needs [..., H, W]")
+def pack(x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None:
     *lead, height, width = x.shape
     full_height, full_width = padded(height), padded(width)
     if (full_height, full_width) != (height, width):
         x = torch.nn.functional.pad(x, (0, full_width - width, 0, full_height - height))
-    out = _result(
-        out, (*lead, full_height // TILE, full_width // TILE, TILE_BYTES), torch.uint8, x.device
-    )
-    if out.numel() == 0:
-        return out
     exponents, data = _encode(x.reshape(-1, GROUP), rounding)
     faces = (*lead, full_height // TILE, 2, FACE, full_width // TILE, 2)
     rank = len(lead)
@@ -56,90 +32,31 @@ def bfp8_pack(
     out[..., :EXPONENT_BYTES] = exponents.view(faces).permute(tile_order).flatten(-3)
     data_order = (*tile_order, rank + 5)
     out[..., EXPONENT_BYTES:] = data.view(*faces, GROUP).permute(data_order).flatten(-4)
-    return out
 
 
-def bfp8_unpack(
-    tiles: torch.Tensor,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Exact inverse of the format: uint8 [..., Ht, Wt, 1088] -> dtype [..., Ht*32, Wt*32].
-
-    dtype: bfloat16, float32 or float64; all three hold the same values.
-    Raises TypeError for another dtype, ValueError for a shape that does not fit.
-    """
-    if dtype not in _TARGETS:
-        raise TypeError(f"bfp8_unpack: dtype is {dtype}; needs one of {_TARGETS}")
-    if tiles.dtype != torch.uint8 or tiles.dim() < 3 or tiles.shape[-1] != TILE_BYTES:
-        raise ValueError(
-            f"bfp8_unpack: tiles are {tiles.dtype} {list(tiles.shape)}; "
-            f"needs uint8 [..., Ht, Wt, {TILE_BYTES}]"
-        )
-    *lead, high, wide, _ = tiles.shape
-    out = _result(out, (*lead, high * TILE, wide * TILE), dtype, tiles.device)
-    if out.numel() == 0:
-        return out
+def unpack(tiles: torch.Tensor, out: torch.Tensor) -> None:
+    wide = tiles.shape[-2]
     strips = tiles.reshape(-1, wide, TILE_BYTES)
     per_chunk = max(1, _CHUNK // (wide * TILE * TILE))
-    result = out if out.is_contiguous() else torch.empty(out.shape, dtype=dtype, device=out.device)
-    flat = result.view(-1, TILE, wide * TILE)
+    flat = out.view(-1, TILE, wide * TILE)
     for start in range(0, len(strips), per_chunk):
         part = slice(start, start + per_chunk)
-        flat[part] = decode_strips(strips[part], dtype)
-    return out if result is out else out.copy_(result)
+        flat[part] = decode_strips(strips[part], out.dtype)
 
 
-def bfp8_round(x: torch.Tensor, *, rounding: Rounding = "device") -> torch.Tensor:
-    """What x becomes by packing and unpacking, groups along the last dimension.
-
-    x: float32 or bfloat16 [..., W], W a multiple of 16. Returns the same shape and dtype; every
-    value is exact in bfloat16. Works in bounded memory beyond the result.
-    Raises TypeError for another dtype, ValueError for another W or rounding.
-    """
-    _check_source(x, rounding)
-    if x.dtype == torch.float16:
-        raise TypeError("bfp8_round: x is float16, which cannot hold BFP8's exponent range")
-    if x.dim() == 0 or x.shape[-1] % GROUP:
-        raise ValueError(f"bfp8_round: x has shape {list(x.shape)}; W must divide by {GROUP}")
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel() == 0:
-        return out
+def round_values(x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None:
     rows, out_rows = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
     per_chunk = max(1, _CHUNK // x.shape[-1])
     for start in range(0, len(rows), per_chunk):
         part = rows[start : start + per_chunk]
         exponents, data = _encode(part.reshape(-1, GROUP), rounding)
         out_rows[start : start + per_chunk] = _decode(exponents, data, x.dtype).view(part.shape)
-    return out
 
 
-def bfp8_write_rows(
+def write_rows(
     pages: torch.Tensor, page_ids: torch.Tensor, rows: torch.Tensor, x: torch.Tensor
 ) -> None:
-    """Pack one token row each into its page, in place, by the device rule.
-
-    pages: uint8 [P, heads, W/32, 1088], any strides. page_ids, rows: int64 [n], rows in 0..31,
-    no (page, row) twice. x: float32, bfloat16 or float16 [n, heads, W].
-    No byte of another row changes: a row's groups are its own.
-    Raises TypeError for another dtype, ValueError for shapes that do not fit.
-    """
-    _check_source(x, "device")
     count, heads, width = x.shape
-    expected = (heads, width // TILE, TILE_BYTES)
-    if width % TILE or pages.dtype != torch.uint8 or tuple(pages.shape[1:]) != expected:
-        raise ValueError(
-            f"bfp8_write_rows: pages are {pages.dtype} {list(pages.shape)} and x "
-            f"{list(x.shape)}; needs uint8 [P, heads, W/{TILE}, {TILE_BYTES}] and [n, heads, W]"
-        )
-    if page_ids.shape != (count,) or rows.shape != (count,):
-        raise ValueError(
-            f"bfp8_write_rows: page_ids {list(page_ids.shape)} and rows {list(rows.shape)} "
-            f"must both be [{count}]"
-        )
-    if count == 0:
-        return
     exponents, data = _encode(x.reshape(-1, GROUP), "device")
     groups = width // GROUP
     page = page_ids.view(-1, 1, 1)
@@ -278,20 +195,3 @@ def _value_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     bits = torch.where(exponent < leading_zeros, 0, sign << 15 | normal)
     bits = torch.where(q == 0, sign << 15, bits)
     return bits.to(torch.int16).view(torch.bfloat16).to(dtype).to(device)
-
-
-def _check_source(x: torch.Tensor, rounding: str) -> None:
-    if x.dtype not in _SOURCES:
-        raise TypeError(f"BFP8 packs float32, bfloat16 or float16; x is {x.dtype}")
-    if rounding not in ("device", "host"):
-        raise ValueError(f"rounding is {rounding!r}; needs 'device' or 'host'")
-
-
-def _result(
-    out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    if out is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    if tuple(out.shape) != shape or out.dtype != dtype:
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}; needs {dtype} {list(shape)}")
-    return out

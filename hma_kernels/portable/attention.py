@@ -10,22 +10,15 @@ import torch
 
 from hma_kernels.layout import PAGE
 from hma_kernels.paged import PagedKV, PageTable
-from hma_kernels.torch_codec import decode_strips
+from hma_kernels.portable.codec import decode_strips
 
 # K and V elements unpacked at once: 4 MB as float32, so that a chunk stays in cache.
 _CHUNK_ELEMENTS = 1 << 20
 
 
 def compute_dtype(q: torch.Tensor) -> torch.dtype:
-    """float64 for float32 queries, else float32.
-
-    Raises TypeError unless q is bfloat16, float16 or float32.
-    """
-    if q.dtype == torch.float32:
-        return torch.float64
-    if q.dtype in (torch.bfloat16, torch.float16):
-        return torch.float32
-    raise TypeError(f"attention: q is {q.dtype}; needs bfloat16, float16 or float32")
+    """float64 for float32 queries, else float32."""
+    return torch.float64 if q.dtype == torch.float32 else torch.float32
 
 
 def load_pages(pages: torch.Tensor, page_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -55,23 +48,12 @@ class _Chunk:
 
 
 class DecodePlan:
-    """One decode step of a batch: one query per request, at position seq_len - 1.
+    """hma_kernels.DecodePlan; what no layer changes is computed once."""
 
-    Everything that no layer changes is computed here. sliding_window w >= 0 limits a request to
-    positions >= seq_len - 1 - w; -1 is no limit. Pages without a visible row are never read.
-    Raises ValueError if num_q_heads is no multiple of the KV heads.
-    """
-
-    def __init__(
-        self, kv: PagedKV, table: PageTable, *, num_q_heads: int, sliding_window: int = -1
-    ) -> None:
-        if num_q_heads <= 0 or num_q_heads % kv.kv_heads:
-            raise ValueError(
-                f"num_q_heads is {num_q_heads}; needs a multiple of {kv.kv_heads} KV heads"
-            )
+    def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
         self._kv = kv
         self._batch = table.batch_size
-        self._heads = num_q_heads
+        self._heads = heads
         device = kv.k_bf16[0].device
         stop = table.seq_lens.to(device)
         start = (stop - 1 - sliding_window if sliding_window >= 0 else stop * 0).clamp(min=0)
@@ -89,25 +71,10 @@ class DecodePlan:
         ]
 
     def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        *,
-        scale: float,
-        logit_cap: float = 0.0,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """q [B, Hq, D] -> [B, Hq, Dv] in q's dtype; zeros for a request with nothing to see.
-
-        bfloat16 and float16 queries compute in float32. float32 queries compute in float64 and
-        round once, so that a row does not depend on what else is in the batch.
-        logit_cap c > 0 applies c * tanh(logit / c).
-        Raises TypeError for another dtype of q, ValueError for another shape of q or out.
-        """
+        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+    ) -> None:
         kv, batch, heads = self._kv, self._batch, self._heads
         group = heads // kv.kv_heads
-        if tuple(q.shape) != (batch, heads, kv.head_dim):
-            raise ValueError(f"q is {list(q.shape)}; needs {[batch, heads, kv.head_dim]}")
         dtype = compute_dtype(q)
         query = (q.to(dtype) * scale).reshape(batch, kv.kv_heads, group, kv.head_dim)
         query = query.transpose(2, 3).contiguous()
@@ -124,16 +91,7 @@ class DecodePlan:
             logits[chunk.hidden_page, :, chunk.hidden_row] = -torch.inf
             v[chunk.hidden_page, :, chunk.hidden_row] = 0
             state.add(logits, v, chunk.request)
-        result = state.result()
-        return result.to(q.dtype) if out is None else _checked(out, result, q).copy_(result)
-
-
-def _checked(out: torch.Tensor, result: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    if out.shape != result.shape or out.dtype != q.dtype:
-        raise ValueError(
-            f"out is {out.dtype} {list(out.shape)}; needs {q.dtype} {list(result.shape)}"
-        )
-    return out
+        out.copy_(state.result())
 
 
 def _chunks(

@@ -5,13 +5,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hma_kernels.layout import PAGE
 from hma_kernels.paged import PagedKV, PageTable
-from hma_kernels.torch_attention import compute_dtype, load_pages, soft_cap
+from hma_kernels.portable.attention import compute_dtype, load_pages, soft_cap
 
 # Logits that may exist at once; a longer prompt's queries go in blocks.
 _BLOCK_LOGITS = 1 << 23
 
 
-def extend_attention(
+def extend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -19,29 +19,16 @@ def extend_attention(
     layer: int,
     table: PageTable,
     q_indptr: torch.Tensor,
-    *,
     scale: float,
-    logit_cap: float = 0.0,
-    sliding_window: int = -1,
-) -> torch.Tensor:
-    """Attention of B requests' new rows.
-
-    q [T, Hq, D], k [T, H, D], v [T, H, Dv]: the new rows, rounded by the caller as they are
-    stored. table: each request's cached prefix, seq_lens its length. q_indptr: int64 [B+1] on
-    the host; request b owns rows q_indptr[b]..q_indptr[b+1], at positions seq_lens[b] onwards.
-    A row at position p sees positions <= p and, with sliding_window w >= 0, >= p - w.
-    Returns [T, Hq, Dv] in q's dtype. float32 queries compute in float64 and round once, so that
-    a row does not depend on how its prompt was cut into prefix and new rows.
-    Raises TypeError for a dtype other than bfloat16, float16, float32 and ValueError for shapes
-    that do not fit.
-    """
-    _check_shapes(q, k, v, kv, table, q_indptr)
+    logit_cap: float,
+    sliding_window: int,
+    out: torch.Tensor,
+) -> None:
     compute = compute_dtype(q)
     use_sdpa = q.dtype == torch.bfloat16 and logit_cap == 0
     work = q.dtype if use_sdpa else compute
     prefix_lengths = table.seq_lens.tolist()
     bounds = q_indptr.tolist()
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     for request, prefix in enumerate(prefix_lengths):
         rows = slice(bounds[request], bounds[request + 1])
         count = rows.stop - rows.start
@@ -74,7 +61,6 @@ def extend_attention(
                 if use_sdpa
                 else _softmax(part, part_k, part_v, hidden, scale, logit_cap)
             )
-    return out
 
 
 def _prefix(
@@ -129,26 +115,3 @@ def _softmax(
     logits = logits.view(q.shape[0], rows, -1).masked_fill_(hidden, -torch.inf)
     weights = logits.softmax(-1).view(k.shape[0], -1, k.shape[1])
     return torch.bmm(weights, v).view(q.shape[0], rows, -1)
-
-
-def _check_shapes(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv: PagedKV,
-    table: PageTable,
-    q_indptr: torch.Tensor,
-) -> None:
-    rows, heads = q.shape[0], q.shape[1]
-    if heads % kv.kv_heads or q.shape[2] != kv.head_dim:
-        raise ValueError(
-            f"q is {list(q.shape)}; needs [T, multiple of {kv.kv_heads}, {kv.head_dim}]"
-        )
-    for name, value, dim in (("k", k, kv.head_dim), ("v", v, kv.v_head_dim)):
-        if tuple(value.shape) != (rows, kv.kv_heads, dim):
-            raise ValueError(f"{name} is {list(value.shape)}; needs {[rows, kv.kv_heads, dim]}")
-    if q_indptr.shape != (table.batch_size + 1,) or int(q_indptr[-1]) != rows:
-        raise ValueError(
-            f"q_indptr is {q_indptr.tolist()}; needs {table.batch_size + 1} entries, "
-            f"the last {rows}"
-        )

@@ -1,0 +1,118 @@
+"""Tensors to the extension's attention; arguments are those of hma_kernels.ops, checked there."""
+
+import numpy as np
+import torch
+
+from hma_kernels.cpu import _ext
+from hma_kernels.cpu.codec import TYPES
+from hma_kernels.paged import PagedKV, PageTable
+
+type Query = tuple[int, int, int, int]
+type Pages = tuple[int, int, int, int]
+type PageList = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # type: ignore[type-arg]
+
+
+def _query(x: torch.Tensor) -> Query:
+    return x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(1)
+
+
+def _adjacent(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pages(kv: PagedKV, layer: int) -> tuple[Pages, Pages]:
+    """Addresses and page strides in bytes: BFP8's, BF16's."""
+    k8, v8, k16, v16 = kv.k_bfp8[layer], kv.v_bfp8[layer], kv.k_bf16[layer], kv.v_bf16[layer]
+    return (
+        (k8.data_ptr(), v8.data_ptr(), k8.stride(0), v8.stride(0)),
+        (k16.data_ptr(), v16.data_ptr(), 2 * k16.stride(0), 2 * v16.stride(0)),
+    )
+
+
+def _lists(kv: PagedKV, table: PageTable) -> tuple[PageList, PageList]:
+    return (
+        (
+            table.bfp8_indptr.numpy(),
+            table.bfp8_indices.numpy(),
+            table.bfp8_pos.numpy(),
+            min(len(kv.k_bfp8[0]), len(kv.v_bfp8[0])),
+        ),
+        (
+            table.bf16_indptr.numpy(),
+            table.bf16_indices.numpy(),
+            table.bf16_pos.numpy(),
+            min(len(kv.k_bf16[0]), len(kv.v_bf16[0])),
+        ),
+    )
+
+
+def _heads(kv: PagedKV, heads: int) -> tuple[int, int, int, int]:
+    return kv.kv_heads, heads // kv.kv_heads, kv.head_dim, kv.v_head_dim
+
+
+class DecodePlan:
+    """hma_kernels.DecodePlan; float32 queries take extend's float64 kernel, without a work list."""
+
+    def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
+        self._kv = kv
+        self._table = table
+        self._heads = _heads(kv, heads)
+        self._window = sliding_window
+        self._plan = _ext.DecodePlan(
+            self._heads, *_lists(kv, table), table.seq_lens.numpy(), sliding_window
+        )
+
+    def run(
+        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+    ) -> None:
+        q = _adjacent(q)
+        pages = _pages(self._kv, layer)
+        if q.dtype != torch.float32:
+            self._plan.run(*pages, _query(q), scale, logit_cap, out.data_ptr())
+            return
+        _ext.extend_attention(
+            self._heads,
+            *pages,
+            *_lists(self._kv, self._table),
+            self._table.seq_lens.numpy(),
+            np.arange(len(q) + 1),
+            *(_query(q),) * 3,
+            scale,
+            logit_cap,
+            self._window,
+            True,
+            True,
+            out.data_ptr(),
+        )
+
+
+def extend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: PagedKV,
+    layer: int,
+    table: PageTable,
+    q_indptr: torch.Tensor,
+    scale: float,
+    logit_cap: float,
+    sliding_window: int,
+    out: torch.Tensor,
+) -> None:
+    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
+    _ext.extend_attention(
+        _heads(kv, q.shape[1]),
+        *_pages(kv, layer),
+        *_lists(kv, table),
+        table.seq_lens.numpy(),
+        q_indptr.numpy(),
+        _query(q),
+        _query(k),
+        _query(v),
+        scale,
+        logit_cap,
+        sliding_window,
+        q.dtype == torch.float32,
+        False,
+        out.data_ptr(),
+    )

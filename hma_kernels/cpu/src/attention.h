@@ -1,0 +1,56 @@
+// Work lists of attention, and running them on all threads.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "types.h"
+
+namespace hma {
+
+// One format's page list of a batch, as hma_kernels.PageTable has it.
+struct PageList {
+    std::span<const int64_t> indptr, ids, positions;
+    int64_t pages;  // ids are below it
+};
+
+// The pages each request sees: rows at start <= position < stop.
+struct VisiblePages {
+    std::vector<VisiblePage> list[2];
+    std::vector<int64_t> indptr[2];
+
+    // Throws std::out_of_range for an id that is no page.
+    VisiblePages(const PageList (&table)[2], std::span<const int64_t> start,
+                 std::span<const int64_t> stop);
+};
+
+// Split-KV work list of one decode step: every request's pages cut into items of at most a few
+// dozen, so that a long request is shared by all threads and a short one costs one item a head.
+class DecodePlan {
+  public:
+    DecodePlan(const Heads& heads, const PageList (&table)[2], std::span<const int64_t> seq_lens,
+               int64_t window);
+
+    // out: [batch][kv_heads*group][v_dim] contiguous, of the query's type.
+    void run(const Pages& pages, const Query& q, const Softmax& softmax, void* out) const;
+
+    int64_t batch() const { return batch_; }
+    const Heads& heads() const { return heads_; }
+    size_t items() const { return items_.size(); }
+
+  private:
+    void merge(int64_t request, int kv_head, const float* state, Type type, void* out) const;
+
+    Heads heads_;
+    int64_t batch_;
+    VisiblePages visible_;
+    std::vector<DecodeItem> items_;
+    std::vector<int32_t> slots_;  // [batch * kv_heads + 1]: each one's items are consecutive slots
+};
+
+// Decode or prefill attention in double, or prefill attention in float; see ExtendArgs.
+// q_indptr: request b owns new rows q_indptr[b]..; prefix: cached tokens before them.
+void extend(ExtendArgs args, const PageList (&table)[2], std::span<const int64_t> prefix,
+            std::span<const int64_t> q_indptr, bool exact);
+
+}  // namespace hma

@@ -1,0 +1,243 @@
+"""The package's operations: arguments are checked here, then an implementation does the work."""
+
+import torch
+
+from hma_kernels.implementation import implementation_for
+from hma_kernels.layout import GROUP, TILE, TILE_BYTES, Rounding, padded
+from hma_kernels.paged import PagedKV, PageTable
+
+_SOURCES = (torch.float32, torch.bfloat16, torch.float16)
+_TARGETS = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def bfp8_pack(
+    x: torch.Tensor, *, rounding: Rounding = "device", out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Pack x into BFP8 tiles.
+
+    x: float32, bfloat16 or float16 [..., H, W], any strides; H and W are zero-padded to 32.
+    rounding: "device" (half away from zero on bfloat16, float32 truncated first) for K and V,
+    "host" (half to even on float32) for weights.
+    Returns uint8 [..., ceil(H/32), ceil(W/32), 1088], in `out` if given.
+    Raises TypeError for another dtype, ValueError for another rounding or a shape that
+    does not fit.
+    """
+    _check_source(x, rounding)
+    if x.dim() < 2:
+        raise ValueError(f"bfp8_pack: x has shape {list(x.shape)}; needs [..., H, W]")
+    *lead, height, width = x.shape
+    shape = (*lead, padded(height) // TILE, padded(width) // TILE, TILE_BYTES)
+    out = _result("bfp8_pack", out, shape, torch.uint8, x.device)
+    work = _contiguous(out)
+    if out.numel():
+        implementation_for(x.device).pack(x, rounding, work)
+    return out if work is out else out.copy_(work)
+
+
+def bfp8_unpack(
+    tiles: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Exact inverse of the format: uint8 [..., Ht, Wt, 1088] -> dtype [..., Ht*32, Wt*32].
+
+    dtype: bfloat16, float32 or float64; all three hold the same values.
+    Raises TypeError for another dtype, ValueError for a shape that does not fit.
+    """
+    if dtype not in _TARGETS:
+        raise TypeError(f"bfp8_unpack: dtype is {dtype}; needs one of {_TARGETS}")
+    if tiles.dtype != torch.uint8 or tiles.dim() < 3 or tiles.shape[-1] != TILE_BYTES:
+        raise ValueError(
+            f"bfp8_unpack: tiles are {tiles.dtype} {list(tiles.shape)}; "
+            f"needs uint8 [..., Ht, Wt, {TILE_BYTES}]"
+        )
+    *lead, high, wide, _ = tiles.shape
+    shape = (*lead, high * TILE, wide * TILE)
+    out = _result("bfp8_unpack", out, shape, dtype, tiles.device)
+    work = _contiguous(out)
+    if out.numel():
+        implementation_for(tiles.device).unpack(tiles, work)
+    return out if work is out else out.copy_(work)
+
+
+def bfp8_round(x: torch.Tensor, *, rounding: Rounding = "device") -> torch.Tensor:
+    """What x becomes by packing and unpacking, groups along the last dimension.
+
+    x: float32 or bfloat16 [..., W], W a multiple of 16. Returns the same shape and dtype; every
+    value is exact in bfloat16. Works in bounded memory beyond the result.
+    Raises TypeError for another dtype, ValueError for another W or rounding.
+    """
+    _check_source(x, rounding)
+    if x.dtype == torch.float16:
+        raise TypeError("bfp8_round: x is float16, which cannot hold BFP8's exponent range")
+    if x.dim() == 0 or x.shape[-1] % GROUP:
+        raise ValueError(f"bfp8_round: x has shape {list(x.shape)}; W must divide by {GROUP}")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel():
+        implementation_for(x.device).round_values(x, rounding, out)
+    return out
+
+
+def bfp8_write_rows(
+    pages: torch.Tensor, page_ids: torch.Tensor, rows: torch.Tensor, x: torch.Tensor
+) -> None:
+    """Pack one token row each into its page, in place, by the device rule.
+
+    pages: uint8 [P, heads, W/32, 1088], each page contiguous. page_ids, rows: int64 [n], rows in
+    0..31, no (page, row) twice. x: float32, bfloat16 or float16 [n, heads, W], any strides.
+    No byte of another row changes: a row's groups are its own.
+    Raises TypeError for another dtype, ValueError for shapes that do not fit, IndexError for a
+    page or row that does not exist.
+    """
+    _check_source(x, "device")
+    if x.dim() != 3:
+        raise ValueError(f"bfp8_write_rows: x has shape {list(x.shape)}; needs [n, heads, W]")
+    count, heads, width = x.shape
+    expected = (heads, width // TILE, TILE_BYTES)
+    if width % TILE or pages.dtype != torch.uint8 or tuple(pages.shape[1:]) != expected:
+        raise ValueError(
+            f"bfp8_write_rows: pages are {pages.dtype} {list(pages.shape)} and x "
+            f"{list(x.shape)}; needs uint8 [P, heads, W/{TILE}, {TILE_BYTES}] and [n, heads, W]"
+        )
+    if page_ids.shape != (count,) or rows.shape != (count,):
+        raise ValueError(
+            f"bfp8_write_rows: page_ids {list(page_ids.shape)} and rows {list(rows.shape)} "
+            f"must both be [{count}]"
+        )
+    if count:
+        implementation_for(x.device).write_rows(pages, page_ids, rows, x)
+
+
+class DecodePlan:
+    """One decode step of a batch: one query per request, at position seq_len - 1.
+
+    Everything that no layer changes is computed here. sliding_window w >= 0 limits a request to
+    positions >= seq_len - 1 - w; -1 is no limit. Pages without a visible row are never read.
+    Raises ValueError if num_q_heads is no multiple of the KV heads, IndexError for a page id
+    outside kv.
+    """
+
+    def __init__(
+        self, kv: PagedKV, table: PageTable, *, num_q_heads: int, sliding_window: int = -1
+    ) -> None:
+        if num_q_heads <= 0 or num_q_heads % kv.kv_heads:
+            raise ValueError(
+                f"num_q_heads is {num_q_heads}; needs a multiple of {kv.kv_heads} KV heads"
+            )
+        self._in = (table.batch_size, num_q_heads, kv.head_dim)
+        self._out = (table.batch_size, num_q_heads, kv.v_head_dim)
+        implementation = implementation_for(kv.device)
+        self._plan = implementation.decode_plan(kv, table, num_q_heads, sliding_window)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        layer: int,
+        *,
+        scale: float,
+        logit_cap: float = 0.0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """q [B, Hq, D] -> [B, Hq, Dv] in q's dtype; zeros for a request with nothing to see.
+
+        bfloat16 and float16 queries compute in float32. float32 queries compute in float64 and
+        round once, so that a row does not depend on what else is in the batch.
+        logit_cap c > 0 applies c * tanh(logit / c).
+        Raises TypeError for another dtype of q, ValueError for another shape of q or out.
+        """
+        _check_query(q)
+        if tuple(q.shape) != self._in:
+            raise ValueError(f"q is {list(q.shape)}; needs {list(self._in)}")
+        out = _result("DecodePlan.run", out, self._out, q.dtype, q.device)
+        work = _contiguous(out)
+        if out.numel():
+            self._plan.run(q, layer, scale, logit_cap, work)
+        return out if work is out else out.copy_(work)
+
+
+def extend_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: PagedKV,
+    layer: int,
+    table: PageTable,
+    q_indptr: torch.Tensor,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    sliding_window: int = -1,
+) -> torch.Tensor:
+    """Attention of B requests' new rows.
+
+    q [T, Hq, D], k [T, H, D], v [T, H, Dv]: the new rows, rounded by the caller as they are
+    stored; one dtype. table: each request's cached prefix, seq_lens its length. q_indptr: int64
+    [B+1] on the host; request b owns rows q_indptr[b]..q_indptr[b+1], at positions seq_lens[b]
+    onwards. A row at position p sees positions <= p and, with sliding_window w >= 0, >= p - w.
+    Returns [T, Hq, Dv] in q's dtype. float32 queries compute in float64 and round once, so that
+    a row does not depend on how its prompt was cut into prefix and new rows.
+    Raises TypeError for a dtype other than bfloat16, float16, float32, ValueError for shapes
+    that do not fit, IndexError for a page id outside kv.
+    """
+    _check_query(q)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be one")
+    rows, heads = q.shape[0], q.shape[1]
+    if heads % kv.kv_heads or q.shape[2] != kv.head_dim:
+        raise ValueError(
+            f"q is {list(q.shape)}; needs [T, multiple of {kv.kv_heads}, {kv.head_dim}]"
+        )
+    for name, value, dim in (("k", k, kv.head_dim), ("v", v, kv.v_head_dim)):
+        if tuple(value.shape) != (rows, kv.kv_heads, dim):
+            raise ValueError(f"{name} is {list(value.shape)}; needs {[rows, kv.kv_heads, dim]}")
+    if (
+        q_indptr.shape != (table.batch_size + 1,)
+        or int(q_indptr[0]) != 0
+        or int(q_indptr[-1]) != rows
+        or bool((q_indptr.diff() < 0).any())
+    ):
+        raise ValueError(
+            f"q_indptr is {q_indptr.tolist()}; needs {table.batch_size + 1} entries, "
+            f"rising from 0 to {rows}"
+        )
+    out = q.new_empty(rows, heads, kv.v_head_dim)
+    if out.numel():
+        implementation_for(q.device).extend(
+            q, k, v, kv, layer, table, q_indptr, scale, logit_cap, sliding_window, out
+        )
+    return out
+
+
+def _check_query(q: torch.Tensor) -> None:
+    if q.dtype not in _SOURCES:
+        raise TypeError(f"attention: q is {q.dtype}; needs bfloat16, float16 or float32")
+
+
+def _check_source(x: torch.Tensor, rounding: str) -> None:
+    if x.dtype not in _SOURCES:
+        raise TypeError(f"BFP8 packs float32, bfloat16 or float16; x is {x.dtype}")
+    if rounding not in ("device", "host"):
+        raise ValueError(f"rounding is {rounding!r}; needs 'device' or 'host'")
+
+
+def _result(
+    what: str,
+    out: torch.Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device != device:
+        raise ValueError(
+            f"{what}: out is {out.dtype} {list(out.shape)} on {out.device}; "
+            f"needs {dtype} {list(shape)} on {device}"
+        )
+    return out
+
+
+def _contiguous(out: torch.Tensor) -> torch.Tensor:
+    """out itself, or where it is strided a contiguous stand-in to be copied back."""
+    return out if out.is_contiguous() else out.new_empty(out.shape)

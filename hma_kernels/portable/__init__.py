@@ -1,0 +1,7 @@
+"""The operations in torch, on any device: the fallback, and where kernels start from."""
+
+from hma_kernels.portable.attention import DecodePlan as decode_plan
+from hma_kernels.portable.codec import pack, round_values, unpack, write_rows
+from hma_kernels.portable.prefill import extend
+
+__all__ = ["decode_plan", "extend", "pack", "round_values", "unpack", "write_rows"]
