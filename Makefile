@@ -4,6 +4,7 @@ SHELL := bash
 VENV ?= .venv
 PYTHON ?=
 REQUIREMENTS ?= cpu
+TTNN_PYTHON ?=
 RUN := $(VENV)/bin/python
 
 PORT ?= 30000
@@ -46,6 +47,18 @@ lint: venv ## Check style and types
 format: venv ## Fix style in place
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+.PHONY: bench-kernels
+bench-kernels: venv ## Measure the CPU kernels beside torch, memcpy and (TTNN_PYTHON=) ttnn; ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.kernels.codec --json build/bench/codec.json --plot build/bench/codec.svg \
+		$(if $(TTNN_PYTHON),--ttnn-python '$(TTNN_PYTHON)') $(ARGS)
+	$(RUN) -m benchmark.kernels.decode_attention --json build/bench/decode_attention.json \
+		--plot build/bench/decode_attention.svg $(ARGS)
+
+.PHONY: sanitize
+sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan
+	@VENV='$(VENV)' scripts/sanitize.sh
 
 .PHONY: clean
 clean: ## Remove what was built, the demo model and the tools' caches; .venv stays

@@ -15,7 +15,8 @@ VENV_PYTHON=$VENV/bin/python
 LOG=$VENV/setup.log
 STAMP=$VENV/setup.stamp
 INCOMPLETE=$VENV/setup.incomplete
-LISTS=("requirements/$REQUIREMENTS.txt" requirements/dev.txt)
+LISTS=("requirements/$REQUIREMENTS.txt" requirements/build.txt requirements/dev.txt)
+BUILD_FILES=(pyproject.toml CMakeLists.txt hma_kernels/cpu/src/*)
 INSTALLER=uv==0.13.8
 NEED_GB=8
 SYSTEM_LIBRARIES=(libibverbs.so.1 libnuma.so.1 libcurl.so.4) # what Mooncake's engine links to
@@ -30,7 +31,7 @@ fingerprint() {
     {
         printf '%s\n' "$ROOT" "$REQUIREMENTS"
         "$VENV_PYTHON" -c 'import sys; print(sys.version)'
-        cat "${LISTS[@]}" pyproject.toml scripts/setup.sh
+        cat "${LISTS[@]}" "${BUILD_FILES[@]}" scripts/setup.sh
     } | sha256sum
 }
 
@@ -234,7 +235,8 @@ choose_installer() {
 }
 
 install_requirements() {
-    local lists=(-r "${LISTS[0]}" -r "${LISTS[1]}") title
+    local lists=() list title
+    for list in "${LISTS[@]}"; do lists+=(-r "$list"); done
     title="installing $(cat "${LISTS[@]}" | grep -c ==) packages"
     if [[ $installer == install_with_uv ]]; then
         step "$title" install_with_uv "${lists[@]}" && return
@@ -242,6 +244,47 @@ install_requirements() {
         echo 'setup: uv cannot install from this index; trying pip'
     fi
     step "$title with pip" install_with_pip "${lists[@]}" || explain 'the installation'
+}
+
+compiles_cpp20() {
+    "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - <<<'#include <span>' >/dev/null 2>&1
+}
+
+has_python_headers() {
+    "$1" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+}
+
+# Packages that building hma_kernels.cpu lacks here.
+missing_build_packages() {
+    compiles_cpp20 || echo g++
+    has_python_headers "$1" || echo python3.12-dev
+}
+
+# Sets `cpp`: whether hma_kernels.cpu can be built. Without it everything works, but slower.
+ensure_compiler() {
+    local missing
+    cpp=yes
+    missing=$(missing_build_packages "$1" | xargs)
+    [[ -n $missing ]] || return 0
+    if ((EUID == 0)) && type -P apt-get >/dev/null; then
+        # shellcheck disable=SC2086
+        step "installing $missing" apt_install $missing || true
+        missing=$(missing_build_packages "$1" | xargs)
+        [[ -n $missing ]] || return 0
+    fi
+    cpp=no
+    echo "setup: no C++20 compiler with Python's headers, so attention on the CPU will be many times slower; install $missing (sudo apt-get install -y $missing) and run this again"
+}
+
+install_project() {
+    local options=(--no-build-isolation --editable .)
+    if [[ $cpp == yes ]]; then
+        step 'installing sglang-hma, building its C++ kernels' "$installer" "${options[@]}" && return
+        ! network_failed || explain 'the installation'
+        echo "setup: hma_kernels.cpu could not be built, so attention on the CPU will be many times slower (log: $LOG)"
+    fi
+    step 'installing sglang-hma' "$installer" --config-settings wheel.cmake=false "${options[@]}" ||
+        explain 'the installation'
 }
 
 # Proves the installation, and writes the bytecode of what a server imports: it starts several processes.
@@ -265,7 +308,7 @@ main() {
         ! up_to_date || return 0
     fi
 
-    local python=$VENV_PYTHON installer=
+    local python=$VENV_PYTHON installer= cpp=
     if [[ -e $INCOMPLETE ]] || ! is_python312 "$VENV_PYTHON"; then
         python=$(find_python)
     fi
@@ -273,6 +316,7 @@ main() {
     : >"$LOG"
     [[ $python == "$VENV_PYTHON" ]] || check_disk
     ensure_system_libraries "$python"
+    ensure_compiler "$python"
     touch "$INCOMPLETE"
     if [[ $python != "$VENV_PYTHON" ]]; then
         # An interrupted run may have left half a package. Its downloads are whole.
@@ -283,7 +327,7 @@ main() {
     install_requirements
     local changed
     changed=$(last_step_log | grep -cE '^ [+] |^Successfully installed' || true)
-    step 'installing sglang-hma' "$installer" --no-build-isolation --editable . || explain 'the installation'
+    install_project
     if ((changed)); then
         step 'importing SGLang' import_sglang || explain 'importing SGLang'
     fi

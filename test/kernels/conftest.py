@@ -3,8 +3,10 @@
 The run's seed stands in pytest's header; HMA_TEST_SEED=<seed> repeats a run.
 """
 
+import importlib.util
 import os
 import secrets
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -16,6 +18,13 @@ from kernel_cases import GOLDEN, Cache, Spec, random_cache, widen
 
 import hma_kernels.portable
 from hma_kernels import implementation
+
+if extension := os.environ.get("HMA_TEST_EXTENSION"):
+    # Another build of the C++ kernels than the installed one: scripts/sanitize.sh.
+    spec = importlib.util.spec_from_file_location("hma_kernels.cpu._ext", extension)
+    assert spec and spec.loader
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
 
 SEED = int(os.environ.get("HMA_TEST_SEED") or secrets.randbits(32))
 

@@ -144,7 +144,8 @@ HMA_INLINE void bfp8_values(const uint8_t* v, const uint8_t* next, int tiles, co
 
 HMA_INLINE F from_bf16(const uint16_t* bf16) {
 #if defined(__AVX512BW__)
-    return (F)(widen(load<U16>(bf16)) << 16);
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
+    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 #elif defined(__AVX2__)
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
     return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
@@ -276,7 +277,7 @@ void store_out(const Heads& h, Format format, const F* out, float* to) {
                 from + ((int64_t(d / GROUP) * h.group + head) * 4 + d % GROUP / 4) * W;
             Lane sum = load<Lane>(lanes);
             for (int r = 1; r < ROWS; r++) sum += load<Lane>(lanes + r * 4);
-            store(to + head * h.v_dim + d, sum * HALF_SCALE);
+            store(to + head * h.v_dim + d, sum * SUM_SCALE);
         }
     }
 }
@@ -323,7 +324,7 @@ void decode(const DecodeArgs& args, const DecodeItem& item, void* memory, Partia
         for (int head = 0; head < h.group; head++) {
             const float decay =
                 weigh(scratch.logits + head * PAGE, begin, end, args.softmax,
-                      bfp8 ? HALF_SCALE : 1.f, scratch.max[head], scratch.sum[head]);
+                      bfp8 ? WEIGHT_SCALE : 1.f, scratch.max[head], scratch.sum[head]);
             if (decay != 1.f) rescale(head, decay);
         }
         for_head_blocks(h.group, [&](int first, auto n) {

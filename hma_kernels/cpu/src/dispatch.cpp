@@ -11,11 +11,12 @@ std::vector<const Kernels*> usable() {
     std::vector<const Kernels*> tables;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                     __builtin_cpu_supports("f16c");
+    if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         tables.push_back(&avx512::kernels());
-    if (fma) tables.push_back(&avx2::kernels());
+    if (v3) tables.push_back(&avx2::kernels());
 #endif
     tables.push_back(&scalar::kernels());
     return tables;

@@ -14,7 +14,6 @@ namespace {
 template <class T, int REGS>
 struct Extend {
     using R = Reg<T>;
-    using Wide = Vec<T, 16>;
     static constexpr int LANES = REGS * WIDTH<T>;
     static constexpr int KEYS = 4;  // keys (or output dims) that share a load of the lanes
 
@@ -67,14 +66,16 @@ struct Extend {
     }
 
     void load_bfp8(const uint8_t* tiles, int dim) {
-        for (int group = 0; group < dim / GROUP; group++) {
-            const uint8_t* from = tiles + group / 2 * TILE_BYTES;
-            for (int key = 0; key < PAGE; key++) {
-                const U16 bits = decode_group(from[exponent_at(key, group % 2)],
-                                              load<U8>(from + data_at(key, group % 2)));
-                const auto value =
-                    reinterpret_cast<Vec<float, 16>>(widen(bits) << 16);
-                store(tile + key * dim + group * GROUP, __builtin_convertvector(value, Wide));
+        for (int key = 0; key < PAGE; key++) {
+            for (int d = 0; d < dim; d += TILE) {
+                const ConstRowBytes row = row_of(tiles + d / TILE * TILE_BYTES, key);
+                if constexpr (std::is_same_v<T, float>) {
+                    unpack_row<Type::f32>(row, tile, key * dim + d);
+                } else {
+                    alignas(64) float values[TILE];
+                    unpack_row<Type::f32>(row, values, 0);
+                    for (int i = 0; i < TILE; i++) tile[key * dim + d + i] = values[i];
+                }
             }
         }
     }
@@ -82,13 +83,17 @@ struct Extend {
     // Rows first..last-1 of x, 0 in the others.
     void load_rows(const void* x, Type type, int64_t start, int64_t stride, int first, int last,
                    int dim) {
-        std::memset(tile, 0, PAGE * dim * sizeof(T));
-        for (int key = first; key < last; key++) {
-            for (int d = 0; d < dim; d += GROUP) {
-                const U32 bits = f32_bits(x, type, start + key * stride + d);
-                store(tile + key * dim + d,
-                      __builtin_convertvector(reinterpret_cast<Vec<float, 16>>(bits), Wide));
-            }
+        std::memset(tile, 0, first * dim * sizeof(T));
+        std::memset(tile + last * dim, 0, (PAGE - last) * dim * sizeof(T));
+        const auto copy = [&](auto constant) {
+            for (int key = first; key < last; key++)
+                for (int d = 0; d < dim; d++)
+                    tile[key * dim + d] = element(x, constant, start + key * stride + d);
+        };
+        switch (type) {
+            case Type::f32: return copy(std::integral_constant<Type, Type::f32>{});
+            case Type::bf16: return copy(std::integral_constant<Type, Type::bf16>{});
+            case Type::f16: return copy(std::integral_constant<Type, Type::f16>{});
         }
     }
 

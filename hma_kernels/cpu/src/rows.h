@@ -15,8 +15,8 @@ namespace hma {
 namespace {
 
 constexpr float MAGNITUDE_SCALE = 0x1p-30f;
-// Half of it on the weights and half on the sums, so that neither leaves float's range.
-constexpr float HALF_SCALE = 0x1p-15f;
+// Part of it goes on the weights and the rest on the sums, so that neither leaves float's range.
+constexpr float WEIGHT_SCALE = 0x1p-24f, SUM_SCALE = 0x1p-6f;
 
 constexpr int ROWS = HMA_VECTOR_BYTES / 16;
 using F = Reg<float>;
@@ -55,7 +55,10 @@ HMA_INLINE F row_scales(const uint8_t* exponents) {
 }
 
 // One scale an element.
-HMA_INLINE F scales(const uint8_t* exponents) { return (F)(widen(load<U8>(exponents)) << 23); }
+HMA_INLINE F scales(const uint8_t* exponents) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(exponents));
+    return (F)_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+}
 
 // Lane r: from[r] four times.
 HMA_INLINE F replicate(const float* from) {

@@ -74,60 +74,6 @@ HMA_INLINE Reg<T> splat(T x) {
     return x - Reg<T>{};
 }
 
-// 16 integers at a time. Conversions between widths are spelled out where there are instructions
-// for them: GCC 12 moves each element by itself.
-using U8 = Vec<uint8_t, 16>;
-using U16 = Vec<uint16_t, 16>;
-using U32 = Vec<uint32_t, 16>;
-using I32 = Vec<int32_t, 16>;
-
-#if defined(__AVX512BW__)
-
-HMA_INLINE I32 widen(U8 x) { return (I32)_mm512_cvtepu8_epi32((__m128i)x); }
-HMA_INLINE I32 widen(U16 x) { return (I32)_mm512_cvtepu16_epi32((__m256i)x); }
-HMA_INLINE U8 narrow_u8(I32 x) { return (U8)_mm512_cvtepi32_epi8((__m512i)x); }
-HMA_INLINE U16 narrow_u16(I32 x) { return (U16)_mm512_cvtepi32_epi16((__m512i)x); }
-
-#elif defined(__AVX2__)
-
-using HalfI32 = Vec<int32_t, 8>;
-
-HMA_INLINE I32 join(__m256i low, __m256i high) {
-    return __builtin_shufflevector((HalfI32)low, (HalfI32)high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
-                                   11, 12, 13, 14, 15);
-}
-HMA_INLINE __m256i low_half(I32 x) {
-    return (__m256i)__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-}
-HMA_INLINE __m256i high_half(I32 x) {
-    return (__m256i)__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-HMA_INLINE I32 widen(U8 x) {
-    return join(_mm256_cvtepu8_epi32((__m128i)x),
-                _mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)x, 8)));
-}
-HMA_INLINE I32 widen(U16 x) {
-    return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128((__m256i)x)),
-                _mm256_cvtepu16_epi32(_mm256_extracti128_si256((__m256i)x, 1)));
-}
-HMA_INLINE U16 narrow_u16(I32 x) {  // of values below 2^16
-    const __m256i lanes = _mm256_packus_epi32(low_half(x), high_half(x));
-    return (U16)_mm256_permute4x64_epi64(lanes, 0xd8);
-}
-HMA_INLINE U8 narrow_u8(I32 x) {  // of values below 2^8
-    const __m256i words = (__m256i)narrow_u16(x);
-    return (U8)_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-}
-
-#else
-
-HMA_INLINE I32 widen(U8 x) { return __builtin_convertvector(x, I32); }
-HMA_INLINE I32 widen(U16 x) { return __builtin_convertvector(x, I32); }
-HMA_INLINE U8 narrow_u8(I32 x) { return __builtin_convertvector(x, U8); }
-HMA_INLINE U16 narrow_u16(I32 x) { return __builtin_convertvector(x, U16); }
-
-#endif
-
 // 2^x, to a few units in the last place; exactly 0 from x = -bias down, x at most bias - 1.
 template <class T>
 HMA_INLINE Reg<T> exp2(Reg<T> x) {
@@ -177,7 +123,7 @@ HMA_INLINE double softmax_factor(const Softmax& softmax) {
 HMA_INLINE float f16_to_f32(uint16_t h) {
     const int exponent = h >> 10 & 31, fraction = h & 1023;
     uint32_t bits = 0;
-    if (exponent == 31) bits = 0x7f800000u | uint32_t(fraction) << 13;
+    if (exponent == 31) bits = 0x7f800000u | uint32_t(fraction) << 13 | (fraction ? 1u << 22 : 0);
     else if (exponent) bits = uint32_t(exponent + 112) << 23 | uint32_t(fraction) << 13;
     float f = load<float>(&bits);
     if (exponent == 0) f = float(fraction) * 0x1p-24f;

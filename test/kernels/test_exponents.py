@@ -1,0 +1,103 @@
+"""Attention over pages whose exponents are anything a byte can be, and over infinite values."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import Cache, Spec
+
+from hma_kernels import GROUP, PAGE, DecodePlan, extend_attention, reference
+from hma_kernels.layout import EXPONENT_BYTES, data_offset, exponent_offset
+
+# Below E = 7 a group's values are under 2^-120: the fast path may round them to 0.
+TINY = 2.0**-117
+
+
+def fill_exponents(rng, pages, lowest, highest):
+    """New exponents in the rows that are not poison (E = 255), one in eight 0; random bytes."""
+    tiles = pages.numpy()
+    exponents = tiles[..., :EXPONENT_BYTES]
+    fresh = rng.integers(lowest, highest + 1, exponents.shape)
+    fresh[rng.random(exponents.shape) < 0.125] = 0
+    exponents[...] = np.where(exponents == 255, 255, fresh)
+    data = tiles[..., EXPONENT_BYTES:]
+    data[...] = rng.integers(0, 256, data.shape)
+
+
+def absolute(kv: reference.KV) -> reference.KV:
+    """The same keys, and |V|: what rounding errors of the weighted sum are relative to."""
+    v_bfp8 = kv.v_bfp8.copy()
+    v_bfp8[..., EXPONENT_BYTES:] &= 0x7F
+    return dataclasses.replace(kv, v_bfp8=v_bfp8, v_bf16=np.abs(kv.v_bf16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("trial", range(10))
+def test_any_exponent(rng, make_cache, trial, dtype):
+    heads, group = int(rng.integers(1, 3)), int(rng.choice([1, 4, 5]))
+    dim, v_dim = (int(d) for d in rng.choice([32, 64, 128, 256], 2))
+    lengths = rng.integers(1, 140, rng.integers(1, 5)).tolist()
+    cache = make_cache(Spec(lengths, heads, dim, v_dim, layers=1))
+    # Keys of any magnitude, with queries that make their logits moderate.
+    top = int(rng.integers(20, 236))
+    fill_exponents(rng, cache.kv.k_bfp8[0], top - 6, top)
+    fill_exponents(rng, cache.kv.v_bfp8[0], 0, 240)
+    q = np.ldexp(rng.standard_normal((len(lengths), heads * group, dim)), 126 - top)
+    q = torch.from_numpy(q).to(dtype)
+    kv, table = cache.reference(0)
+    # BF16 keys would dwarf or drown in these logits: they count as zeros here.
+    cache.kv.k_bf16[0].mul_(0).nan_to_num_(0)
+    kv = dataclasses.replace(kv, k_bf16=np.zeros_like(kv.k_bf16))
+
+    plan = DecodePlan(cache.kv, cache.table, num_q_heads=heads * group)
+    got = plan.run(q, 0, scale=dim**-0.5).double().numpy()
+    truth = reference.decode_attention(q.double().numpy(), kv, table, scale=dim**-0.5)
+    size = reference.decode_attention(q.double().numpy(), absolute(kv), table, scale=dim**-0.5)
+    bound = 3e-3 if dtype == torch.bfloat16 else 1e-6
+    rounding = np.abs(truth) * (torch.finfo(dtype).eps / 2)
+    error = np.abs(got - truth)
+    assert np.isfinite(got).all()
+    assert (error <= np.maximum(rounding, bound * size) + TINY).all(), (
+        f"{np.max(error / (bound * size + TINY)):.3g} times the bound"
+    )
+
+
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_infinite_values_show(rng, make_cache, where):
+    """A visible infinity makes the head's output infinite or NaN, never a plausible number."""
+    cache = make_cache(Spec([100], 2, 64, 64, layers=1))
+    if not len(cache.table.bfp8_indices):
+        pytest.skip("this random cache has no BFP8 page")
+    at = int(rng.integers(len(cache.table.bfp8_indices)))
+    page, pos = int(cache.table.bfp8_indices[at]), int(cache.table.bfp8_pos[at])
+    if pos >= 100:
+        pytest.skip("the BFP8 page holds no token")
+    row, group = int(rng.integers(min(PAGE, 100 - pos))), int(rng.integers(64 // GROUP))
+    pages = getattr(cache.kv, f"{where}_bfp8")[0]
+    head = pages[page, 0].view(-1)
+    head[exponent_offset(row, group)] = 255
+    head[data_offset(row, group) :][:GROUP] = 0  # so a packer leaves what is far smaller
+    head[data_offset(row, group)] = 64
+    q = torch.ones(1, 4, 64, dtype=torch.bfloat16)
+    got = DecodePlan(cache.kv, cache.table, num_q_heads=4).run(q, 0, scale=1e-3)
+    wild = ~torch.isfinite(got[0])
+    assert wild[:2].any(-1).all(), "heads that read it"
+    assert not wild[2:].any(), "heads that do not"
+
+
+def test_any_page_id_is_checked(make_cache):
+    cache = make_cache(Spec([40], 1, 32, 32))
+    fields = vars(cache.table)
+    name = "bfp8" if len(cache.table.bfp8_indices) else "bf16"
+    for bad in (-1, 1 << 40):
+        ids = torch.full_like(fields[f"{name}_indices"], bad)
+        broken = Cache(cache.kv, dataclasses.replace(cache.table, **{f"{name}_indices": ids}))
+        q = torch.zeros(1, 1, 32, dtype=torch.bfloat16)
+        with pytest.raises(IndexError):
+            DecodePlan(broken.kv, broken.table, num_q_heads=1).run(q, 0, scale=1.0)
+        with pytest.raises(IndexError):
+            rows = torch.zeros(1, 1, 32, dtype=torch.bfloat16)
+            extend_attention(
+                rows, rows, rows, broken.kv, 0, broken.table, torch.tensor([0, 1]), scale=1.0
+            )
