@@ -9,7 +9,7 @@ from hma_kernels.paged import PagedKV, PageTable
 
 type Query = tuple[int, int, int, int]
 type Pages = tuple[int, int, int, int]
-type PageList = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # type: ignore[type-arg]
+type PageList = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 
 def _query(x: torch.Tensor) -> Query:

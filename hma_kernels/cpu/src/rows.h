@@ -2,7 +2,8 @@
 // 128-bit lane. Everything is exact; scales are kept apart from the magnitudes:
 //     value = byte * 2^24 * 2^(E-127) * 2^-30
 // with 2^(E-127) made by moving E into a float's exponent field, so that E = 0 counts as 0 and
-// E = 255 (an infinity or NaN among the 16) makes all 16 infinite or NaN.
+// E = 255 (an infinity or NaN among the 16) makes all 16 infinite or NaN. Full precision needs
+// |query| above 2^-96 and |value| in 2^-102 .. 2^106: far from anything a model computes.
 #pragma once
 
 #if defined(__AVX2__)

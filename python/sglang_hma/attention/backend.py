@@ -1,5 +1,6 @@
 """SGLang's attention backend `hma`: plans a batch, then calls hma_kernels."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,12 +8,14 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from hma_kernels import PAGE, DecodePlan, PageTable, extend_attention
+from hma_kernels import PAGE, DecodePlan, PageTable, describe, extend_attention
 from sglang_hma.kvcache.arena import IDS_PER_SLAB
 from sglang_hma.kvcache.pool import Bfp8KVPool, MixedKVPool, bf16_index
 from sglang_hma.prefill import reference
 
 BACKEND_NAME = "hma"
+
+logger = logging.getLogger(__name__)
 
 
 class HmaAttnBackend(AttentionBackend):
@@ -28,6 +31,7 @@ class HmaAttnBackend(AttentionBackend):
                 f"{type(self.token_to_kv_pool).__name__}"
             )
         self.pool: Bfp8KVPool = self.token_to_kv_pool
+        logger.info("Attention backend %s, %s", BACKEND_NAME, describe(self.pool.kv.device))
         self.forward_metadata: PageTable | None = None
         self.plans: dict[tuple[int, int], DecodePlan] = {}
         self.q_indptr: torch.Tensor | None = None

@@ -1,0 +1,273 @@
+"""Paged BFP8 decode attention beside torch and SGLang's torch_native backend.
+
+Peers read BF16: `sdpa` is torch's scaled_dot_product_attention(enable_gqa) on KV that is already
+contiguous for each request, `torch_native` SGLang's own CPU backend over its token pool. Ours
+reads pages in random order. The floor is the BFP8 bytes over the bandwidth of streaming reads,
+measured as torch.dot over memory larger than the cache.
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmark.common import Figure, Timing, console, finish, interleave, parser, table
+from hma_kernels import PAGE, TILE, TILE_BYTES, DecodePlan, PagedKV, PageTable, cpu
+
+Q_HEADS, KV_HEADS, DIM = 32, 8, 128
+MIXED = [32768] + [256] * 31
+EVEN = [sum(MIXED) // 32] * 32
+MAIN = [4096] * 8
+LONG = [32768]
+
+
+class Case:
+    """A batch with full BFP8 pages in random order, and the same tokens' worth of BF16."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        pages = [-(-length // PAGE) for length in lengths]
+        count = sum(pages)
+        self.pages = [self._tiles(count), self._tiles(count)]
+        bf16 = torch.empty(0, KV_HEADS, PAGE, DIM, dtype=torch.bfloat16)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        table = PageTable(
+            bfp8_indptr=torch.tensor([0, *torch.tensor(pages).cumsum(0).tolist()]),
+            bfp8_indices=torch.randperm(count),
+            bfp8_pos=torch.cat([torch.arange(n) * PAGE for n in pages]),
+            bf16_indptr=torch.zeros(len(lengths) + 1, dtype=torch.int64),
+            bf16_indices=nothing,
+            bf16_pos=nothing,
+            seq_lens=torch.tensor(lengths),
+        )
+        kv = PagedKV(self.pages[:1], self.pages[1:], [bf16], [bf16])
+        self.q = torch.randn(len(lengths), Q_HEADS, DIM, dtype=torch.bfloat16)
+        self.out = torch.empty_like(self.q)
+        self.plan = lambda: DecodePlan(kv, table, num_q_heads=Q_HEADS)
+
+    @staticmethod
+    def _tiles(count: int) -> torch.Tensor:
+        shape = (count, KV_HEADS, DIM // TILE, TILE_BYTES)
+        tiles = torch.randint(0, 256, shape, dtype=torch.uint8)
+        tiles[..., :64] = torch.randint(120, 127, (*shape[:-1], 64), dtype=torch.uint8)
+        return tiles
+
+    @property
+    def bytes(self) -> int:
+        """K and V as they lie, by the tokens used."""
+        return sum(self.lengths) * KV_HEADS * DIM * 2 * 17 // 16
+
+    def ours(self) -> Callable[[], None]:
+        plan = self.plan()
+
+        def run() -> None:
+            plan.run(self.q, 0, scale=DIM**-0.5, out=self.out)
+
+        return run
+
+    def sdpa(self) -> Callable[[], None]:
+        def rows(n: int) -> torch.Tensor:
+            return torch.randn(1, KV_HEADS, n, DIM, dtype=torch.bfloat16)
+
+        kv = [(self.q[i][None, :, None], rows(n), rows(n)) for i, n in enumerate(self.lengths)]
+        if len(set(self.lengths)) == 1:  # one call for the whole batch
+            q, k, v = (torch.cat(part) for part in zip(*kv, strict=True))
+            kv = [(q, k, v)]
+
+        def run() -> None:
+            for q, k, v in kv:
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        return run
+
+    def torch_native(self) -> Callable[[], None]:
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+        runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
+        tokens = sum(self.lengths)
+        k, v = (torch.randn(tokens, KV_HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
+        req_to_token = torch.zeros(len(self.lengths), max(self.lengths), dtype=torch.int64)
+        start = 0
+        for i, n in enumerate(self.lengths):
+            req_to_token[i, :n] = torch.arange(start, start + n)
+            start += n
+        backend = TorchNativeAttnBackend(runner)
+        rows, lens = torch.arange(len(self.lengths)), torch.tensor(self.lengths)
+
+        def run() -> None:
+            backend._run_sdpa_forward_decode(
+                self.q, self.out, k, v, req_to_token, rows, lens,
+                scaling=DIM**-0.5, enable_gqa=True,
+            )  # fmt: skip
+
+        return run
+
+
+def set_up(isa: str, threads: int) -> None:
+    cpu.set_isa(isa)
+    cpu.set_threads(threads)
+    torch.set_num_threads(threads)
+
+
+def streaming_read(threads: int) -> tuple[int, Callable[[], None]]:
+    torch.set_num_threads(threads)
+    a, b = torch.ones(1 << 26), torch.ones(1 << 26)
+
+    def run() -> None:
+        torch.dot(a, b)
+
+    return a.nbytes + b.nbytes, run
+
+
+def compare(isa: str, threads: int, rounds: int) -> dict[str, Any]:
+    """The main case, its peers, and the cases that show how work is split."""
+    set_up(isa, threads)
+    read_bytes, read = streaming_read(threads)
+    main, long, mixed, even = (Case(lengths) for lengths in (MAIN, LONG, MIXED, EVEN))
+    times = interleave(
+        {
+            "read": read,
+            "8 x 4096": main.ours(),
+            "sdpa 8 x 4096": main.sdpa(),
+            "torch_native 8 x 4096": main.torch_native(),
+            "1 x 32768": long.ours(),
+            "1 x 32768 + 31 x 256": mixed.ours(),
+            "32 x 1272": even.ours(),
+        },
+        rounds,
+    )
+    cases = {"8 x 4096": main, "1 x 32768": long, "1 x 32768 + 31 x 256": mixed, "32 x 1272": even}
+
+    def of(name: str, peer: str) -> float:
+        """Speed by bytes, in multiples of the peer's, round by round."""
+        ratio = cases[name].bytes / cases[peer].bytes
+        return times[name].times_faster_than(times[peer]) * ratio
+
+    result: dict[str, Any] = {
+        "isa": isa,
+        "threads": threads,
+        "read_bytes_per_s": read_bytes / times["read"].median,
+        "times_sdpa": times["8 x 4096"].times_faster_than(times["sdpa 8 x 4096"]),
+        "times_torch_native": times["8 x 4096"].times_faster_than(times["torch_native 8 x 4096"]),
+        "of_read": statistics.median(
+            (main.bytes / own) / (read_bytes / peer)
+            for own, peer in zip(times["8 x 4096"].rounds, times["read"].rounds, strict=True)
+        ),
+        "long_of_main": of("1 x 32768", "8 x 4096"),
+        "mixed_over_even": 1 / of("1 x 32768 + 31 x 256", "32 x 1272"),
+        "cases": {},
+    }
+    for name, timing in times.items():
+        size = cases[name].bytes if name in cases else None
+        result["cases"][name] = {
+            "ms": timing.median * 1e3,
+            "spread": timing.spread,
+            "bytes_per_s": size / timing.median if size else None,
+        }
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = [
+        [
+            name,
+            f"{case['ms']:.2f}",
+            f"{case['bytes_per_s'] / 1e9:.2f}" if case["bytes_per_s"] else "-",
+            f"{case['spread']:.0%}",
+        ]
+        for name, case in result["cases"].items()
+    ]
+    table(
+        f"{result['isa']}, {result['threads']} thread(s), {Q_HEADS} query heads, {KV_HEADS} KV "
+        f"heads, head_dim {DIM}",
+        ["requests x tokens", "ms", "GB/s of BFP8", "spread"],
+        rows,
+    )
+    print(
+        f"8 x 4096: {result['times_sdpa']:.1f} x sdpa, {result['times_torch_native']:.1f} x "
+        f"torch_native, {result['of_read']:.0%} of the {result['read_bytes_per_s'] / 1e9:.1f} GB/s "
+        "of streaming reads\n"
+    )
+
+
+def sweep(isa: str, threads: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Batch 1-64 at 4,096 and context 128-32k at batch 8, on 1 to all threads."""
+    shapes = [(batch, 4096) for batch in (1, 2, 4, 8, 16, 32, 64)]
+    shapes += [(8, context) for context in (128, 512, 2048, 8192, 32768)]
+    points = []
+    for batch, context in shapes:
+        console.print(f"decode attention: {batch} x {context}", style="dim")
+        case = Case([context] * batch)
+        sdpa = case.sdpa() if batch * context <= 1 << 16 else None
+        for count in threads:
+            set_up(isa, count)
+            candidates: dict[str, Callable[[], object]] = {"ours": case.ours()}
+            if sdpa:
+                candidates["sdpa"] = sdpa
+            times: dict[str, Timing] = interleave(candidates, min(rounds, 5))
+            point = {"batch": batch, "context": context, "threads": count, "bytes": case.bytes}
+            points.append(point | {f"{name}_ms": t.median * 1e3 for name, t in times.items()})
+    return points
+
+
+def plot(path: Path, points: list[dict[str, Any]]) -> None:
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "hma"
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for ax, along, fixed in (
+        (axes[0], "batch", ("context", 4096)),
+        (axes[1], "context", ("batch", 8)),
+    ):
+        for threads in sorted({p["threads"] for p in points}):
+            for name, style in (("ours", "-"), ("sdpa", ":")):
+                line = sorted(
+                    (p[along], p[f"{name}_ms"])
+                    for p in points
+                    if p[fixed[0]] == fixed[1] and p["threads"] == threads and f"{name}_ms" in p
+                )
+                label = f"{name}, {threads} thread(s)"
+                ax.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=label)
+        ax.set(xscale="log", yscale="log", xlabel=f"{along} ({fixed[0]} {fixed[1]})")
+        ax.grid(alpha=0.3)
+    axes[0].set(ylabel="ms a layer")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    args = parser(__doc__ or "").parse_args()
+    best, most = cpu.isa(), cpu.threads()
+    results = []
+    for isa in cpu.available_isas():
+        if isa == "scalar" and args.quick:
+            continue
+        console.print(f"decode attention: {isa}, {most} threads", style="dim")
+        results.append(compare(isa, most, args.rounds))
+        show(results[-1])
+    points = [] if args.quick else sweep(best, sorted({1, most}), args.rounds)
+    if args.plot and points:
+        plot(args.plot, points)
+    set_up(best, most)
+    figures = []
+    for result in results:
+        name = f"8 x 4096, {result['isa']}, {most} threads"
+        if result["isa"] == "avx512":
+            figures += [
+                Figure(f"{name}, of torch sdpa", result["times_sdpa"], 20),
+                Figure(f"{name}, of streaming reads", result["of_read"], 0.25),
+                Figure("1 x 32768, speed a byte of 8 x 4096", result["long_of_main"], 0.9),
+                Figure(
+                    "1 x 32768 + 31 x 256, time of even", result["mixed_over_even"], 1.15, False
+                ),
+            ]
+        elif result["isa"] == "avx2":
+            figures.append(Figure(f"{name}, of torch sdpa", result["times_sdpa"], 8))
+    finish(args, {"results": results, "sweep": points}, figures)
+
+
+if __name__ == "__main__":
+    main()
