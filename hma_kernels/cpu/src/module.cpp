@@ -146,7 +146,6 @@ void set_threads(int threads) {
 
 NB_MODULE(_ext, m) {
     using namespace hma;
-    kernels();
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("available_isas", available);
     m.def("set_isa", hma::select);

@@ -5,7 +5,7 @@
 
 namespace hma {
 
-// A BFP8 tile: 64 shared exponents, then 4 faces of 16 rows x 16 bytes. docs/formats.md.
+// A BFP8 tile: 64 shared exponents, then 4 faces of 16 rows x 16 bytes; hma_kernels/layout.py.
 constexpr int GROUP = 16;
 constexpr int TILE = 32;
 constexpr int PAGE = 32;
