@@ -16,7 +16,7 @@ from hma_kernels import bfp8_pack, bfp8_unpack, cpu
 
 PACKED = 17 / 16
 WIDTH = 4096
-LLC_SIZES = [1 << 14, 1 << 17, 1 << 20, 1 << 23, 1 << 26]
+SIZES = [1 << n for n in (17, 19, 21, 23, 26)]
 
 
 class Ttnn:
@@ -170,7 +170,7 @@ def main() -> None:
         peer.close()
     sweep = []
     if not args.quick:
-        for elements in LLC_SIZES:
+        for elements in SIZES:
             console.print(f"codec: {elements} elements", style="dim")
             result = measure(elements, 1, best, args.rounds, None)
             sweep.append({"elements": elements, "result": result})

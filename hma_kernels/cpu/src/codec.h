@@ -47,41 +47,59 @@ void pack_edge(const void* x, int64_t at, int64_t columns, const RowBytes& to) {
     pack_row<type, rounding>(row, 0, to);
 }
 
-// Rows and columns that exist, of a tile whose first value is x[at].
-struct Corner {
-    int64_t at, rows, columns;
+// A few tiles side by side: the rows of x are read (or written) in pieces of hundreds of bytes,
+// while the tiles stay in the first cache.
+struct Tiles {
+    int64_t first, count;   // tiles' index
+    int64_t at;             // of the first one's first value in x
+    int64_t rows, columns;  // that exist from there on
 };
 
-// Calls body(tile's index, corner) for each tile of strips first..last-1 of x. What the body needs
-// in its loops it holds by value: stores of bytes may alias anything.
+// Calls body for all tiles of strips first..last-1 of x. What the body needs in its loops it holds
+// by value: stores of bytes may alias anything.
 template <class Body>
 HMA_INLINE void for_tiles(const Matrix& x, int64_t first, int64_t last, Body body) {
+    constexpr int64_t SIDE_BY_SIDE = 4;
     const int64_t high = (x.height + TILE - 1) / TILE, wide = (x.width + TILE - 1) / TILE;
     for (int64_t strip = first; strip < last; strip++) {
         const int64_t row = strip % high * TILE;
         const int64_t at = strip / high * x.outer_stride + row * x.row_stride;
-        for (int64_t column = 0; column < wide; column++)
-            body(strip * wide + column,
-                 Corner{at + column * TILE, x.height - row, x.width - column * TILE});
+        for (int64_t column = 0; column < wide; column += SIDE_BY_SIDE) {
+            const int64_t count = wide - column < SIDE_BY_SIDE ? wide - column : SIDE_BY_SIDE;
+            body(Tiles{strip * wide + column, count, at + column * TILE, x.height - row,
+                       x.width - column * TILE});
+        }
     }
 }
 
 template <Type type, Rounding rounding>
 void pack_strips(PackArgs args, int64_t first, int64_t last) {
-    for_tiles(args.x, first, last, [args](int64_t index, Corner corner) {
-        uint8_t* const tile = args.tiles + index * TILE_BYTES;
+    for_tiles(args.x, first, last, [args](Tiles tiles) {
+        uint8_t* const to = args.tiles + tiles.first * TILE_BYTES;
         const void* const x = args.x.data;
         const int64_t stride = args.x.row_stride;
-        if (corner.rows >= TILE && corner.columns >= TILE) {
+        if (tiles.rows >= TILE && tiles.columns >= tiles.count * TILE) {
             for (int face = 0; face < 2; face++)
                 for (int row = face * 16; row < face * 16 + 16; row++)
-                    pack_row<type, rounding>(x, corner.at + row * stride, row_of(tile, row));
+                    for (int64_t i = 0; i < tiles.count; i++) {
+                        const int64_t at = tiles.at + row * stride + i * TILE;
+                        // The same row of the next tiles: 32 streams are too many to be guessed.
+                        const char* next =
+                            static_cast<const char*>(x) + (at + tiles.count * TILE) * size_of(type);
+                        __builtin_prefetch(next);
+                        if (type == Type::f32) __builtin_prefetch(next + 64);
+                        pack_row<type, rounding>(x, at, row_of(to + i * TILE_BYTES, row));
+                    }
             return;
         }
-        const int64_t columns = corner.columns < TILE ? corner.columns : TILE;
-        for (int row = 0; row < TILE; row++)
-            pack_edge<type, rounding>(x, corner.at + row * stride, row < corner.rows ? columns : 0,
-                                      row_of(tile, row));
+        for (int row = 0; row < TILE; row++) {
+            for (int64_t i = 0; i < tiles.count; i++) {
+                const int64_t left = row < tiles.rows ? tiles.columns - i * TILE : 0;
+                pack_edge<type, rounding>(x, tiles.at + row * stride + i * TILE,
+                                          left < TILE ? left : TILE,
+                                          row_of(to + i * TILE_BYTES, row));
+            }
+        }
     });
 }
 
@@ -93,12 +111,14 @@ void pack(const PackArgs& args, int64_t first, int64_t last) {
 
 template <Type type>
 void unpack_strips(UnpackArgs args, int64_t first, int64_t last) {
-    for_tiles(args.out, first, last, [args](int64_t index, Corner corner) {
-        const uint8_t* const tile = args.tiles + index * TILE_BYTES;
+    for_tiles(args.out, first, last, [args](Tiles tiles) {
+        const uint8_t* const from = args.tiles + tiles.first * TILE_BYTES;
         const int64_t stride = args.out.row_stride;
         for (int face = 0; face < 2; face++)
             for (int row = face * 16; row < face * 16 + 16; row++)
-                unpack_row<type>(row_of(tile, row), args.out.data, corner.at + row * stride);
+                for (int64_t i = 0; i < tiles.count; i++)
+                    unpack_row<type>(row_of(from + i * TILE_BYTES, row), args.out.data,
+                                     tiles.at + row * stride + i * TILE);
     });
 }
 
