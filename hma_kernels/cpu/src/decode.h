@@ -6,9 +6,9 @@
 // While a page is read, the same bytes of the next one are prefetched.
 // The lanes of a vector are rows (tokens) of a face; they are added up once, at the item's end.
 //
-// Instructions (AVX-512, vector ports only, 4 heads): 33 a 64 bytes of K, 32 of V, plus about 60
-// a page and head of softmax: 0.53 a byte. Two of them issue in a cycle, so 3.8 bytes a cycle is
-// the floor. VNNI would need 5 a head and 64 bytes too (two digits of q, combine, convert, scale).
+// Instructions on the vector ports (AVX-512, 4 heads): 33 for 64 bytes of K, 35 for 64 of V, and
+// about 3 of softmax and sums across lanes: 0.56 a byte. VNNI would not save any: two digits of q,
+// a combination, a conversion and a scaling make 5 a head and load, as in float; docs/benchmarks.md.
 #pragma once
 
 #include "rows.h"
@@ -32,27 +32,22 @@ struct Scratch {
     float* sum;
     float* logits;  // [head][PAGE]
 
-    Scratch(void* memory, const Heads& h) {
-        char* at = static_cast<char*>(memory);
-        const auto take = [&at](int64_t bytes) {
-            char* from = at;
-            at += (bytes + 63) / 64 * 64;
-            return from;
-        };
-        query = reinterpret_cast<F*>(take(groups(h.dim) * h.group * 4 * sizeof(F)));
-        out = reinterpret_cast<F*>(take(groups(h.v_dim) * h.group * 4 * sizeof(F)));
-        max = reinterpret_cast<float*>(take(h.group * 4));
-        sum = reinterpret_cast<float*>(take(h.group * 4));
-        logits = reinterpret_cast<float*>(take(h.group * PAGE * 4));
-        end = at;
+    static int64_t lanes(const Heads& h, int dim) { return groups(dim) * h.group * 4 * sizeof(F); }
+    static int64_t floats(int64_t count) { return (count * sizeof(float) + 63) / 64 * 64; }
+
+    static int64_t bytes(const Heads& h) {
+        return lanes(h, h.dim) + lanes(h, h.v_dim) + 2 * floats(h.group) + floats(h.group * PAGE);
     }
 
-    char* end;
+    Scratch(void* memory, const Heads& h) {
+        char* at = static_cast<char*>(memory);
+        query = reinterpret_cast<F*>(at);
+        out = reinterpret_cast<F*>(at += lanes(h, h.dim));
+        max = reinterpret_cast<float*>(at += lanes(h, h.v_dim));
+        sum = reinterpret_cast<float*>(at += floats(h.group));
+        logits = reinterpret_cast<float*>(at += floats(h.group));
+    }
 };
-
-int64_t decode_scratch(const Heads& heads) {
-    return Scratch(nullptr, heads).end - static_cast<char*>(nullptr);
-}
 
 // Heads are taken HEADS at a time: calls block(first, width) with width a constant.
 template <class Block>

@@ -18,7 +18,7 @@ const Kernels& kernels() {
         unpack,
         write_rows,
         round,
-        decode_scratch,
+        Scratch::bytes,
         decode,
         {Single::LANES, Double::LANES},
         {Single::scratch, Double::scratch},
