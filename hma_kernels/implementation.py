@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,23 @@ from hma_kernels.layout import Rounding
 from hma_kernels.paged import PagedKV, PageTable
 
 ENVIRONMENT = "HMA_KERNELS"
+
+
+@dataclass(frozen=True)
+class ExtendCall:
+    """The arguments of hma_kernels.extend_attention, and where its result goes."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kv: PagedKV
+    layer: int
+    table: PageTable
+    q_indptr: torch.Tensor
+    scale: float
+    logit_cap: float
+    sliding_window: int
+    out: torch.Tensor
 
 
 class Plan(Protocol):
@@ -36,20 +54,7 @@ class Implementation(Protocol):
         self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int
     ) -> Plan: ...
 
-    def extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv: PagedKV,
-        layer: int,
-        table: PageTable,
-        q_indptr: torch.Tensor,
-        scale: float,
-        logit_cap: float,
-        sliding_window: int,
-        out: torch.Tensor,
-    ) -> None: ...
+    def extend(self, call: ExtendCall) -> None: ...
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import torch
 
-from hma_kernels.implementation import implementation_for
+from hma_kernels.implementation import ExtendCall, implementation_for
 from hma_kernels.layout import GROUP, TILE, TILE_BYTES, Rounding, padded
 from hma_kernels.paged import PagedKV, PageTable
 
@@ -203,9 +203,10 @@ def extend_attention(
         )
     out = q.new_empty(rows, heads, kv.v_head_dim)
     if out.numel():
-        implementation_for(q.device).extend(
+        call = ExtendCall(
             q, k, v, kv, layer, table, q_indptr, scale, logit_cap, sliding_window, out
         )
+        implementation_for(q.device).extend(call)
     return out
 
 

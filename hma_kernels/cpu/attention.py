@@ -5,6 +5,7 @@ import torch
 
 from hma_kernels.cpu import _ext
 from hma_kernels.cpu.codec import TYPES
+from hma_kernels.implementation import ExtendCall
 from hma_kernels.paged import PagedKV, PageTable
 
 type Query = tuple[int, int, int, int]
@@ -86,33 +87,21 @@ class DecodePlan:
         )
 
 
-def extend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv: PagedKV,
-    layer: int,
-    table: PageTable,
-    q_indptr: torch.Tensor,
-    scale: float,
-    logit_cap: float,
-    sliding_window: int,
-    out: torch.Tensor,
-) -> None:
-    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
+def extend(call: ExtendCall) -> None:
+    q, k, v = _adjacent(call.q), _adjacent(call.k), _adjacent(call.v)
     _ext.extend_attention(
-        _heads(kv, q.shape[1]),
-        *_pages(kv, layer),
-        *_lists(kv, table),
-        table.seq_lens.numpy(),
-        q_indptr.numpy(),
+        _heads(call.kv, q.shape[1]),
+        *_pages(call.kv, call.layer),
+        *_lists(call.kv, call.table),
+        call.table.seq_lens.numpy(),
+        call.q_indptr.numpy(),
         _query(q),
         _query(k),
         _query(v),
-        scale,
-        logit_cap,
-        sliding_window,
+        call.scale,
+        call.logit_cap,
+        call.sliding_window,
         q.dtype == torch.float32,
         False,
-        out.data_ptr(),
+        call.out.data_ptr(),
     )

@@ -3,38 +3,28 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hma_kernels.implementation import ExtendCall
 from hma_kernels.layout import PAGE
-from hma_kernels.paged import PagedKV, PageTable
 from hma_kernels.portable.attention import compute_dtype, load_pages, soft_cap
 
 # Logits that may exist at once; a longer prompt's queries go in blocks.
 _BLOCK_LOGITS = 1 << 23
 
 
-def extend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv: PagedKV,
-    layer: int,
-    table: PageTable,
-    q_indptr: torch.Tensor,
-    scale: float,
-    logit_cap: float,
-    sliding_window: int,
-    out: torch.Tensor,
-) -> None:
+def extend(call: ExtendCall) -> None:
+    q, k, v, out = call.q, call.k, call.v, call.out
+    scale, logit_cap, sliding_window = call.scale, call.logit_cap, call.sliding_window
     compute = compute_dtype(q)
     use_sdpa = q.dtype == torch.bfloat16 and logit_cap == 0
     work = q.dtype if use_sdpa else compute
-    prefix_lengths = table.seq_lens.tolist()
-    bounds = q_indptr.tolist()
+    prefix_lengths = call.table.seq_lens.tolist()
+    bounds = call.q_indptr.tolist()
     for request, prefix in enumerate(prefix_lengths):
         rows = slice(bounds[request], bounds[request + 1])
         count = rows.stop - rows.start
         if count == 0:
             continue
-        old_k, old_v, old_positions = _prefix(kv, layer, table, request, prefix, work)
+        old_k, old_v, old_positions = _prefix(call, request, prefix, work)
         keys = torch.cat([old_k, k[rows].transpose(0, 1).to(work)], 1)
         values = torch.cat([old_v, v[rows].transpose(0, 1).to(work)], 1)
         positions = torch.arange(prefix, prefix + count, device=q.device)
@@ -64,9 +54,10 @@ def extend(
 
 
 def _prefix(
-    kv: PagedKV, layer: int, table: PageTable, request: int, length: int, dtype: torch.dtype
+    call: ExtendCall, request: int, length: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """k [H, n, D], v [H, n, Dv], positions [n] of the cached tokens, in order of position."""
+    kv, layer, table = call.kv, call.layer, call.table
     device = kv.k_bf16[0].device
     keys, values, positions = [], [], []
     for indptr, indices, pos, k_pages, v_pages in (
