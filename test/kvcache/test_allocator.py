@@ -171,6 +171,21 @@ def test_prompt_spills_into_bf16_pages_when_no_bfp8_page_is_left() -> None:
     assert alloc.arena.is_bf16(slots[::PAGE].numpy() // PAGE).sum() == 8
 
 
+@pytest.mark.parametrize("spare_bfp8", [0, 1, 5])
+def test_a_chunked_prompt_keeps_room_for_its_last_page(spare_bfp8: int) -> None:
+    """The last free slab must not become BFP8 between a prompt's first chunk and its last."""
+    alloc = make(2)
+    assert extend(alloc, [(0, (32 - spare_bfp8) * PAGE)], [-1]) is not None
+    budget = alloc.create_prefill_budget(None)
+    assert budget._has_tail_room()
+    chunks = [(0, 128), (128, 256), (256, 264)]
+    last = -1
+    for start, end in chunks:
+        slots = extend(alloc, [(start, end)], [last])
+        assert slots is not None, (start, end)
+        last = int(slots[-1])
+
+
 def test_landed_page_is_unpacked_exactly() -> None:
     alloc = make(2)
     pool = alloc._kvcache

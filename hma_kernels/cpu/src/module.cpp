@@ -146,6 +146,8 @@ void set_threads(int threads) {
 
 NB_MODULE(_ext, m) {
     using namespace hma;
+    // A server that dies in the middle of a step still holds its plan.
+    nb::set_leak_warnings(false);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("available_isas", available);
     m.def("set_isa", hma::select);

@@ -76,7 +76,10 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     ) -> torch.Tensor | None:
         counts = [page_counts(start, end, end) for start, end in spans]
         num_bfp8, num_bf16 = (sum(column) for column in zip(*counts, strict=True))
-        spilled = max(0, num_bfp8 - max(0, self.arena.available_beside(num_bf16)))
+        kept = tail_to_come(spans)
+        if self.arena.any_format_beside(num_bf16 + kept) < num_bfp8:
+            kept = 0
+        spilled = max(0, num_bfp8 - max(0, self.arena.available_beside(num_bf16 + kept)))
         pages = self._take(num_bfp8 - spilled, num_bf16 + spilled)
         if pages is None:
             return None
@@ -174,10 +177,11 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         conservative_num_tokens: int,
         shard_size: int,
     ) -> int:
-        spans = zip(prefix_lens_cpu.tolist(), seq_lens_cpu.tolist(), strict=True)
+        spans = list(zip(prefix_lens_cpu.tolist(), seq_lens_cpu.tolist(), strict=True))
         counts = [page_counts(start, end, end) for start, end in spans]
-        self._extend_demand = tuple(sum(column) for column in zip(*counts, strict=True))
-        return sum(self._extend_demand) * PAGE
+        full, tails = (sum(column) for column in zip(*counts, strict=True))
+        self._extend_demand = full, tails + tail_to_come(spans)
+        return (full + tails) * PAGE
 
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
         """Before an extend it serves the page counts of `get_extend_allocation_demand`,
@@ -247,6 +251,16 @@ def page_counts(start: int, prompt_end: int, end: int) -> tuple[int, int]:
     opened = max(0, -(-end // PAGE) - first)
     full = min(max(0, prompt_end // PAGE - first), opened)
     return full, opened - full
+
+
+def tail_to_come(spans: list[tuple[int, int]]) -> int:
+    """BF16 pages to keep free while these spans are placed: 1 if one may be a chunk, else 0.
+
+    A chunk ends on a page's edge, and its prompt was admitted with room for its
+    part-full last page. BFP8 pages must not take the last slab that could hold it.
+    Only one prompt at a time is in chunks.
+    """
+    return int(any(end % PAGE == 0 for _, end in spans))
 
 
 def slots_of(pages: list[int], start: int, end: int, last_slot: int) -> npt.NDArray[np.int64]:
