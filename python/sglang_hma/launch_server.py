@@ -25,6 +25,12 @@ MOONCAKE_DEFAULTS = {
     "MC_LOG_LEVEL": "WARNING",
 }
 
+# A server that closes an idle connection races with a client that just sent a request on it:
+# the request is lost, and a router then waits minutes for the pair's other half. So the
+# client must be the first to close; the router keeps idle connections for up to 90 s, cloud
+# load balancers for up to 600.
+KEEP_ALIVE_S = 620
+
 # flag: (the only value that works with BFP8 pages or None for "not at all", why)
 BFP8_CONFLICTS: dict[str, tuple[str | None, str]] = {
     "--page-size": (str(PAGE_TOKENS), "a BFP8 page is one tile of 32 tokens"),
@@ -243,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     config, rest = parse(argv)
     os.environ.update(config.environment())
+    os.environ.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
     for name, value in MOONCAKE_DEFAULTS.items():
         os.environ.setdefault(name, value)
     if config.device == "cpu":

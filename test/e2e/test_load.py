@@ -1,9 +1,12 @@
 """200 concurrent requests on a pool that is too small for them, twice."""
 
 import asyncio
+import http.client
 import random
+import select
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -40,6 +43,22 @@ def test_every_request_survives_and_keeps_its_tokens(pair: Pair, seed: int) -> N
             retracted += body["meta_info"].get("num_retractions", 0)
     assert retracted > 0, "the pool was never too small: the test shows nothing"
     assert_drained(pair.prefill, pair.decode)
+
+
+def test_idle_connections_stay_open(pair: Pair) -> None:
+    """A server that closes first loses requests that a router sends at that moment."""
+    links = []
+    for server in (pair.prefill, pair.decode):
+        url = urlsplit(server.url)
+        link = http.client.HTTPConnection(str(url.hostname), url.port)
+        link.request("GET", "/health")
+        assert link.getresponse().read() is not None
+        links.append(link)
+    time.sleep(8)  # SGLang's default is 5 s
+    for link in links:
+        readable, _, _ = select.select([link.sock], [], [], 0)
+        assert not readable, "the server closed an idle connection"
+        link.close()
 
 
 def test_single_server_under_pressure(single: Server, model: Path, logs: Path, seed: int) -> None:
