@@ -10,6 +10,8 @@ KVFormatName = Literal["bfp8", "native"]
 WeightFormatName = Literal["bfp8", "native"]
 Role = Literal["prefill", "decode", "null"]
 
+LayersPerSend = int | Literal["auto", "all"]
+
 CONFIG_ENV = "SGLANG_HMA_CONFIG"
 PAGE_TOKENS = 32
 
@@ -30,6 +32,9 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["cpu", "cuda"] = "cpu"
     kv_format: KVFormatName = "bfp8"
     weight_format: WeightFormatName = "bfp8"
+    layers_per_send: LayersPerSend = "auto"
+    kv_checksum: bool = True
+    trace: str | None = None
 
     @property
     def platform_class(self) -> str:
@@ -43,6 +48,11 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     def mixes_page_formats(self) -> bool:
         """Whether this server's pool holds BFP8 and BF16 pages side by side."""
         return self.packs_kv and self.role != "prefill"
+
+    @property
+    def sends_early(self) -> bool:
+        """Whether pages leave while later layers still compute."""
+        return self.role == "prefill" and self.layers_per_send != "all"
 
     @property
     def rounds_prefill_weights(self) -> bool:
@@ -67,6 +77,17 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
         return config
 
 
+def layers_per_send(text: str) -> LayersPerSend:
+    """The value of --hma-layers-per-send; raises argparse.ArgumentTypeError."""
+    if text == "auto":
+        return "auto"
+    if text == "all":
+        return "all"
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto, all nor a number from 1")
+    return int(text)
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sglang-hma", "Heterogeneous prefill/decode with BFP8 KV pages (docs/quickstart.md)"
@@ -86,4 +107,28 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="Linear weights during prefill: 'bfp8' rounds them as a Tenstorrent card holds them, "
         "'native' keeps the checkpoint's. Decode always uses the checkpoint's. "
         "Default: what --hma-kv-format says.",
+    )
+    group.add_argument(
+        "--hma-layers-per-send",
+        type=layers_per_send,
+        default="auto",
+        metavar="auto|all|N",
+        help="On a prefill server: how many layers' pages are collected into one write while "
+        "earlier ones are on the wire. 'auto' measures the link; a number fixes it; 'all' sends "
+        "nothing before the forward pass has ended, as SGLang does. Default: auto.",
+    )
+    group.add_argument(
+        "--hma-kv-checksum",
+        choices=["on", "off"],
+        default="on",
+        help="On a decode server: compare every page that arrives with a checksum made by the "
+        "prefill server before anything reads it; what differs is sent again, then the request "
+        "fails. Default: on.",
+    )
+    group.add_argument(
+        "--hma-trace",
+        metavar="FILE",
+        default=None,
+        help="On a prefill server: write a trace of layers computing and groups travelling to "
+        "FILE, for Perfetto (ui.perfetto.dev) or chrome://tracing. Default: none.",
     )

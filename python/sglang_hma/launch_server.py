@@ -93,6 +93,9 @@ def parse(argv: list[str]) -> tuple[HmaConfig, list[str]]:
         device=device,  # type: ignore[arg-type]
         kv_format=ours.hma_kv_format,
         weight_format=ours.hma_weight_format or ours.hma_kv_format,
+        layers_per_send=ours.hma_layers_per_send,
+        kv_checksum=ours.hma_kv_checksum == "on",
+        trace=ours.hma_trace,
     )
     check_conflicts(config, rest)
     return config, with_defaults(config, rest)

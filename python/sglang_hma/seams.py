@@ -47,9 +47,15 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_kv_class",
-        "the KV manager with the format handshake and bounded batches",
+        "the KV manager: format handshake, layer-wise sending, checksums",
         _from("transfer.classes", "get_kv_class"),
         lambda config: config.role != "null",
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler.Scheduler.run_batch",
+        "opens the gate behind which a prefill batch's pages leave layer by layer",
+        _from("transfer.early", "run_batch"),
+        lambda config: config.sends_early,
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_pd_kv_layout",

@@ -11,12 +11,13 @@ from sglang.srt.runtime_context import get_parallel
 from hma_kernels import PAGE, TILE, TILE_BYTES, PagedKV, bfp8_round, bfp8_unpack, bfp8_write_rows
 from sglang_hma.kvcache.arena import IDS_PER_SLAB
 from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, KVFormat
+from sglang_hma.kvcache.gated import GatedPool
 from sglang_hma.kvcache.sizing import SLAB_TOKENS
 
 logger = logging.getLogger(__name__)
 
 
-class Bfp8KVPool(MHATokenToKVPool):
+class Bfp8KVPool(GatedPool, MHATokenToKVPool):
     """Pages of raw BFP8 bytes: the prefill pool.
 
     `k_buffer[layer]` is uint8 [pages, kv_heads, head_dim/32, 1088], so SGLang's
@@ -132,6 +133,7 @@ class Bfp8KVPool(MHATokenToKVPool):
         k, v = to_bf16_values(k), to_bf16_values(v)
         self._store_prompt(self.k_buffer[layer], self.kv.k_bf16[layer], loc, k)
         self._store_prompt(self.v_buffer[layer], self.kv.v_bf16[layer], loc, v)
+        self.layer_stored(layer)
         return bfp8_round(k), bfp8_round(v)
 
     def _store_prompt(

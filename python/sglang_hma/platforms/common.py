@@ -10,8 +10,12 @@ class HmaPlatformMixin:
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         config = HmaConfig.require()
-        if kind != "mha" or not config.packs_kv:
+        if kind != "mha":
             return None
+        if not config.packs_kv:
+            from sglang_hma.kvcache.gated import NativeKVPool
+
+            return NativeKVPool if config.sends_early else None
         from sglang_hma.kvcache import pool
 
         return pool.MixedKVPool if config.mixes_page_formats else pool.Bfp8KVPool

@@ -9,11 +9,15 @@ from sglang_hma.kvcache.format import KVFormat
 
 
 def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
-    """Our manager and sender for Mooncake, SGLang's classes for all else."""
+    """Our manager, sender and receiver for Mooncake, SGLang's classes for all else."""
     if transfer_backend == TransferBackend.MOONCAKE:
-        from sglang_hma.transfer.manager import HmaKVManager, HmaKVSender
+        from sglang_hma.transfer.manager import HmaKVManager, HmaKVReceiver, HmaKVSender
 
-        ours = {KVClassType.MANAGER: HmaKVManager, KVClassType.SENDER: HmaKVSender}
+        ours = {
+            KVClassType.MANAGER: HmaKVManager,
+            KVClassType.SENDER: HmaKVSender,
+            KVClassType.RECEIVER: HmaKVReceiver,
+        }
         if class_type in ours:
             return ours[class_type]
     return original(transfer_backend, class_type)

@@ -9,6 +9,7 @@ refused too.
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,21 @@ from sglang.srt.disaggregation.mooncake.conn import (
     ABORT_TAG,
     KVArgsRegisterInfo,
     MooncakeKVManager,
+    MooncakeKVReceiver,
     MooncakeKVSender,
     TransferInfo,
 )
+from sglang.srt.utils.network import NetworkAddress
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat, mismatch
+from sglang_hma.transfer import messages
+from sglang_hma.transfer.gates import LayerGate
+from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece
+from sglang_hma.transfer.inbox import Inbox
+from sglang_hma.transfer.integrity import memory_of
+from sglang_hma.transfer.outbox import Destination, Outbox
+from sglang_hma.transfer.pump import MooncakeLink
 from sglang_hma.transfer.refusal import abort_at_prefill, fetch_route
 
 logger = logging.getLogger(__name__)
@@ -39,10 +49,25 @@ SELF_CHECKED = (ABORT_TAG, b"WATERMARK", b"STAGING_RSP")
 class HmaKVManager(MooncakeKVManager):
     """SGLang's Mooncake manager, refusing peers whose pages mean something else."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, args: Any, *rest: Any, **kwargs: Any) -> None:
         self._peer_formats: dict[str, str] = {}
         self._peer_lock = threading.Lock()
-        super().__init__(*args, **kwargs)
+        self._generations: dict[int, dict[str, int]] = {}
+        self._describes: set[str] = set()  # prefill servers that publish a descriptor
+        is_mla = bool(rest[2:3] and rest[2]) or bool(kwargs.get("is_mla_backend"))
+        self._plain_pages = not args.state_types and not is_mla
+        self.outbox: Outbox | None = None
+        self.inbox: Inbox | None = None
+        super().__init__(args, *rest, **kwargs)
+        config = HmaConfig.require()
+        memory = memory_of(config.device)
+        if self.disaggregation_mode.value == "prefill" and self._plain_pages:
+            link = MooncakeLink(self.engine.engine)
+            fixed = config.layers_per_send
+            sizer = GroupSizer(fixed if isinstance(fixed, int) else None)
+            self.outbox = Outbox(self, link, memory, sizer)
+        elif self.disaggregation_mode.value == "decode" and self._plain_pages:
+            self.inbox = Inbox(self, memory) if config.kv_checksum else None
         logger.info("KV format %s: %s", KVFormat.parse(self._ours).digest(), self._ours)
 
     # -- decode asks prefill --
@@ -57,6 +82,8 @@ class HmaKVManager(MooncakeKVManager):
         theirs = route.get("kv_layout")
         reason = self._mismatch(theirs if isinstance(theirs, str) else None, their_role="prefill")
         if reason is None:
+            if theirs is not None:
+                self._describes.add(bootstrap_addr)
             return bool(super().try_ensure_parallel_info(bootstrap_addr))
         self._refuse(bootstrap_addr, route, reason)
         return False
@@ -81,14 +108,32 @@ class HmaKVManager(MooncakeKVManager):
 
     def _make_worker_recv(self, socket: Any, timeout_ms: int = 500) -> Callable[[], Any]:
         recv = super()._make_worker_recv(socket, timeout_ms)
-        if self.disaggregation_mode.value != "prefill":
-            return recv
 
         def checked_recv() -> Any:
             message = recv()
-            return message if message is None or self._accepts(message) else None
+            if message is None or self._handles(message):
+                return None
+            return message if self._is_decode or self._accepts(message) else None
 
         return checked_recv
+
+    def _handles(self, message: list[bytes]) -> bool:
+        """Whether a message was one of ours; broken ones are dropped with a line in the log."""
+        try:
+            ours = messages.parse(message)
+            if isinstance(ours, messages.Group):
+                if self.inbox is not None:
+                    self.inbox.on_group(ours)
+            elif ours is not None and self.outbox is not None:
+                self.outbox.on_message(ours)
+        except ValueError as error:
+            logger.error("Dropping a malformed message from a peer: %s", error)
+            return True
+        return ours is not None
+
+    @property
+    def _is_decode(self) -> bool:
+        return bool(self.disaggregation_mode.value == "decode")
 
     def _accepts(self, message: list[bytes]) -> bool:
         """Whether a message to the prefill server parses; remembers a peer's format.
@@ -100,12 +145,21 @@ class HmaKVManager(MooncakeKVManager):
                 return True
             if message[0] == REGISTRATION:
                 self._remember_format(message)
-            elif (TransferInfo.from_zmq(message).dst_kv_indices < 0).any():
-                raise ValueError("negative page index")
+            else:
+                self._remember_request(message)
         except Exception as error:
             logger.error("Dropping a malformed message from a decode server: %r", error)
             return False
         return True
+
+    def _remember_request(self, message: list[bytes]) -> None:
+        """A decode server's pages for one request, and the generation it wants echoed."""
+        info = TransferInfo.from_zmq(message)
+        if (info.dst_kv_indices < 0).any():
+            raise ValueError("negative page index")
+        if len(message) > 10 and message[10]:
+            generation = int(message[10].decode("ascii"))
+            self._generations.setdefault(info.room, {})[info.mooncake_session_id] = generation
 
     def _remember_format(self, message: list[bytes]) -> None:
         peer = KVArgsRegisterInfo.from_zmq(message).mooncake_session_id
@@ -131,7 +185,128 @@ class HmaKVManager(MooncakeKVManager):
         fully_checked, reason = super()._validate_peer_state_layout(registration_info)
         return bool(fully_checked), reason
 
+    # -- prefill sends --
+
+    def transfer_worker(self, *args: Any, **kwargs: Any) -> None:
+        """SGLang's sending thread; the outbox's pump replaces it for plain K and V pages."""
+        if not self._plain_pages:
+            super().transfer_worker(*args, **kwargs)
+
+    def add_transfer_request(
+        self,
+        bootstrap_room: int,
+        kv_indices: Pages,
+        index_slice: slice,
+        is_last_chunk: bool,
+        aux_index: int | None = None,
+        state_indices: Any = None,
+        num_kv_tokens: int | None = None,
+        *,
+        wait_event: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Queue pages of a request. `wait_event` is the LayerGate of an early send."""
+        if self.outbox is None:
+            given = (kv_indices, index_slice, is_last_chunk, aux_index, state_indices)
+            kwargs |= {"wait_event": wait_event}
+            return super().add_transfer_request(bootstrap_room, *given, num_kv_tokens, **kwargs)
+        infos = self.transfer_infos.get(bootstrap_room)
+        if infos is None or self.outbox.unwanted(bootstrap_room):
+            return None
+        gate, forward = wait_event if wait_event is not None else (None, None)
+        for session in infos:
+            reason = self._unreachable(session)
+            if reason is not None:
+                self.conclude_failure(bootstrap_room=bootstrap_room, failure_reason=reason)
+                return None
+        return self.outbox.add(
+            bootstrap_room,
+            kv_indices,
+            index_slice,
+            gate=gate,
+            forward=forward,
+            last=is_last_chunk,
+            aux=aux_index,
+            destinations=(self._destination(i) for i in list(infos.values()) if not i.is_dummy),
+        )
+
+    def _unreachable(self, session: str) -> str | None:
+        with self.session_lock:
+            refusal = self.state_layout_rejections.get(session)
+            if refusal is not None:
+                return str(refusal)
+            if session not in self.failed_sessions:
+                return None
+            probe = self.failed_session_probes.get(session)
+            if probe is not None:
+                probe.last_requested = time.monotonic()
+        return f"decode server {session} does not take KV pages at the moment"
+
+    def _destination(self, info: TransferInfo) -> Destination:
+        peer = self.decode_kv_args_table[info.mooncake_session_id]
+        sizes = self.kv_args.kv_item_lens
+        layers = len(sizes) // 2
+        pairs = list(zip(self.kv_args.kv_data_ptrs, peer.dst_kv_ptrs, sizes, strict=True))
+        whole = [Piece(ours, size, theirs, size, size) for ours, theirs, size in pairs]
+        return Destination(
+            session=info.mooncake_session_id,
+            endpoint=info.endpoint,
+            port=info.dst_port,
+            generation=self._generations.get(info.room, {}).get(info.mooncake_session_id),
+            pages=info.dst_kv_indices,
+            pieces=tuple((whole[i], whole[layers + i]) for i in range(layers)),
+            aux_index=info.dst_aux_index,
+        )
+
+    def forget_generations(self, room: int) -> None:
+        self._generations.pop(room, None)
+
+    def _maybe_ack_drained_abort(self, room: int) -> None:
+        """Decode may reuse a failed request's pages only when nothing can land in them."""
+        if self.outbox is None or self.outbox.settled(room):
+            super()._maybe_ack_drained_abort(room)
+
+    # -- decode receives --
+
+    def expect(self, room: int, bootstrap_addr: str, pages: Pages, infos: list[Any]) -> None:
+        """Pages are about to be published: compare what arrives, if that server makes checksums."""
+        if self.inbox is not None and bootstrap_addr in self._describes:
+            self.inbox.expect(room, pages, infos)
+
+    def build_receiver_metadata_message(self, **kwargs: Any) -> list[bytes]:
+        message: list[bytes] = super().build_receiver_metadata_message(**kwargs)
+        if self.inbox is not None:
+            generation = self.inbox.generation(kwargs["bootstrap_room"])
+            message.append(str(generation).encode("ascii") if generation is not None else b"")
+        return message
+
+    def apply_prefill_status(self, *, status: int, **kwargs: Any) -> None:
+        """As SGLang's; a success waits until the request's pages were compared."""
+        room, rank = kwargs["bootstrap_room"], kwargs["prefill_rank"]
+        if (
+            status == KVPoll.Success
+            and self.inbox is not None
+            and self.inbox.holds_back(room, rank)
+        ):
+            return
+        super().apply_prefill_status(status=status, **kwargs)
+
+    def commit_success(self, room: int, rank: int) -> None:
+        super().apply_prefill_status(bootstrap_room=room, status=KVPoll.Success, prefill_rank=rank)
+
+    def piece_from_rank(self, rank: int, ranks: int) -> tuple[int, int]:
+        """Which part of every page a prefill rank fills, of how many."""
+        return (rank % ranks, ranks) if ranks > 1 else (0, 1)
+
     # -- both --
+
+    def send_frames(self, host: str, port: int, frames: list[bytes]) -> None:
+        """To a peer's control socket; a peer that is gone is noticed elsewhere."""
+        address = NetworkAddress(host, port)
+        try:
+            self._send_multipart_locked(address.to_tcp(), frames, is_ipv6=address.is_ipv6)
+        except Exception as error:
+            logger.warning("Could not tell %s: %s", address.to_host_port_str(), error)
 
     @property
     def _ours(self) -> str:
@@ -156,8 +331,42 @@ class HmaKVManager(MooncakeKVManager):
 
 
 class HmaKVSender(MooncakeKVSender):
-    """Page indices stay on the host on CPU: there is no CUDA event to wait for."""
+    """A sender whose early sends wait for layers and never close the request."""
 
-    @property
-    def supports_host_tensor_indices(self) -> bool:
-        return HmaConfig.require().device == "cuda"
+    # Page indices stay on the host: there is no CUDA event to wait for.
+    supports_host_tensor_indices = False
+
+    def send_early(self, gate: LayerGate, forward: LayerGate, send: Callable[[], None]) -> None:
+        """Run `send`, which sends pages of this request, with `gate` in charge of their layers.
+
+        `forward` is the gate of the batch that is about to run.
+        """
+        self._early_send_wait_event: tuple[LayerGate, LayerGate] | None = gate, forward
+        try:
+            send()
+        finally:
+            self._early_send_wait_event = None
+
+    def clear(self) -> None:
+        super().clear()
+        self.kv_mgr.forget_generations(self.bootstrap_room)
+
+    def _prepare_send_indices(self, *args: Any, **kwargs: Any) -> tuple[Any, slice, bool, bool]:
+        indices, index, last, skip = super()._prepare_send_indices(*args, **kwargs)
+        # The first token travels with the last send, and is not known before the forward ends.
+        return indices, index, last and self._early_send_wait_event is None, skip
+
+
+class HmaKVReceiver(MooncakeKVReceiver):
+    """Tells the inbox which pages a request expects, from when to when."""
+
+    def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
+        if getattr(self, "bootstrap_infos", None):
+            infos = self.bootstrap_infos
+            self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
+        super().send_metadata(kv_indices, *args, **kwargs)
+
+    def _clear(self) -> None:
+        super()._clear()
+        if self.kv_mgr.inbox is not None:
+            self.kv_mgr.inbox.forget(self.bootstrap_room)

@@ -1,0 +1,52 @@
+"""Before a prefill batch runs: its requests' pages are queued behind the batch's gate."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from sglang_hma.transfer.gates import LayerGate
+
+
+def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any) -> Any:
+    """Around Scheduler.run_batch: open a gate, let the pool complete it, end it in any case.
+
+    Pages that a radix hit has brought are final and leave at once. The pages that
+    this chunk computes leave layer by layer. A part-full last page is held back:
+    SGLang sends whole pages before the forward ends, and the last send, which
+    carries the first token, takes it along.
+    """
+    if not batch.forward_mode.is_extend() or batch.forward_mode.is_prebuilt():
+        return original(scheduler, batch, *args)
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    gate = LayerGate(pool.layer_num, _pump_wake(scheduler))
+    for req in batch.reqs:
+        _send_early(scheduler, req, gate)
+    pool.layer_gate = gate
+    try:
+        result = original(scheduler, batch, *args)
+    except BaseException as error:
+        gate.fail(f"the forward pass failed: {error!r}")
+        raise
+    finally:
+        pool.layer_gate = None
+    gate.finish()
+    return result
+
+
+def _pump_wake(scheduler: Any) -> Callable[[], None]:
+    outbox = scheduler.disagg_prefill_bootstrap_queue.kv_manager.outbox
+    return outbox.pump.wake if outbox is not None else lambda: None
+
+
+def _send_early(scheduler: Any, req: Any, gate: LayerGate) -> None:
+    sender = req.disagg_kv_sender
+    if req.pending_bootstrap or not hasattr(sender, "send_early"):
+        return
+    page = scheduler.token_to_kv_pool_allocator.page_size
+    end = min(req.extend_end, len(req.origin_input_ids)) // page * page
+    cached = (req.prefix_len - req.host_hit_length) // page * page
+    layers = scheduler.token_to_kv_pool_allocator.get_kvcache().layer_num
+    for upto, ready in ((cached, LayerGate.open(layers)), (end, gate)):
+        if upto > req.start_send_idx:
+            send = partial(scheduler.send_kv_chunk, req, last_chunk=False, end_idx=upto)
+            sender.send_early(ready, gate, send)

@@ -1,0 +1,145 @@
+"""What travels in one write: runs of pages, and how many layers at a time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Pages = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Pages that are contiguous on both sides: one block a buffer."""
+
+    source: int
+    target: int
+    pages: int
+
+
+def runs(source: Pages, target: Pages) -> list[Run]:
+    """Split paired page lists where either side jumps.
+
+    Raises ValueError if the lists differ in length.
+    """
+    if len(source) != len(target):
+        raise ValueError(f"{len(source)} source pages for {len(target)} target pages")
+    if len(source) == 0:
+        return []
+    jumps = (np.diff(source) != 1) | (np.diff(target) != 1)
+    starts = np.concatenate(([0], np.flatnonzero(jumps) + 1, [len(source)]))
+    return [
+        Run(int(source[begin]), int(target[begin]), int(end - begin))
+        for begin, end in pairwise(starts)
+    ]
+
+
+class LinkModel:
+    """A link's latency and bandwidth, learnt from the writes that were made.
+
+    A write of n bytes takes latency + n / bandwidth; both come from a least
+    squares fit whose samples fade by 3% with each new one. Writes that overlap
+    are counted from the end of the previous one.
+    """
+
+    FADE = 0.97
+    PRIOR = ((64e3, 2e-4), (4e6, 4e-3))  # bytes, seconds: 1 GB/s loopback
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(5)
+        for size, seconds in self.PRIOR:
+            self.observe(size, seconds)
+
+    def observe(self, size: float, seconds: float) -> None:
+        # Weighted by 1/seconds: relative errors count alike for short and long writes.
+        weight = 1 / max(seconds, 1e-6) ** 2
+        self._sums *= self.FADE
+        self._sums += weight * np.array([1, size, size * size, seconds, size * seconds])
+
+    def _fit(self) -> tuple[float, float]:
+        one, x, xx, y, xy = self._sums
+        spread = one * xx - x * x
+        if spread <= 1e-9 * one * xx:  # all samples of one size
+            return 0.0, float(max(y, 1e-12) / x)
+        slope = max(float(one * xy - x * y) / float(spread), 1e-13)
+        return max(float(y - slope * x) / float(one), 0.0), slope
+
+    @property
+    def latency_s(self) -> float:
+        return self._fit()[0]
+
+    @property
+    def bytes_per_s(self) -> float:
+        return 1 / self._fit()[1]
+
+
+class GroupSizer:
+    """How many layers to wait for while the link is busy with earlier ones.
+
+    An idle link takes whatever is ready: the first group leaves with the first
+    layer. While it is busy, waiting costs nothing until the write in flight ends,
+    and larger writes waste less of the link: `auto` (None) waits until a group's
+    bytes take EFFICIENT times as long as the link's latency, but never for more
+    than a quarter of the layers, because what is waited for last is exposed.
+    """
+
+    EFFICIENT = 4.0
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self.fixed = fixed
+
+    def layers(self, link: LinkModel, layer_bytes: int, layers: int) -> int:
+        if self.fixed is not None:
+            return min(self.fixed, layers)
+        wanted = math.ceil(self.EFFICIENT * link.latency_s * link.bytes_per_s / max(layer_bytes, 1))
+        return max(1, min(wanted, layers // 4))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one buffer (a layer's K or V) gives of each page, and where it goes.
+
+    Both sides that hold the same heads exchange whole pages. Under unequal
+    tensor parallelism one side's page is a contiguous piece of the other's,
+    because pages are head-major; `source` and `target` then point at that piece
+    in page 0.
+    """
+
+    source: int
+    source_stride: int
+    target: int
+    target_stride: int
+    length: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether a run of pages is one contiguous block on both sides."""
+        return self.source_stride == self.target_stride == self.length
+
+    def count(self, parts: Sequence[Run]) -> int:
+        """How many blocks `blocks` would list."""
+        return len(parts) if self.whole else sum(run.pages for run in parts)
+
+    def blocks(self, parts: Sequence[Run]) -> list[tuple[int, int, int]]:
+        """(source address, target address, bytes) of each write."""
+        if self.whole:
+            return [
+                (
+                    self.source + run.source * self.length,
+                    self.target + run.target * self.length,
+                    run.pages * self.length,
+                )
+                for run in parts
+            ]
+        return [
+            (
+                self.source + (run.source + i) * self.source_stride,
+                self.target + (run.target + i) * self.target_stride,
+                self.length,
+            )
+            for run in parts
+            for i in range(run.pages)
+        ]
