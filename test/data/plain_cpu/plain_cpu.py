@@ -5,6 +5,13 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 
+def register() -> None:
+    """Stock PD sends page indices through pinned memory and a CUDA event unless told not to."""
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+
+    MooncakeKVSender.supports_host_tensor_indices = False
+
+
 def activate() -> str:
     return "plain_cpu:PlainCpuPlatform"
 

@@ -1,0 +1,1 @@
+"""How the KV cache travels: layer by layer against after the forward, BFP8 against BF16."""

@@ -1,0 +1,188 @@
+"""The pairs that are compared, each a prefill server, a decode server and a router on a Link."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmark.transfer.link import DECODE_IP, PREFILL_IP, Link
+
+START_TIMEOUT_S = 240
+PLAIN_CPU = Path(__file__).parents[2] / "test" / "data" / "plain_cpu"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to serve. `token_bits` are the bits of a K or V element on the wire."""
+
+    title: str
+    module: str
+    flags: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    element_bytes: float = 2.0
+
+
+KINDS = {
+    "stock": Kind(
+        "SGLang 0.5.23, BF16, after the forward",
+        "sglang.launch_server",
+        (
+            *("--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph"),
+            *("--sampling-backend", "pytorch", "--sleep-on-idle"),
+            *("--disaggregation-transfer-backend", "mooncake_tcp"),
+        ),
+        {
+            "PYTHONPATH": str(PLAIN_CPU),
+            "SGLANG_PLATFORM": "plain_cpu",
+            "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
+            "SGLANG_TIMEOUT_KEEP_ALIVE": "620",
+        },
+    ),
+    "native": Kind(
+        "ours, BF16, layer by layer",
+        "sglang_hma.launch_server",
+        ("--hma-kv-format", "native"),
+    ),
+    "after": Kind(
+        "ours, BFP8, after the forward",
+        "sglang_hma.launch_server",
+        ("--hma-layers-per-send", "all"),
+        element_bytes=17 / 16,
+    ),
+    "ours": Kind("ours, BFP8, layer by layer", "sglang_hma.launch_server", element_bytes=17 / 16),
+}
+
+
+@dataclass
+class Running:
+    """A started pair; `url` answers inside the prefill server's namespace."""
+
+    kind: Kind
+    url: str
+    prefill_url: str
+    trace: Path
+
+
+@contextlib.contextmanager
+def running(
+    name: str, model: Path, link: Link, folder: Path, port: int, flags: list[str]
+) -> Iterator[Running]:
+    """Start one pair and wait until it has answered a request."""
+    kind = KINDS[name]
+    trace = folder / f"{name}.trace.json"
+    env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "SGLANG_HMA_SHARE": "2"}
+    common = ["--model-path", str(model), *kind.flags, *flags]
+    traced = ["--hma-trace", str(trace)] if kind.module.startswith("sglang_hma") else []
+    commands = {
+        "prefill": [
+            *("-m", kind.module, "--disaggregation-mode", "prefill", "--host", PREFILL_IP),
+            *("--port", str(port), "--disaggregation-bootstrap-port", str(port + 1)),
+            *(*common, *traced),
+        ],
+        "decode": [
+            *("-m", kind.module, "--disaggregation-mode", "decode", "--host", DECODE_IP),
+            *("--port", str(port), "--disaggregation-decode-retraction-backup", "cpu_tensor"),
+            *common,
+        ],
+        "router": [
+            *("-m", "sglang_router.launch_router", "--pd-disaggregation", "--policy", "random"),
+            *("--host", PREFILL_IP, "--port", str(port + 2), "--prometheus-port", str(port + 3)),
+            *("--prefill", f"http://{PREFILL_IP}:{port}", str(port + 1)),
+            *("--decode", f"http://{DECODE_IP}:{port}"),
+        ],
+    }
+    places = {"prefill": link.prefill, "decode": link.decode, "router": link.prefill}
+    ips = {"prefill": PREFILL_IP, "decode": DECODE_IP, "router": PREFILL_IP}
+    processes: list[subprocess.Popen[bytes]] = []
+    url = f"http://{PREFILL_IP}:{port + 2}"
+    try:
+        for role, command in commands.items():
+            log = folder / f"{name}-{role}.log"
+            with log.open("w") as out:
+                processes.append(
+                    subprocess.Popen(
+                        link.inside(places[role], [sys.executable, *command]),
+                        env=os.environ | env | kind.env | {"SGLANG_HOST_IP": ips[role]},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+            if role != "prefill":
+                wait(processes, link, folder, url if role == "router" else "", port)
+        yield Running(kind, url, f"http://{PREFILL_IP}:{port}", trace)
+    finally:
+        stop(processes)
+
+
+def wait(
+    processes: list[subprocess.Popen[bytes]], link: Link, folder: Path, router: str, port: int
+) -> None:
+    """Until both servers are healthy, or until the router has workers."""
+    urls = (
+        [(link.prefill, f"{router}/readiness")]
+        if router
+        else [
+            (link.prefill, f"http://{PREFILL_IP}:{port}/health"),
+            (link.decode, f"http://{DECODE_IP}:{port}/health"),
+        ]
+    )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    for namespace, url in urls:
+        while not link.call(namespace, lambda url=url: answers(url)):  # type: ignore[misc]
+            if any(process.poll() is not None for process in processes):
+                raise RuntimeError(f"a server ended while starting; logs: {folder}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{url} does not answer; logs: {folder}")
+            time.sleep(0.5)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, then the whole session of each: all of it was started here."""
+    for process in reversed(processes):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 8
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def first_token(url: str, prompt: list[int]) -> float:
+    """Seconds until the first token of a streamed answer."""
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True},
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    begin = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        for line in reply:
+            if line.startswith(b"data:"):
+                seconds = time.perf_counter() - begin
+                if b'"error"' in line:
+                    raise RuntimeError(line.decode(errors="replace")[:500])
+                reply.read()
+                return seconds
+    raise RuntimeError("the stream ended without a token")

@@ -1,0 +1,182 @@
+"""Time to the first token over a link of limited rate: SGLang's PD and sglang-hma's.
+
+Four pairs run side by side in two network namespaces, all with one model and one thread a
+server: SGLang 0.5.23 in BF16, which sends after the forward pass; ours in BF16, layer by layer;
+ours in BFP8, after the forward pass; ours in BFP8, layer by layer. The link is calibrated so
+that SGLang's transfer of the --prompt length takes as long as its prefill; rates are multiples
+of that. Needs root.
+"""
+
+import json
+import random
+import statistics
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmark.common import Figure, Timing, console, finish, parser, table
+from benchmark.transfer.link import Link, LinkError, link
+from benchmark.transfer.pairs import KINDS, Running, first_token, running
+
+MODEL = {"layers": 8, "hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 128}
+ROUND_TRIP_S = 0.001  # the veth pair's own is 0.05 ms; no delay is added
+
+
+def kv_elements(tokens: int) -> int:
+    return tokens * MODEL["layers"] * 2 * MODEL["kv_heads"] * MODEL["head_dim"]
+
+
+class Bench:
+    def __init__(self, pairs: dict[str, Running], road: Link, seed: int) -> None:
+        self.pairs = pairs
+        self.road = road
+        self.rng = random.Random(seed)
+        self.consumed = dict.fromkeys(pairs, 0)
+
+    def prompt(self, tokens: int) -> list[int]:
+        return [self.rng.randrange(300, 4000) for _ in range(tokens)]
+
+    def once(self, name: str, tokens: int) -> float:
+        prompt = self.prompt(tokens)
+        url = self.pairs[name].url
+        return float(self.road.call(self.road.prefill, lambda: first_token(url, prompt)))
+
+    def rounds(self, tokens: int, count: int) -> dict[str, Timing]:
+        times: dict[str, list[float]] = {name: [] for name in self.pairs}
+        for _ in range(count):
+            for name in self.pairs:
+                times[name].append(self.once(name, tokens))
+        return {name: Timing(values) for name, values in times.items()}
+
+    def forward_seconds(self, name: str, tokens: int) -> float:
+        """The forward pass of a prompt alone, from the pair's trace: median of 3."""
+        found = []
+        for _ in range(3):
+            self.once(name, tokens)
+            self.once(name, 1)  # a trace is written when the pump has nothing to do
+            spans = [e for e in read_trace(self.pairs[name].trace) if e["tid"] == 1]
+            forwards: list[float] = []
+            for span in spans:
+                if span["name"] == "layer 0":
+                    forwards.append(0.0)
+                forwards[-1] += span["dur"] / 1e6
+            found.append(max(forwards[-3:]))
+        return statistics.median(found)
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text().rstrip().rstrip(",")
+    return [event for event in json.loads(text + "]") if event["ph"] == "X"]
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.set_defaults(rounds=5)
+    options.add_argument("--prompt", type=int, default=2048, help="tokens the link is fitted to")
+    options.add_argument("--port", type=int, default=31600)
+    options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
+    args = options.parse_args()
+    try:
+        measure(args)
+    except LinkError as error:
+        options.error(str(error))
+
+
+def measure(args: Any) -> None:
+    from sglang_hma.demo_model import make_demo_model
+
+    console.print(f"seed {args.seed}", style="dim")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = folder / "model"
+        make_demo_model(model, max_position=8192, intermediate=512, **MODEL)
+        road = stack.enter_context(link())
+        flags = ["--dtype", "bfloat16", "--chunked-prefill-size", "8192"]
+        flags += ["--max-total-tokens", "24576", "--mem-fraction-static", "0.9"]
+        flags += ["--disable-radix-cache", "--enable-metrics"]
+        pairs = {}
+        for index, name in enumerate(KINDS):
+            console.print(f"starting {KINDS[name].title}", style="dim")
+            port = args.port + 10 * index
+            pairs[name] = stack.enter_context(running(name, model, road, folder, port, flags))
+        bench = Bench(pairs, road, args.seed)
+        report(args, bench)
+
+
+def report(args: Any, bench: Bench) -> None:
+    for name in bench.pairs:
+        bench.once(name, args.prompt)  # warm
+    fast = bench.rounds(args.prompt, args.rounds)
+    compute = bench.forward_seconds("ours", args.prompt)
+    matched = kv_elements(args.prompt) * 2 / fast["stock"].median * 8
+    results: dict[str, Any] = {"seed": args.seed, "model": MODEL, "compute_s": compute}
+    scales = [None, 1.0] if args.quick else [None, 4.0, 2.0, 1.0, 0.5]
+    lengths = [args.prompt] if args.quick else [256, 1024, args.prompt, 2 * args.prompt]
+    rows: list[list[str]] = []
+    records = []
+    fitted: dict[str, Timing] = {}
+    goodput = 0.0
+    for scale in scales:
+        bench.road.set_rate(matched * scale if scale else None)
+        speed = bench.road.goodput(200 if scale is None else min(40, matched * scale / 8e6))
+        for tokens in lengths if scale == 1.0 else [args.prompt]:
+            console.print(f"rate {scale or 'unlimited'}, {tokens} tokens", style="dim")
+            times = (
+                fast
+                if scale is None and tokens == args.prompt
+                else bench.rounds(tokens, args.rounds)
+            )
+            if scale == 1.0 and tokens == args.prompt:
+                fitted, goodput = times, speed
+            rate = "unlimited" if scale is None else f"{speed * 8 / 1e6:.0f} Mbit/s"
+            cells = [f"{t.median * 1e3:.0f} ±{t.spread:.0%}" for t in times.values()]
+            ratio = 1 / times["ours"].times_faster_than(times["stock"])
+            rows.append([f"{tokens} tokens, {rate}", *cells, f"{ratio:.2f}"])
+            records.append(
+                {
+                    "tokens": tokens,
+                    "scale": scale,
+                    "goodput_bytes_per_s": speed,
+                    "ttft_s": {name: t.rounds for name, t in times.items()},
+                }
+            )
+    table(
+        f"TTFT in ms; median of {args.rounds} rounds, turn about; ± half the quartiles' range",
+        ["prompt, link", *(KINDS[name].title for name in bench.pairs), "ours / stock"],
+        rows,
+    )
+    wire = kv_elements(args.prompt) * KINDS["ours"].element_bytes / goodput
+    floor = max(compute, wire)
+    stock, ours = fitted["stock"], fitted["ours"]
+    results |= {"measured": records, "wire_s": wire, "floor_s": floor}
+    print(f"forward pass {compute:.3f} s, BFP8 bytes at the link's goodput {wire:.3f} s")
+    figures = [
+        Figure(
+            "TTFT ours / stock, stock's transfer as long as its prefill",
+            1 / ours.times_faster_than(stock),
+            0.60,
+            at_least=False,
+        ),
+        Figure(
+            "TTFT ours / (max(compute, bytes / bandwidth) + 1 round trip)",
+            ours.median / (1.0 * floor + ROUND_TRIP_S),
+            1.10,
+            at_least=False,
+        ),
+        Figure(
+            "fast link: layer by layer / after the forward",
+            1 / fast["ours"].times_faster_than(fast["after"]),
+            1.02,
+            at_least=False,
+        ),
+    ]
+    for name, what in (("after", "half the bytes alone"), ("native", "overlap alone")):
+        share = 1 / fitted[name].times_faster_than(stock)
+        print(f"{what}: TTFT {share:.2f}x stock's")
+        results[f"{name}_over_stock"] = share
+    finish(args, results, figures)
+
+
+if __name__ == "__main__":
+    main()
