@@ -17,12 +17,19 @@ from sglang_hma.config import PAGE_TOKENS, HmaConfig
 CPU_KV_SHARE_OF_MEMORY = 0.2
 SHARE_ENV = "SGLANG_HMA_SHARE"
 
-# Mooncake's TCP transport, as measured in docs/transfer.md: larger slices are
-# faster, and a peer that restarts on the same port is found again.
-MOONCAKE_DEFAULTS = {
+# docs/transfer.md has the reasons. Mooncake: larger slices are faster, a peer that restarts on
+# the same port is found again, a write that makes no progress ends before SGLang would drop it.
+# SGLang: a decode server that was out of reach is tried again after seconds, and decode keeps a
+# failed request's pages until prefill says that nothing is on its way to them.
+TRANSFER_DEFAULTS = {
     "MC_TCP_SLICE_SIZE": "1048576",
     "MC_TE_METADATA_REFRESH_INTERVAL_SECONDS": "1",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "20",
+    "MC_TRANSFER_TIMEOUT": "60",
     "MC_LOG_LEVEL": "WARNING",
+    "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
+    "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "10",
+    "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "180",
 }
 
 # A server that closes an idle connection races with a client that just sent a request on it:
@@ -253,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     config, rest = parse(argv)
     os.environ.update(config.environment())
     os.environ.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
-    for name, value in MOONCAKE_DEFAULTS.items():
+    for name, value in TRANSFER_DEFAULTS.items():
         os.environ.setdefault(name, value)
     if config.device == "cpu":
         cpu_environment()

@@ -5,6 +5,7 @@ the part-full last page. After: the landed page is unpacked into the BF16 page
 that the request's own tokens continue.
 """
 
+import time
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from sglang.srt.disaggregation.utils import is_aborted, prepare_abort
 from hma_kernels import PAGE
 from sglang_hma.kvcache.allocator import SlabPageAllocator
 from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB
+from sglang_hma.transfer.liveness import Obituaries
+
+IDLE_POLL_S = 0.5e-3
 
 
 class HmaDecodePreallocQueue(DecodePreallocQueue):
@@ -77,6 +81,8 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
 
 
 class HmaDecodeTransferQueue(DecodeTransferQueue):
+    _obituaries = Obituaries()
+
     def _commit_transfer_to_req(self, decode_req: DecodeRequest) -> None:
         super()._commit_transfer_to_req(decode_req)
         req = decode_req.req
@@ -85,3 +91,25 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         tail = len(req.origin_input_ids) // PAGE * PAGE
         slot = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, tail]
         self.scheduler.token_to_kv_pool_allocator.commit_landing(int(slot) // PAGE)
+
+    def pop_transferred(self, rids_to_check: list[str] | None = None) -> list[Any]:
+        """As SGLang's; with nothing to decode meanwhile, the core is left to those who send."""
+        transferred: list[Any] = super().pop_transferred(rids_to_check)
+        if self.queue and not transferred and self.scheduler.running_batch.is_empty():
+            time.sleep(IDLE_POLL_S)
+        return transferred
+
+    def resolve_deferred_releases(self) -> None:
+        """Pages of failed requests: kept until prefill says that they have drained, or is gone."""
+        for decode_req, *_ in self._deferred_releases:
+            receiver = decode_req.kv_receiver
+            for index, info in enumerate(receiver.bootstrap_infos or ()):
+                if self._obituaries.gone((str(info["rank_ip"]), int(info["rank_port"]))):
+                    receiver.kv_mgr.note_abort_ack(
+                        receiver.bootstrap_room, -1 - index, receiver._abort_generation
+                    )
+        super().resolve_deferred_releases()
+        inbox = self.scheduler.disagg_decode_prealloc_queue.kv_manager.inbox
+        if inbox is not None:
+            held = (len(entry[0].req.origin_input_ids) for entry in self._deferred_releases)
+            inbox.metrics.held.set(sum(-(-tokens // PAGE) for tokens in held))

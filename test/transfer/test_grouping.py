@@ -1,0 +1,93 @@
+"""Runs, blocks and the link model, against brute force and closed forms."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hma.transfer.grouping import GroupSizer, LinkModel, Piece, Run, runs
+
+pairs = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=30)
+
+
+@given(pairs)
+def test_runs_cover_the_lists_and_cannot_be_longer(lists: list[tuple[int, int]]) -> None:
+    source = np.array([a for a, _ in lists], dtype=np.int32)
+    target = np.array([b for _, b in lists], dtype=np.int32)
+    found = runs(source, target)
+    flat = [(run.source + i, run.target + i) for run in found for i in range(run.pages)]
+    assert flat == lists
+    for left, right in pairwise(found):
+        assert (left.source + left.pages, left.target + left.pages) != (right.source, right.target)
+
+
+def test_lists_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 source pages for 1"):
+        runs(np.zeros(2, np.int32), np.zeros(1, np.int32))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 4)), max_size=4),
+    st.sampled_from([(24, 24, 24), (24, 8, 8), (8, 24, 8)]),
+)
+def test_blocks_move_the_right_bytes(
+    parts: list[tuple[int, int, int]], strides: tuple[int, int, int]
+) -> None:
+    source_stride, target_stride, length = strides
+    source = np.random.default_rng(0).integers(0, 256, 14 * source_stride + 8, dtype=np.uint8)
+    target = np.zeros(14 * target_stride + 8, dtype=np.uint8)
+    wanted = target.copy()
+    piece = Piece(8, source_stride, 8, target_stride, length)
+    listed = [Run(*part) for part in parts]
+    for run in listed:
+        for i in range(run.pages):
+            at, to = 8 + (run.source + i) * source_stride, 8 + (run.target + i) * target_stride
+            wanted[to : to + length] = source[at : at + length]
+    moves = piece.blocks(listed)
+    for at, to, count in moves:
+        target[to : to + count] = source[at : at + count]
+    assert np.array_equal(target, wanted)
+    assert piece.count(listed) == len(moves)
+
+
+@given(st.floats(1e-5, 5e-2), st.floats(1e6, 1e11))
+def test_the_link_model_finds_latency_and_bandwidth(latency: float, rate: float) -> None:
+    model = LinkModel()
+    for size in (1e3, 1e5, 1e7):  # another link before
+        model.observe(size, 1e-3 + size / 1e8)
+    for i in range(LinkModel.SAMPLES):
+        size = latency * rate * (0.1 + 3 * (i % 7))
+        model.observe(size, latency + size / rate)
+    assert model.latency_s == pytest.approx(latency, rel=1e-3)
+    assert model.bytes_per_s == pytest.approx(rate, rel=1e-3)
+
+
+@given(st.integers(1, 200), st.integers(1, 10**8), st.floats(0, 0.1), st.floats(1e5, 1e11))
+def test_groups_are_between_one_layer_and_a_quarter(
+    layers: int, layer_bytes: int, latency: float, rate: float
+) -> None:
+    link = LinkModel()
+    for size in (1e4, 1e6, 1e8) * 50:
+        link.observe(size, latency + size / rate)
+    count = GroupSizer().layers(link, layer_bytes, layers)
+    assert 1 <= count <= max(1, layers // 4)
+    if count < max(1, layers // 4):
+        assert count * layer_bytes >= 3.5 * link.latency_s * link.bytes_per_s
+    assert GroupSizer(7).layers(link, layer_bytes, layers) == min(7, layers)
+
+
+def test_writes_of_one_size_tell_the_bandwidth() -> None:
+    model = LinkModel()
+    for _ in range(9):
+        model.observe(5e6, 0.1)
+    assert model.latency_s == 0 and model.bytes_per_s == pytest.approx(5e7)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**9), st.floats(0, 10)), max_size=40))
+def test_no_measurement_breaks_the_model(seen: list[tuple[int, float]]) -> None:
+    model = LinkModel()
+    for size, seconds in seen:
+        model.observe(size, seconds)
+        assert model.latency_s >= 0 and 0 < model.bytes_per_s < float("inf")

@@ -1,0 +1,179 @@
+"""Checksums on both sides: any flipped byte is found, resent, and given up in the end."""
+
+import contextlib
+import random
+import struct
+
+import msgspec
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hma.transfer import messages
+from sglang_hma.transfer.integrity import (
+    MAX_RESENDS,
+    Buffers,
+    CorruptPages,
+    HostMemory,
+    Verifier,
+    digest,
+)
+
+LAYERS, PAGES, SIZE = 3, 12, 96
+
+
+class Decode:
+    """A decode server's pages in plain memory."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.data = rng.integers(0, 256, (2 * LAYERS, PAGES, SIZE), dtype=np.uint8)
+        addresses = tuple(int(buffer.ctypes.data) for buffer in self.data)
+        self.verifier = Verifier(Buffers(addresses, (SIZE,) * (2 * LAYERS)), HostMemory())
+
+    def group(
+        self, generation: int, pages: np.ndarray, first: int, counts: list[int], layers: slice
+    ) -> messages.Group:
+        """What an honest sender says, computed without the code under test."""
+        found = []
+        for layer in range(layers.start, layers.stop):
+            for kv in (0, 1):
+                at = first
+                for count in counts:
+                    data = self.data[kv * LAYERS + layer, pages[at : at + count]]
+                    found.append(xxhash.xxh3_64_intdigest(data.tobytes()))
+                    at += count
+        return messages.Group(
+            9, generation, 0, layers.start, layers.stop - layers.start, first, counts, found
+        )
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_complete_only_when_all_was_compared(seed: int) -> None:
+    rng = random.Random(seed)
+    decode = Decode(seed)
+    pages = np.array(rng.sample(range(PAGES), rng.randrange(1, PAGES)), dtype=np.int32)
+    decode.verifier.expect(9, 5, pages, 1)
+    groups = []
+    cut = rng.randrange(len(pages) + 1)
+    for first, count in ((0, cut), (cut, len(pages) - cut)):
+        if count:
+            runs = [1] * count
+            middle = rng.randrange(LAYERS + 1)
+            for layers in (slice(0, middle), slice(middle, LAYERS)):
+                if layers.start < layers.stop:
+                    groups.append(decode.group(5, pages, first, runs, layers))
+    rng.shuffle(groups)
+    for group in groups:
+        assert not decode.verifier.complete(9)
+        assert decode.verifier.compare(group, "s") is None
+        assert decode.verifier.compare(group, "s") is None  # a repetition counts once
+    assert decode.verifier.complete(9)
+    decode.verifier.forget(9)
+    assert decode.verifier.complete(9)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_any_flipped_byte_is_found_and_the_range_asked_for_again(seed: int) -> None:
+    rng = random.Random(seed)
+    decode = Decode(seed)
+    pages = np.arange(3, 9, dtype=np.int32)
+    decode.verifier.expect(9, 5, pages, 1)
+    group = decode.group(5, pages, 1, [3, 2], slice(1, 3))
+    kv, layer = rng.randrange(2), rng.randrange(1, 3)
+    page, byte = rng.randrange(4, 9), rng.randrange(SIZE)
+    damaged = decode.data[kv * LAYERS + layer, page]
+    flipped = rng.randrange(1, 256)
+    damaged[byte] ^= flipped
+    resend = decode.verifier.compare(group, "10.0.0.2:15000")
+    assert resend == messages.Resend(9, 5, "10.0.0.2:15000", 1, 2, 1, 5)
+    for _ in range(MAX_RESENDS - 1):
+        assert decode.verifier.compare(group, "s") is not None
+    with pytest.raises(CorruptPages, match=r"pages 1\.\.5 of layers 1\.\.2 arrived with wrong"):
+        decode.verifier.compare(group, "s")
+    damaged[byte] ^= flipped
+    assert decode.verifier.compare(group, "s") is None
+
+
+def test_other_generations_and_rooms_say_nothing() -> None:
+    decode = Decode(1)
+    pages = np.arange(2, dtype=np.int32)
+    decode.verifier.expect(9, 5, pages, 1)
+    late = decode.group(4, pages, 0, [2], slice(0, LAYERS))
+    assert decode.verifier.compare(late, "s") is None and not decode.verifier.complete(9)
+
+
+@pytest.mark.parametrize(
+    ("first", "counts", "layers", "digests"),
+    [(1, [2], slice(0, 1), 2), (0, [2], slice(2, 4), 4), (0, [2], slice(0, 1), 3)],
+)
+def test_groups_outside_the_request_are_refused(
+    first: int, counts: list[int], layers: slice, digests: int
+) -> None:
+    decode = Decode(1)
+    decode.verifier.expect(9, 5, np.arange(2, dtype=np.int32), 1)
+    group = messages.Group(
+        9, 5, 0, layers.start, layers.stop - layers.start, first, counts, [0] * digests
+    )
+    with pytest.raises(CorruptPages, match="announced layers"):
+        decode.verifier.compare(group, "s")
+
+
+@given(st.integers(2, 4), st.integers(0, 2**32 - 1))
+def test_pieces_of_pages_from_several_ranks(ranks: int, seed: int) -> None:
+    decode = Decode(seed)
+    size = SIZE // ranks
+    pages = np.array([4, 2, 3], dtype=np.int32)
+    decode.verifier.expect(9, 5, pages, ranks)
+    for rank in range(ranks):
+        assert not decode.verifier.complete(9)
+        found = [
+            xxhash.xxh3_64_intdigest(
+                b"".join(
+                    decode.data[index, p, rank * size : (rank + 1) * size].tobytes() for p in pages
+                )
+            )
+            for layer in range(LAYERS)
+            for index in (layer, LAYERS + layer)
+        ]
+        group = messages.Group(9, 5, rank, 0, LAYERS, 0, [3], found)
+        assert decode.verifier.compare(group, "s", (rank, ranks)) is None
+    assert decode.verifier.complete(9)
+
+
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_blocks_hash_like_their_concatenation(data: bytes, cut: int) -> None:
+    array = np.frombuffer(data, dtype=np.uint8).copy()
+    cut = min(cut, len(data))
+    at = int(array.ctypes.data)
+    blocks = [(at, cut), (at + cut, len(data) - cut)]
+    assert digest(HostMemory(), blocks) == xxhash.xxh3_64_intdigest(data)
+
+
+@given(st.sampled_from(list(messages.TYPES)), st.binary(max_size=60))
+def test_junk_raises_value_error_or_parses(tag: bytes, body: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        messages.parse([tag, body])
+
+
+@given(st.lists(st.integers(-(2**70), 2**70), max_size=9))
+def test_wrong_numbers_raise_value_error(numbers: list[int]) -> None:
+    small = [n for n in numbers if -(2**63) <= n < 2**64]
+    body = msgspec.msgpack.encode(small)
+    for tag in messages.TYPES:
+        with pytest.raises(ValueError):
+            messages.parse([tag, body, struct.pack("i", 1)])
+        with contextlib.suppress(ValueError):
+            messages.parse([tag, body])
+
+
+def test_messages_survive_the_wire() -> None:
+    for message in (
+        messages.Group(1, 2, 3, 4, 5, 6, [7, 8], [2**64 - 1]),
+        messages.Resend(1, 2, "h:1", 3, 4, 5, 6),
+        messages.Verified(1, 2, "h:1"),
+    ):
+        assert messages.parse(messages.frames(message)) == message
+    assert messages.parse([b"None", b"x"]) is None and messages.parse([]) is None
