@@ -171,9 +171,13 @@ def running_pair(
     prefill_flags: tuple[str, ...] = (),
     decode_flags: tuple[str, ...] = (),
     name: str = "pd",
+    env: dict[str, str] | None = None,
 ) -> Iterator[Pair]:
-    prefill = launch(f"{name}-prefill", model, logs, *flags, *prefill_flags, mode="prefill")
-    decode = launch(f"{name}-decode", model, logs, *flags, *decode_flags, mode="decode")
+    sides = {"prefill": (*flags, *prefill_flags), "decode": (*flags, *decode_flags)}
+    prefill, decode = (
+        launch(f"{name}-{mode}", model, logs, *given, mode=mode, env=env)
+        for mode, given in sides.items()
+    )
     with running(prefill, decode):
         router = launch_router(logs, prefill, decode, f"{name}-router")
         with running(router):

@@ -171,6 +171,7 @@ def test_wrong_numbers_raise_value_error(numbers: list[int]) -> None:
 
 def test_messages_survive_the_wire() -> None:
     for message in (
+        messages.Claim(1, "10.0.0.2", 65535),
         messages.Group(1, 2, 3, 4, 5, 6, [7, 8], [2**64 - 1]),
         messages.Resend(1, 2, "h:1", 3, 4, 5, 6),
         messages.Verified(1, 2, "h:1"),

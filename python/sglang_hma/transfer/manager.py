@@ -258,8 +258,10 @@ class HmaKVManager(MooncakeKVManager):
             aux_index=info.dst_aux_index,
         )
 
-    def forget_generations(self, room: int) -> None:
+    def forget(self, room: int) -> None:
         self._generations.pop(room, None)
+        if self.outbox is not None:
+            self.outbox.claims.closed(room)
 
     def _maybe_ack_drained_abort(self, room: int) -> None:
         """Decode may reuse a failed request's pages only when nothing can land in them."""
@@ -268,9 +270,18 @@ class HmaKVManager(MooncakeKVManager):
 
     # -- decode receives --
 
+    def describes(self, bootstrap_addr: str) -> bool:
+        """Whether a prefill server is one of ours: it publishes a descriptor."""
+        return bootstrap_addr in self._describes
+
+    def claim(self, room: int, info: dict[str, Any]) -> None:
+        """Tell a prefill rank that this server has the request's other half."""
+        claim = messages.Claim(room, str(self.local_ip), int(self.rank_port))
+        self.send_frames(str(info["rank_ip"]), int(info["rank_port"]), messages.frames(claim))
+
     def expect(self, room: int, bootstrap_addr: str, pages: Pages, infos: list[Any]) -> None:
         """Pages are about to be published: compare what arrives, if that server makes checksums."""
-        if self.inbox is not None and bootstrap_addr in self._describes:
+        if self.inbox is not None and self.describes(bootstrap_addr):
             self.inbox.expect(room, pages, infos)
 
     def build_receiver_metadata_message(self, **kwargs: Any) -> list[bytes]:
@@ -336,6 +347,11 @@ class HmaKVSender(MooncakeKVSender):
     # Page indices stay on the host: there is no CUDA event to wait for.
     supports_host_tensor_indices = False
 
+    def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(mgr, *args, **kwargs)
+        if mgr.outbox is not None:
+            mgr.outbox.claims.opened(self.bootstrap_room)
+
     def send_early(self, gate: LayerGate, forward: LayerGate, send: Callable[[], None]) -> None:
         """Run `send`, which sends pages of this request, with `gate` in charge of their layers.
 
@@ -349,7 +365,7 @@ class HmaKVSender(MooncakeKVSender):
 
     def clear(self) -> None:
         super().clear()
-        self.kv_mgr.forget_generations(self.bootstrap_room)
+        self.kv_mgr.forget(self.bootstrap_room)
 
     def _prepare_send_indices(self, *args: Any, **kwargs: Any) -> tuple[Any, slice, bool, bool]:
         indices, index, last, skip = super()._prepare_send_indices(*args, **kwargs)
@@ -359,6 +375,12 @@ class HmaKVSender(MooncakeKVSender):
 
 class HmaKVReceiver(MooncakeKVReceiver):
     """Tells the inbox which pages a request expects, from when to when."""
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        super().init(*args, **kwargs)
+        if self.kv_mgr.describes(self.bootstrap_addr):
+            for info in getattr(self, "bootstrap_infos", None) or ():
+                self.kv_mgr.claim(self.bootstrap_room, info)
 
     def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
         if getattr(self, "bootstrap_infos", None):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 
+CLAIM_TAG = b"HMA-CLAIM"
 GROUP_TAG = b"HMA-GROUP"
 RESEND_TAG = b"HMA-RESEND"
 VERIFIED_TAG = b"HMA-VERIFIED"
@@ -22,6 +23,18 @@ Page = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PAGES)]
 PageCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 Word = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Claim(msgspec.Struct, frozen=True, array_like=True):
+    """Decode to prefill, as soon as it has a request: it is mine, and this is my control port.
+
+    A request may wait long for pages on decode before SGLang's own message comes. Without a
+    claim prefill could not tell such a wait from a decode server that has died.
+    """
+
+    room: Word
+    host: Annotated[str, msgspec.Meta(max_length=256)]
+    port: Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True):
@@ -69,7 +82,10 @@ class Verified(msgspec.Struct, frozen=True, array_like=True):
     session: Annotated[str, msgspec.Meta(max_length=256)]
 
 
-TYPES: dict[bytes, type[Group] | type[Resend] | type[Verified]] = {
+Message = Claim | Group | Resend | Verified
+
+TYPES: dict[bytes, type[Claim] | type[Group] | type[Resend] | type[Verified]] = {
+    CLAIM_TAG: Claim,
     GROUP_TAG: Group,
     RESEND_TAG: Resend,
     VERIFIED_TAG: Verified,
@@ -77,12 +93,12 @@ TYPES: dict[bytes, type[Group] | type[Resend] | type[Verified]] = {
 TAGS = {kind: tag for tag, kind in TYPES.items()}
 
 
-def frames(message: Group | Resend | Verified) -> list[bytes]:
+def frames(message: Message) -> list[bytes]:
     """The message as SGLang's control sockets carry it."""
     return [TAGS[type(message)], msgspec.msgpack.encode(message)]
 
 
-def parse(raw: list[bytes]) -> Group | Resend | Verified | None:
+def parse(raw: list[bytes]) -> Message | None:
     """The message in these frames, None if they are none of ours.
 
     Raises ValueError (of which msgspec's errors are a kind) for a broken one.

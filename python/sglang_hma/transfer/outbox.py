@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from sglang.srt.disaggregation.base import KVPoll
 
+from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.gates import LayerGate
 from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece, Run, runs
 from sglang_hma.transfer.integrity import Buffers, Memory, digest
+from sglang_hma.transfer.liveness import Claims
 from sglang_hma.transfer.metrics import PrefillMetrics
 from sglang_hma.transfer.pump import Job, Link, Part, Pump, Sending
 from sglang_hma.transfer.trace import Trace
@@ -72,6 +74,7 @@ class Outbox:
         self.rooms: dict[int, Outgoing] = {}
         self.metrics = PrefillMetrics()
         self.trace = Trace.from_config(f"prefill {manager.get_session_id()}")
+        self.claims = Claims(expected=HmaConfig.require().packs_kv)
         self._unsettled: dict[int, float] = {}
         self._lock = threading.Lock()
         self.pump = Pump(link, self, sizer)
@@ -140,7 +143,13 @@ class Outbox:
 
     # -- the thread that hears from decode --
 
-    def on_message(self, message: Any) -> None:
+    def on_message(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Claim):
+            self.claims.claimed(message.room, (message.host, message.port))
+        elif isinstance(message, messages.Verified | messages.Resend):
+            self._on_answer(message)
+
+    def _on_answer(self, message: messages.Verified | messages.Resend) -> None:
         outgoing = self.rooms.get(message.room)
         peer = outgoing.destinations.get(message.session) if outgoing else None
         if outgoing is None or peer is None or peer.generation != message.generation:
@@ -148,7 +157,7 @@ class Outbox:
         if isinstance(message, messages.Verified):
             outgoing.verified.add(message.session)
             self._maybe_conclude(message.room, outgoing)
-        elif isinstance(message, messages.Resend):
+        else:
             self._resend(message, outgoing, peer)
 
     def _resend(self, wanted: messages.Resend, outgoing: Outgoing, peer: Destination) -> None:
@@ -304,6 +313,9 @@ class Outbox:
                 self._settle(room)
             elif outgoing.all_sent_s is not None and now - outgoing.all_sent_s > VERIFY_TIMEOUT_S:
                 self._fail(room, f"decode did not confirm the pages within {VERIFY_TIMEOUT_S:g} s")
+        for room, why in self.claims.hopeless():
+            if not self.unwanted(room):
+                self._fail(room, why)
         self.metrics.quarantined.set(len(self._unsettled))
         self.trace.flush()
 

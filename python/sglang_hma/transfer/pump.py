@@ -23,6 +23,7 @@ WINDOW = 2
 MAX_GROUP_BLOCKS = 512
 MAX_GROUP_BYTES = 16 << 20
 POLL_S = 50e-6
+IDLE_S = 0.25
 RETRIES = 1
 
 
@@ -152,7 +153,7 @@ class Owner(Protocol):
         """A write failed for good, or the forward did. `ended` follows."""
 
     def idle(self) -> None:
-        """Called now and then, for what depends on time."""
+        """Called every IDLE_S or so, for what depends on time."""
 
 
 class Pump(threading.Thread):
@@ -182,9 +183,13 @@ class Pump(threading.Thread):
     # -- the thread --
 
     def run(self) -> None:
+        idle_s = 0.0
         while not self._stopping:
             try:
                 moved = self._step()
+                if time.monotonic() - idle_s > IDLE_S:
+                    self.owner.idle()
+                    idle_s = time.monotonic()
             except Exception:
                 # A bug must not silence the pump for all later requests.
                 logger.exception("The sending thread failed at one step and goes on")
@@ -214,9 +219,8 @@ class Pump(threading.Thread):
         if polling:
             time.sleep(POLL_S)
             return
-        self._wake.wait(0.5)
+        self._wake.wait(IDLE_S)
         self._wake.clear()
-        self.owner.idle()
 
     def _submit(self, peer: Peer) -> bool:
         moved = self._drop(peer)
