@@ -13,6 +13,7 @@ PREFILL ?= 1
 DECODE ?= 1
 ARGS ?=
 PYTEST_ARGS ?=
+SOAK ?= 50
 DEMO_MODEL := build/demo-model
 
 .PHONY: help
@@ -55,6 +56,16 @@ bench-kernels: venv ## Measure the CPU kernels beside torch, memcpy and (TTNN_PY
 		$(if $(TTNN_PYTHON),--ttnn-python '$(TTNN_PYTHON)') $(ARGS)
 	$(RUN) -m benchmark.kernels.decode_attention --json build/bench/decode_attention.json \
 		--plot build/bench/decode_attention.svg $(ARGS)
+
+.PHONY: bench-transfer
+bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD (root, iproute2); ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.transfer.ttft --json build/bench/transfer_ttft.json \
+		--plot build/bench/transfer_ttft.svg $(ARGS)
+
+.PHONY: soak
+soak: venv ## Cause each fault of test/e2e/test_faults.py SOAK=50 times under load (hours)
+	HMA_SOAK=$(SOAK) $(RUN) -m pytest test/e2e/test_faults.py -s $(PYTEST_ARGS)
 
 .PHONY: sanitize
 sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from sglang_hma.config import CONFIG_ENV, HmaConfig
 from sglang_hma.launch_server import flag_value, parse
 
 
@@ -37,6 +39,12 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--disaggregation-mode", "both"], ["--disaggregation-mode", "both"]),
         (["--hma-kv-format", "native", "--hma-weight-format", "bfp8"], ["--hma-weight-format"]),
         (["--hma-nothing", "1"], ["--hma-nothing"]),
+        (
+            ["--hma-layers-per-send", "0"],
+            ["--hma-layers-per-send", "'0'", "auto, all nor a number"],
+        ),
+        (["--hma-kv-checksum", "maybe"], ["--hma-kv-checksum", "maybe", "on"]),
+        (["--hma-trace", "/no/such/folder/t.json"], ["--hma-trace", "/no/such/folder", "folder"]),
     ],
 )
 def test_contradicting_flags(
@@ -51,6 +59,19 @@ def test_native_leaves_sglangs_defaults() -> None:
     assert config.weight_format == "native"
     assert flag_value(rest, "--page-size") == "16"
     assert flag_value(rest, "--attention-backend") == "torch_native"
+
+
+@pytest.mark.parametrize(
+    ("argv", "value", "early"),
+    [([], "auto", True), (["--hma-layers-per-send=all"], "all", False),
+     (["--hma-layers-per-send", "3"], 3, True)],
+)  # fmt: skip
+def test_layers_per_send(argv: list[str], value: int | str, early: bool) -> None:
+    role = ["--device", "cpu", "--disaggregation-mode", "prefill"]
+    config, _ = parse([*role, *argv])
+    assert config.layers_per_send == value and config.sends_early is early
+    sent = config.environment()[CONFIG_ENV]
+    assert msgspec.json.decode(sent, type=HmaConfig) == config
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode", "null"])

@@ -52,7 +52,8 @@ class Link:
             _run("tc", "-n", self.prefill, "qdisc", "add", *queue, "tbf", *limits)
 
     def set_up(self, up: bool) -> None:
-        _run("ip", "-n", self.prefill, "link", "set", DEVICE, "up" if up else "down")
+        """Pull or plug the cable at decode's end."""
+        _run("ip", "-n", self.decode, "link", "set", DEVICE, "up" if up else "down")
 
     def call(self, namespace: str, function: Callable[[], Any]) -> Any:
         """Run a function in a thread that lives in a namespace."""

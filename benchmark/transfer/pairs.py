@@ -181,7 +181,8 @@ def first_token(url: str, prompt: list[int]) -> float:
         for line in reply:
             if line.startswith(b"data:"):
                 seconds = time.perf_counter() - begin
-                if b'"error"' in line:
+                answer = json.loads(line.removeprefix(b"data:"))
+                if "error" in answer or not answer.get("output_ids"):
                     raise RuntimeError(line.decode(errors="replace")[:500])
                 reply.read()
                 return seconds

@@ -9,6 +9,7 @@ of that. Needs root.
 
 import json
 import random
+import shutil
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -75,6 +76,7 @@ def main() -> None:
     options.set_defaults(rounds=5)
     options.add_argument("--prompt", type=int, default=2048, help="tokens the link is fitted to")
     options.add_argument("--port", type=int, default=31600)
+    options.add_argument("--keep-trace", type=Path, metavar="FILE", help="keep ours' --hma-trace")
     options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
     args = options.parse_args()
     try:
@@ -107,7 +109,7 @@ def measure(args: Any) -> None:
 def report(args: Any, bench: Bench) -> None:
     for name in bench.pairs:
         bench.once(name, args.prompt)  # warm
-    fast = bench.rounds(args.prompt, args.rounds)
+    fast = bench.rounds(args.prompt, 3 * args.rounds)  # its figure is the finest
     compute = bench.forward_seconds("ours", args.prompt)
     matched = kv_elements(args.prompt) * 2 / fast["stock"].median * 8
     results: dict[str, Any] = {"seed": args.seed, "model": MODEL, "compute_s": compute}
@@ -129,6 +131,9 @@ def report(args: Any, bench: Bench) -> None:
             )
             if scale == 1.0 and tokens == args.prompt:
                 fitted, goodput = times, speed
+                if args.keep_trace:
+                    bench.once("ours", 1)
+                    shutil.copy(bench.pairs["ours"].trace, args.keep_trace)
             rate = "unlimited" if scale is None else f"{speed * 8 / 1e6:.0f} Mbit/s"
             cells = [f"{t.median * 1e3:.0f} ±{t.spread:.0%}" for t in times.values()]
             ratio = 1 / times["ours"].times_faster_than(times["stock"])
@@ -160,7 +165,7 @@ def report(args: Any, bench: Bench) -> None:
         ),
         Figure(
             "TTFT ours / (max(compute, bytes / bandwidth) + 1 round trip)",
-            ours.median / (1.0 * floor + ROUND_TRIP_S),
+            ours.median / (floor + ROUND_TRIP_S),
             1.10,
             at_least=False,
         ),
@@ -175,7 +180,38 @@ def report(args: Any, bench: Bench) -> None:
         share = 1 / fitted[name].times_faster_than(stock)
         print(f"{what}: TTFT {share:.2f}x stock's")
         results[f"{name}_over_stock"] = share
+    if args.plot:
+        plot(args.plot, records, args.prompt)
     finish(args, results, figures)
+
+
+def plot(path: Path, records: list[dict[str, Any]], prompt: int) -> None:
+    """TTFT over the link's rate at one prompt length, and over the length at the fitted rate."""
+    import matplotlib.pyplot as plt
+
+    by_rate = [r for r in records if r["tokens"] == prompt and r["scale"]]
+    by_length = sorted((r for r in records if r["scale"] == 1.0), key=lambda r: r["tokens"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=False)
+    for name, kind in KINDS.items():
+        left.plot(
+            [r["goodput_bytes_per_s"] * 8 / 1e6 for r in by_rate],
+            [statistics.median(r["ttft_s"][name]) for r in by_rate],
+            marker="o",
+            label=kind.title,
+        )
+        right.plot(
+            [r["tokens"] for r in by_length],
+            [statistics.median(r["ttft_s"][name]) for r in by_length],
+            marker="o",
+        )
+    left.set(title=f"{prompt} prompt tokens", xlabel="link, Mbit/s", ylabel="TTFT, s", xscale="log")
+    right.set(title="link fitted to SGLang's prefill", xlabel="prompt tokens", ylabel="TTFT, s")
+    left.set_ylim(bottom=0)
+    right.set_ylim(bottom=0)
+    left.legend(fontsize="small")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ SGLang's own --disaggregation-mode prefill | decode | null.
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -81,9 +82,14 @@ def flag_value(argv: list[str], flag: str) -> str | None:
     return found
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
 def parse(argv: list[str]) -> tuple[HmaConfig, list[str]]:
     """Split argv into our config and SGLang's arguments, our defaults filled in."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _OneLineParser(add_help=False, allow_abbrev=False)
     hma_config.add_cli_args(parser)
     ours, rest = parser.parse_known_args(argv)
     unknown = [arg for arg in rest if arg.startswith("--hma-")]
@@ -104,6 +110,8 @@ def parse(argv: list[str]) -> tuple[HmaConfig, list[str]]:
         kv_checksum=ours.hma_kv_checksum == "on",
         trace=ours.hma_trace,
     )
+    if config.trace and not Path(config.trace).resolve().parent.is_dir():
+        fail(f"--hma-trace is {config.trace}: its folder does not exist, make it first")
     check_conflicts(config, rest)
     return config, with_defaults(config, rest)
 

@@ -11,7 +11,8 @@ from sglang_hma.kvcache.format import KVFormat
 def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
     """Our manager, sender and receiver for Mooncake, SGLang's classes for all else."""
     if transfer_backend == TransferBackend.MOONCAKE:
-        from sglang_hma.transfer.manager import HmaKVManager, HmaKVReceiver, HmaKVSender
+        from sglang_hma.transfer.endpoints import HmaKVReceiver, HmaKVSender
+        from sglang_hma.transfer.manager import HmaKVManager
 
         ours = {
             KVClassType.MANAGER: HmaKVManager,

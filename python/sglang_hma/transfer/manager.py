@@ -1,4 +1,4 @@
-"""Mooncake KV transfer with a format handshake and bounded batches.
+"""SGLang's Mooncake KV manager with a format handshake, layer-wise sending and checksums.
 
 Both directions check before a byte moves. Decode reads the prefill server's
 descriptor from the bootstrap server and fails the request if it differs.
@@ -18,8 +18,6 @@ from sglang.srt.disaggregation.mooncake.conn import (
     ABORT_TAG,
     KVArgsRegisterInfo,
     MooncakeKVManager,
-    MooncakeKVReceiver,
-    MooncakeKVSender,
     TransferInfo,
 )
 from sglang.srt.utils.network import NetworkAddress
@@ -27,7 +25,6 @@ from sglang.srt.utils.network import NetworkAddress
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat, mismatch
 from sglang_hma.transfer import messages
-from sglang_hma.transfer.gates import LayerGate
 from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece
 from sglang_hma.transfer.inbox import Inbox
 from sglang_hma.transfer.integrity import memory_of
@@ -47,7 +44,7 @@ SELF_CHECKED = (ABORT_TAG, b"WATERMARK", b"STAGING_RSP")
 
 
 class HmaKVManager(MooncakeKVManager):
-    """SGLang's Mooncake manager, refusing peers whose pages mean something else."""
+    """SGLang's manager; an outbox sends on prefill, an inbox verifies on decode."""
 
     def __init__(self, args: Any, *rest: Any, **kwargs: Any) -> None:
         self._peer_formats: dict[str, str] = {}
@@ -129,6 +126,9 @@ class HmaKVManager(MooncakeKVManager):
         except ValueError as error:
             logger.error("Dropping a malformed message from a peer: %s", error)
             return True
+        except Exception:  # this thread must outlive whatever a peer sends
+            logger.exception("A message from a peer was dropped")
+            return True
         return ours is not None
 
     @property
@@ -205,13 +205,17 @@ class HmaKVManager(MooncakeKVManager):
         wait_event: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Queue pages of a request. `wait_event` is the LayerGate of an early send."""
+        """Queue pages of a request. `wait_event` is what HmaKVSender.send_early was given."""
         if self.outbox is None:
             given = (kv_indices, index_slice, is_last_chunk, aux_index, state_indices)
             kwargs |= {"wait_event": wait_event}
             return super().add_transfer_request(bootstrap_room, *given, num_kv_tokens, **kwargs)
         infos = self.transfer_infos.get(bootstrap_room)
         if infos is None or self.outbox.unwanted(bootstrap_room):
+            return None
+        if all(info.is_dummy for info in infos.values()):
+            if is_last_chunk:
+                self.update_status(bootstrap_room, KVPoll.Success)
             return None
         gate, forward = wait_event if wait_event is not None else (None, None)
         for session in infos:
@@ -339,56 +343,3 @@ class HmaKVManager(MooncakeKVManager):
             if code != 0:
                 return int(code)
         return 0
-
-
-class HmaKVSender(MooncakeKVSender):
-    """A sender whose early sends wait for layers and never close the request."""
-
-    # Page indices stay on the host: there is no CUDA event to wait for.
-    supports_host_tensor_indices = False
-
-    def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(mgr, *args, **kwargs)
-        if mgr.outbox is not None:
-            mgr.outbox.claims.opened(self.bootstrap_room)
-
-    def send_early(self, gate: LayerGate, forward: LayerGate, send: Callable[[], None]) -> None:
-        """Run `send`, which sends pages of this request, with `gate` in charge of their layers.
-
-        `forward` is the gate of the batch that is about to run.
-        """
-        self._early_send_wait_event: tuple[LayerGate, LayerGate] | None = gate, forward
-        try:
-            send()
-        finally:
-            self._early_send_wait_event = None
-
-    def clear(self) -> None:
-        super().clear()
-        self.kv_mgr.forget(self.bootstrap_room)
-
-    def _prepare_send_indices(self, *args: Any, **kwargs: Any) -> tuple[Any, slice, bool, bool]:
-        indices, index, last, skip = super()._prepare_send_indices(*args, **kwargs)
-        # The first token travels with the last send, and is not known before the forward ends.
-        return indices, index, last and self._early_send_wait_event is None, skip
-
-
-class HmaKVReceiver(MooncakeKVReceiver):
-    """Tells the inbox which pages a request expects, from when to when."""
-
-    def init(self, *args: Any, **kwargs: Any) -> None:
-        super().init(*args, **kwargs)
-        if self.kv_mgr.describes(self.bootstrap_addr):
-            for info in getattr(self, "bootstrap_infos", None) or ():
-                self.kv_mgr.claim(self.bootstrap_room, info)
-
-    def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
-        if getattr(self, "bootstrap_infos", None):
-            infos = self.bootstrap_infos
-            self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
-        super().send_metadata(kv_indices, *args, **kwargs)
-
-    def _clear(self) -> None:
-        super()._clear()
-        if self.kv_mgr.inbox is not None:
-            self.kv_mgr.inbox.forget(self.bootstrap_room)

@@ -125,8 +125,16 @@ class Outbox:
                 extra=self._aux_blocks(peer, aux) if last else (),
                 last=last,
             )
-            self.manager._staging_outstanding[room] += 1
-            self.pump.put(job)
+            self._put(job)
+
+    def _put(self, job: Job) -> None:
+        self._count(job.room, 1)
+        self.pump.put(job)
+
+    def _count(self, room: int, change: int) -> None:
+        """SGLang's number of sends on their way, which its drain confirmation goes by."""
+        with self._lock:
+            self.manager._staging_outstanding[room] += change
 
     def _aux_blocks(self, peer: Destination, index: int | None) -> list[tuple[int, int, int]]:
         """The first token and its company: SGLang's metadata buffers, one write each."""
@@ -192,8 +200,7 @@ class Outbox:
             next_layer=wanted.first_layer,
             end_layer=end_layer,
         )
-        self.manager._staging_outstanding[wanted.room] += 1
-        self.pump.put(job)
+        self._put(job)
 
     # -- the pump's thread --
 
@@ -257,8 +264,7 @@ class Outbox:
         self.manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
 
     def ended(self, job: Job) -> None:
-        outstanding = self.manager._staging_outstanding
-        outstanding[job.room] -= 1
+        self._count(job.room, -1)
         outgoing = self.rooms.get(job.room)
         if job.last and not job.dropped and outgoing is not None and not self.unwanted(job.room):
             outgoing.sent.add(job.session)
@@ -294,12 +300,15 @@ class Outbox:
         if manager._staging_outstanding.get(room, 0) > 0:
             return
         manager._maybe_ack_drained_abort(room)
-        if manager.request_status.get(room) in (None, KVPoll.Success, KVPoll.Failed):
-            with self._lock:
-                self.rooms.pop(room, None)
-            manager.transfer_infos.pop(room, None)
-            manager.req_to_decode_prefix_len.pop(room, None)
+        if manager.request_status.get(room) not in (None, KVPoll.Success, KVPoll.Failed):
+            return
+        with self._lock:
+            if manager._staging_outstanding.get(room, 0) > 0:
+                return
             manager._staging_outstanding.pop(room, None)
+            self.rooms.pop(room, None)
+        manager.transfer_infos.pop(room, None)
+        manager.req_to_decode_prefix_len.pop(room, None)
 
     def idle(self) -> None:
         """What only time tells: decode that never confirms, pages that have drained by now."""

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 WINDOW = 2
 MAX_GROUP_BLOCKS = 512
 MAX_GROUP_BYTES = 16 << 20
-POLL_S = 50e-6
+MIN_POLL_S, MAX_POLL_S = 50e-6, 400e-6
 IDLE_S = 0.25
 RETRIES = 1
 
@@ -166,6 +166,7 @@ class Pump(threading.Thread):
         self._incoming: deque[Job] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._poll_s = MIN_POLL_S
 
     # -- from other threads --
 
@@ -195,7 +196,9 @@ class Pump(threading.Thread):
                 logger.exception("The sending thread failed at one step and goes on")
                 time.sleep(0.05)
                 moved = True
-            if not moved:
+            if moved:
+                self._poll_s = MIN_POLL_S / 2
+            else:
                 self._pause()
 
     def _step(self) -> bool:
@@ -212,14 +215,13 @@ class Pump(threading.Thread):
         return moved
 
     def _pause(self) -> None:
+        """Until something may have changed: writes have to be looked at, gates and jobs wake."""
         polling = any(
             peer.window or any(job.gate.waits_for_device for job in peer.jobs)
             for peer in self.peers.values()
         )
-        if polling:
-            time.sleep(POLL_S)
-            return
-        self._wake.wait(IDLE_S)
+        self._poll_s = min(2 * self._poll_s, MAX_POLL_S) if polling else IDLE_S
+        self._wake.wait(self._poll_s)
         self._wake.clear()
 
     def _submit(self, peer: Peer) -> bool:
@@ -259,11 +261,12 @@ class Pump(threading.Thread):
             if job.submitted:
                 continue
             ready = min(job.gate.ready, job.end_layer)
-            wait = self.sizer.layers(peer.link, job.layer_bytes, job.end_layer)
             if ready <= job.next_layer:
                 continue
-            if peer.window and ready < job.end_layer and ready - job.next_layer < wait:
-                continue
+            if peer.window and ready < job.end_layer:
+                wanted = self.sizer.layers(peer.link, job.layer_bytes, job.end_layer)
+                if ready - job.next_layer < wanted:
+                    continue
             layer_bytes, layer_blocks = max(job.layer_bytes, 1), max(job.layer_blocks, 1)
             fits = min(
                 (MAX_GROUP_BYTES - size) // layer_bytes, (MAX_GROUP_BLOCKS - count) // layer_blocks

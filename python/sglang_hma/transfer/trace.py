@@ -26,7 +26,6 @@ class Trace:
         self._flushed_s = time.monotonic()
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[\n")
         self._meta("process_name", 0, name)
         self._meta("thread_name", COMPUTE, "layers compute")

@@ -1,0 +1,62 @@
+"""One request's two ends: the sender on prefill, the receiver on decode."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
+
+from sglang_hma.transfer.gates import LayerGate
+from sglang_hma.transfer.grouping import Pages
+
+
+class HmaKVSender(MooncakeKVSender):
+    """A sender whose early sends wait for layers and never close the request."""
+
+    # Page indices stay on the host: there is no CUDA event to wait for.
+    supports_host_tensor_indices = False
+
+    def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(mgr, *args, **kwargs)
+        if mgr.outbox is not None:
+            mgr.outbox.claims.opened(self.bootstrap_room)
+
+    def send_early(self, gate: LayerGate, forward: LayerGate, send: Callable[[], None]) -> None:
+        """Run `send`, which sends pages of this request, with `gate` in charge of their layers.
+
+        `forward` is the gate of the batch that is about to run.
+        """
+        self._early_send_wait_event: tuple[LayerGate, LayerGate] | None = gate, forward
+        try:
+            send()
+        finally:
+            self._early_send_wait_event = None
+
+    def clear(self) -> None:
+        super().clear()
+        self.kv_mgr.forget(self.bootstrap_room)
+
+    def _prepare_send_indices(self, *args: Any, **kwargs: Any) -> tuple[Any, slice, bool, bool]:
+        indices, index, last, skip = super()._prepare_send_indices(*args, **kwargs)
+        # The first token travels with the last send, and is not known before the forward ends.
+        return indices, index, last and self._early_send_wait_event is None, skip
+
+
+class HmaKVReceiver(MooncakeKVReceiver):
+    """Tells the inbox which pages a request expects, from when to when."""
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        super().init(*args, **kwargs)
+        if self.kv_mgr.describes(self.bootstrap_addr):
+            for info in getattr(self, "bootstrap_infos", None) or ():
+                self.kv_mgr.claim(self.bootstrap_room, info)
+
+    def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
+        if getattr(self, "bootstrap_infos", None):
+            infos = self.bootstrap_infos
+            self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
+        super().send_metadata(kv_indices, *args, **kwargs)
+
+    def _clear(self) -> None:
+        super()._clear()
+        if self.kv_mgr.inbox is not None:
+            self.kv_mgr.inbox.forget(self.bootstrap_room)
