@@ -1,6 +1,6 @@
 """A picture of one prompt's way: layers computing above, groups of layers travelling below.
 
-Reads what a prefill server wrote with --hma-trace and draws the longest forward pass in it.
+Reads what a prefill server wrote with --hma-trace and draws the last of its long forward passes.
 """
 
 import argparse
@@ -17,8 +17,9 @@ def spans(path: Path) -> list[dict[str, Any]]:
     return [event for event in json.loads(text.removesuffix("]") + "]") if event["ph"] == "X"]
 
 
-def longest_forward(events: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float, float]:
-    """Layers of the longest forward pass, its begin and end in microseconds."""
+def last_long_forward(events: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float, float]:
+    """Layers of the last forward pass that is more than half as long as the longest, its begin
+    and end in microseconds."""
     forwards: list[list[dict[str, Any]]] = []
     for event in events:
         if event["tid"] == COMPUTE:
@@ -27,7 +28,8 @@ def longest_forward(events: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
             forwards[-1].append(event)
     if not forwards:
         raise SystemExit("timeline: the trace has no forward pass; did a prompt run?")
-    best = max(forwards, key=lambda layers: layers[-1]["ts"] + layers[-1]["dur"] - layers[0]["ts"])
+    lengths = [layers[-1]["ts"] + layers[-1]["dur"] - layers[0]["ts"] for layers in forwards]
+    best = [f for f, length in zip(forwards, lengths, strict=True) if length > max(lengths) / 2][-1]
     return best, best[0]["ts"], best[-1]["ts"] + best[-1]["dur"]
 
 
@@ -35,7 +37,7 @@ def draw(events: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "hma"
-    layers, begin, end = longest_forward(events)
+    layers, begin, end = last_long_forward(events)
     sends = [e for e in events if e["tid"] == SEND and begin <= e["ts"] <= end + (end - begin)]
     last = max((e["ts"] + e["dur"] for e in sends), default=end)
     figure, axis = pyplot.subplots(figsize=(9, 2.2), layout="constrained")
