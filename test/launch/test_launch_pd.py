@@ -98,6 +98,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
                 [*command, "--port", str(port), *args],
                 stdout=out_file if stdout is None else stdout,
                 stderr=err_file,
+                # As from a terminal, even if these tests run under nohup.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
                 env=os.environ | {name: value, "PYTHONPATH": package},
                 start_new_session=True,
             )
