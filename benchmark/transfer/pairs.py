@@ -20,7 +20,7 @@ PLAIN_CPU = Path(__file__).parents[2] / "test" / "data" / "plain_cpu"
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to serve. `token_bits` are the bits of a K or V element on the wire."""
+    """One way to serve. `element_bytes` are those of a K or V element on the wire."""
 
     title: str
     module: str

@@ -7,7 +7,6 @@ that SGLang's transfer of the --prompt length takes as long as its prefill; rate
 of that. Needs root.
 """
 
-import json
 import random
 import shutil
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 from benchmark.common import Figure, Timing, console, finish, parser, table
 from benchmark.transfer.link import Link, LinkError, link
 from benchmark.transfer.pairs import KINDS, Running, first_token, running
+from benchmark.transfer.timeline import COMPUTE, spans
 
 MODEL = {"layers": 8, "hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 128}
 ROUND_TRIP_S = 0.001  # the veth pair's own is 0.05 ms; no delay is added
@@ -33,7 +33,6 @@ class Bench:
         self.pairs = pairs
         self.road = road
         self.rng = random.Random(seed)
-        self.consumed = dict.fromkeys(pairs, 0)
 
     def prompt(self, tokens: int) -> list[int]:
         return [self.rng.randrange(300, 4000) for _ in range(tokens)]
@@ -56,19 +55,14 @@ class Bench:
         for _ in range(3):
             self.once(name, tokens)
             self.once(name, 1)  # a trace is written when the pump has nothing to do
-            spans = [e for e in read_trace(self.pairs[name].trace) if e["tid"] == 1]
+            layers = [e for e in spans(self.pairs[name].trace) if e["tid"] == COMPUTE]
             forwards: list[float] = []
-            for span in spans:
+            for span in layers:
                 if span["name"] == "layer 0":
                     forwards.append(0.0)
                 forwards[-1] += span["dur"] / 1e6
             found.append(max(forwards[-3:]))
         return statistics.median(found)
-
-
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text().rstrip().rstrip(",")
-    return [event for event in json.loads(text + "]") if event["ph"] == "X"]
 
 
 def main() -> None:

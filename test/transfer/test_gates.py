@@ -85,12 +85,3 @@ def test_a_reader_never_sees_a_layer_too_early(seed: int) -> None:
 def test_layers_outside_are_refused(layer: int) -> None:
     with pytest.raises(ValueError, match="of a gate with 3 layers"):
         LayerGate(3).advance(layer)
-
-
-def test_layer_seconds_is_the_mean() -> None:
-    gate = LayerGate(3)
-    assert gate.layer_seconds == 0.0
-    for layer in range(3):
-        gate.advance(layer)
-        time.sleep(0.01)
-    assert 0.009 < gate.layer_seconds < 0.1

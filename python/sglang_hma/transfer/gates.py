@@ -93,9 +93,3 @@ class LayerGate:
     def layer_times_s(self) -> tuple[float, ...]:
         """`time.perf_counter()` at which each ready layer became ready."""
         return tuple(self._times)
-
-    @property
-    def layer_seconds(self) -> float:
-        """Mean time between layers so far, 0.0 before the second one."""
-        times = self._times
-        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
