@@ -292,6 +292,8 @@ import_sglang() {
     env -u PYTHONDONTWRITEBYTECODE "$VENV_PYTHON" -W ignore -c '
 import mooncake.engine
 import sglang.srt.entrypoints.http_server
+import sglang.srt.managers.scheduler
+import sglang.srt.models.registry
 import sglang.bench_serving
 import sglang_router.launch_router
 '

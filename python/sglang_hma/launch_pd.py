@@ -11,6 +11,7 @@ import urllib.request
 import uuid
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
 from sglang_hma.launch_server import SHARE_ENV, flag_value
@@ -23,6 +24,12 @@ PORT_POOL = range(17100, 21990)
 # What a server with --enable-dp-attention binds next to its --port (sglang 0.5.23, PortArgs
 # and the data parallel controller).
 DERIVED_PORTS = (13, *range(233, 250))
+# A server that paused or restarted gets requests again after seconds. With the router's own
+# defaults ten failed requests close it for a minute, and three missed checks for two.
+ROUTER_DEFAULTS = (
+    *("--health-check-interval-secs", "10", "--health-success-threshold", "1"),
+    *("--cb-timeout-duration-secs", "5", "--cb-success-threshold", "1"),
+)
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,10 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 flag_value(flags, name) is None for name in ("--dp-size", "--data-parallel-size")
             ):
                 command += ["--nccl-port", str(ports.take())]
-            servers.append(Program(f"{role}-{i}", [*command, *flags], f"{url}/health", share))
-    router = [*commands.router, "--pd-disaggregation", "--policy", "random", *routes]
+            command += [*flags, *own_trace(flags, f"{role}-{i}" if i else "")]
+            servers.append(Program(f"{role}-{i}", command, f"{url}/health", share))
+    router = [*commands.router, "--pd-disaggregation", "--policy", "random"]
+    router += [*ROUTER_DEFAULTS, *routes]
     router += ["--host", options.host, "--port", str(options.port)]
     router += ["--prometheus-host", options.host, "--prometheus-port", str(ports.take())]
     key = api_key(options)
@@ -98,6 +107,14 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     command = [*router, *options.router_args]
     # /readiness, unlike /health, waits until a prefill and a decode server are registered.
     return servers, Program("router", command, f"{router_url}/readiness", env)
+
+
+def own_trace(flags: list[str], name: str) -> list[str]:
+    """--hma-trace FILE for all but the first server of a role: FILE with `name` in it."""
+    path = flag_value(flags, "--hma-trace")
+    if not path or not name:
+        return []
+    return ["--hma-trace", str(Path(path).with_suffix(f".{name}{Path(path).suffix}"))]
 
 
 def api_key(options: Options) -> str | None:

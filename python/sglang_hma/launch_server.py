@@ -7,6 +7,7 @@ SGLang's own --disaggregation-mode prefill | decode | null.
 import argparse
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -237,12 +238,27 @@ def cpu_memory_defaults(config: HmaConfig, argv: list[str], model: Any, tp_size:
 def cpu_environment() -> None:
     """Threads that yield the cores: SGLang's servers on one box poll and compute in turns."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    servers = max(1, int(os.environ.get(SHARE_ENV, "1")))
-    if servers > 1:
-        cores = len(os.sched_getaffinity(0))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // servers)))
     # Early sends of a cached prefix wait on a CUDA event.
     os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
+
+
+def share_cores(server_args: Any) -> None:
+    """Threads for each tensor-parallel rank of each server on this box."""
+    servers, ranks = max(1, int(os.environ.get(SHARE_ENV, "1"))), server_args.tp_size
+    cores = sorted(os.sched_getaffinity(0))
+    if servers * ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // (servers * ranks))))
+    if ranks == 1:
+        return
+    if ranks > len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))):
+        # SGLang gives each rank a NUMA node, and refuses to start with more ranks than nodes.
+        starts = [len(cores) * rank // ranks for rank in range(ranks + 1)]
+        shares = [cores[a : max(a + 1, b)] for a, b in pairwise(starts)]
+        bind = "|".join(",".join(map(str, share)) for share in shares)
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", bind)
+    if not server_args.enable_torch_compile:
+        # One small function of the sharded embedding is compiled otherwise: a minute at the start.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def print_help() -> None:
@@ -291,6 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     sized = cpu_memory_defaults(config, rest, model, server_args.tp_size)
     if sized is not rest:
         server_args = prepare_server_args(sized)
+    if config.device == "cpu":
+        share_cores(server_args)
     try:
         run_server(server_args)
     finally:

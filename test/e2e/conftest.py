@@ -46,6 +46,14 @@ def pair(model: Path, logs: Path) -> Iterator[Pair]:
 
 
 @pytest.fixture(scope="session")
+def native(model: Path, logs: Path) -> Iterator[Pair]:
+    """The same pair with all formats off."""
+    flags = ("--hma-kv-format", "native", "--page-size", "16", "--max-total-tokens", "8192")
+    with running_pair(model, logs, *COMMON, *flags, name="native") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
 def single(model: Path, logs: Path) -> Iterator[Server]:
     """One server with the same formats, both roles."""
     server = launch("single", model, logs, *COMMON, "--max-total-tokens", "16384")

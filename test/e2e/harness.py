@@ -16,6 +16,7 @@ from typing import Any
 import requests
 
 from sglang_hma.guardian import kill_run, marked
+from sglang_hma.launch_pd import ROUTER_DEFAULTS
 
 START_TIMEOUT_S = 240
 
@@ -124,7 +125,7 @@ def launch(
 def launch_router(logs: Path, prefill: Server, decode: Server, name: str = "router") -> Server:
     port = free_port()
     command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
-    command += ["--policy", "random", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--policy", "random", *ROUTER_DEFAULTS, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-port", str(free_port())]
     command += ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]
     router = Server(

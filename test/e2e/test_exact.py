@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import COMMON, flush
-from .harness import Pair, Server, generate, launch, output_ids, running, running_pair
+from .harness import Pair, Server, generate, launch, output_ids, running
 from .oracle import Oracle
 
 LENGTHS = [1, 31, 32, 33, 64, 96, 500]
@@ -41,14 +41,12 @@ def test_radix_cache_is_hit(pair: Pair, seed: int) -> None:
     assert again["meta_info"]["cached_tokens"] == (len(prompt) - 1) // 32 * 32
 
 
-def test_native_equals_transformers(model: Path, logs: Path, seed: int) -> None:
+def test_native_equals_transformers(native: Pair, model: Path, seed: int) -> None:
     oracle = Oracle(model)
-    flags = (*COMMON, "--hma-kv-format", "native", "--max-total-tokens", "8192")
-    with running_pair(model, logs, *flags, name="native") as native:
-        for prompt in prompts(seed):
-            got = output_ids(native.url, prompt, NEW_TOKENS)
-            regrets = oracle.regrets(prompt, got, rounded=False)
-            assert max(regrets) < FP32_TIE, (len(prompt), regrets)
+    for prompt in prompts(seed):
+        got = output_ids(native.url, prompt, NEW_TOKENS)
+        regrets = oracle.regrets(prompt, got, rounded=False)
+        assert max(regrets) < FP32_TIE, (len(prompt), regrets)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])

@@ -14,7 +14,6 @@ formats = st.builds(
     head_dim=st.integers(1, 16).map(lambda n: 32 * n),
     v_head_dim=st.integers(1, 16).map(lambda n: 32 * n),
     layers=st.integers(1, 128),
-    attn_tp=st.integers(1, 16),
 )
 
 
@@ -42,14 +41,14 @@ def test_only_equal_formats_match(a: KVFormat, b: KVFormat) -> None:
 
 
 def test_stock_peer_is_named() -> None:
-    ours = KVFormat.bfp8(kv_heads=8, head_dim=128, v_head_dim=128, layers=36, attn_tp=1)
+    ours = KVFormat.bfp8(kv_heads=8, head_dim=128, v_head_dim=128, layers=36)
     reason = mismatch(str(ours), None, our_role="prefill", their_role="decode")
     assert reason is not None and "stock SGLang" in reason and str(ours) in reason
 
 
 @given(st.text())
 def test_peer_text_never_raises_in_mismatch(text: str) -> None:
-    ours = KVFormat.bfp8(kv_heads=8, head_dim=128, v_head_dim=128, layers=36, attn_tp=1)
+    ours = KVFormat.bfp8(kv_heads=8, head_dim=128, v_head_dim=128, layers=36)
     assert mismatch(str(ours), text, our_role="prefill", their_role="decode")
 
 
@@ -60,8 +59,8 @@ def test_peer_text_never_raises_in_mismatch(text: str) -> None:
         "hma-kv/2 name=bfp8_b",
         "hma-kv/1 name=bfp8_b",
         "hma-kv/1 " + " ".join(f"x{i}=1" for i in range(200)),
-        str(KVFormat.bfp8(kv_heads=1, head_dim=32, v_head_dim=32, layers=1, attn_tp=1)) + " more=1",
-        str(KVFormat.bfp8(kv_heads=1, head_dim=32, v_head_dim=32, layers=1, attn_tp=1)).replace(
+        str(KVFormat.bfp8(kv_heads=1, head_dim=32, v_head_dim=32, layers=1)) + " more=1",
+        str(KVFormat.bfp8(kv_heads=1, head_dim=32, v_head_dim=32, layers=1)).replace(
             "kv_heads=1", "kv_heads=-1"
         ),
     ],
@@ -74,4 +73,4 @@ def test_malformed_descriptors_are_refused(text: str) -> None:
 @pytest.mark.parametrize("head_dim", [80, 72, 100])
 def test_head_dims_off_the_tile_are_refused(head_dim: int) -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
-        KVFormat.bfp8(kv_heads=8, head_dim=head_dim, v_head_dim=128, layers=1, attn_tp=1)
+        KVFormat.bfp8(kv_heads=8, head_dim=head_dim, v_head_dim=128, layers=1)

@@ -318,7 +318,7 @@ def server_flags(command: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sglang_and_the_router_take_the_flags() -> None:
+def test_sglang_and_the_router_take_the_flags(tmp_path: Path) -> None:
     import argparse
 
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
@@ -328,7 +328,8 @@ def test_sglang_and_the_router_take_the_flags() -> None:
     from sglang_hma import launch_server
 
     argv = ["--model-path", "a/b", "--port", str(free_port()), "--prefill", "2", "--decode", "2"]
-    argv += ["--device", "cpu", "--hma-kv-format", "bfp8", "--prefill-args", "--enable-metrics"]
+    argv += ["--device", "cpu", "--hma-kv-format", "bfp8"]
+    argv += ["--prefill-args", f"--enable-metrics --hma-trace {tmp_path}/trace.json"]
     argv += ["--decode-args", "--max-total-tokens 4096", "--router-args", "--log-level warn"]
     options = parse(argv)
     servers, router = plan(options, Commands())
@@ -336,6 +337,7 @@ def test_sglang_and_the_router_take_the_flags() -> None:
     add_attention_backend_choices(["hma"])  # as the plugin does
     ServerArgs.add_cli_args(parser)
     ports: list[int] = []
+    traces = []
     for server in servers:
         config, rest = launch_server.parse(server_flags(list(server.command)))
         args = parser.parse_args(rest)
@@ -346,6 +348,8 @@ def test_sglang_and_the_router_take_the_flags() -> None:
         ports += [args.port, args.nccl_port]
         if config.role == "prefill":
             ports.append(args.disaggregation_bootstrap_port)
+            traces.append(config.trace)
+    assert traces == [f"{tmp_path}/trace.json", f"{tmp_path}/trace.prefill-1.json"]
     assert len(set(ports)) == len(ports) == 10 and set(ports) <= set(PORT_POOL)
     routes = parse_router_args(list(router.command[len(Commands().router) :]))
     assert routes.pd_disaggregation and routes.policy == "random" and routes.log_level == "warn"

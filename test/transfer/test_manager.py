@@ -1,7 +1,6 @@
 """What the manager does with a peer's messages and with long block lists."""
 
 import struct
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,28 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_hma.kvcache.format import KVFormat
-from sglang_hma.transfer.manager import FORMAT_FRAME, MAX_BATCH_ENTRIES, HmaKVManager
+from sglang_hma.transfer.handshake import FORMAT_FRAME
+from sglang_hma.transfer.manager import MAX_BATCH_ENTRIES, HmaKVManager
 
-OURS = KVFormat.bfp8(kv_heads=4, head_dim=64, v_head_dim=64, layers=2, attn_tp=1)
+OURS = KVFormat.bfp8(kv_heads=4, head_dim=64, v_head_dim=64, layers=2)
 
 
 def manager(kv_layout: str = str(OURS)) -> HmaKVManager:
     """A manager without sockets, for the parts that need none."""
     made = object.__new__(HmaKVManager)
-    made._peer_formats = {}
-    made._peer_lock = threading.Lock()
     made.kv_layout = kv_layout
+    made._plain_pages = True
+    made.attn_tp_size = 1
     made.disaggregation_mode = SimpleNamespace(value="prefill")
-    made.kv_args = SimpleNamespace(kv_data_ptrs=[0] * 4)
+    made.kv_args = SimpleNamespace(kv_data_ptrs=[0] * 4, kv_item_lens=[8704] * 4)
     return made
 
 
 def registration(
-    *extra: bytes, session: bytes = b"10.0.0.2:15001", buffers: int = 4
+    *extra: bytes, buffers: int = 4, rank: int = 0, tp: int = 1, page: int = 8704
 ) -> list[bytes]:
     pointers = struct.pack(f"{buffers}Q", *range(buffers))
-    head = [b"None", b"10.0.0.2", b"5000", session, pointers, b"", b"", b"0", b"1", b"8704"]
-    return [*head, b"", b"", b"", b"", b"", b"", b"1", b"0", b"", b"", *extra]
+    parallel = [str(n).encode() for n in (rank, tp, page)]
+    head = [b"None", b"10.0.0.2", b"5000", b"10.0.0.2:15001", pointers, b"", b"", *parallel]
+    sizes = struct.pack(f"{buffers}Q", *[page] * buffers)
+    return [*head, b"", b"", b"", b"", b"", b"", b"1", b"0", b"", sizes, *extra]
 
 
 @given(st.lists(st.binary(max_size=40), max_size=24))
@@ -75,6 +77,30 @@ def test_foreign_decode_servers_are_rejected(
     accepted, reason = made._validate_peer_state_layout(KVArgsRegisterInfo.from_zmq(message))
     assert not accepted and reason is not None
     assert all(word in reason for word in words), reason
+
+
+@pytest.mark.parametrize(
+    ("peer", "words"),
+    [
+        ({"tp": 2, "rank": 1, "page": 4352}, None),
+        ({"tp": 1, "page": 4352}, "have 4352 bytes"),
+        ({"tp": 2, "rank": 1, "page": 8704}, "have 8704 bytes"),
+        ({"tp": 3, "page": 4352}, "cannot be cut into 3"),
+        ({"tp": 0}, "TP size is 0"),
+        ({"rank": -1}, "rank is -1"),
+    ],
+)
+def test_tensor_parallel_peers(
+    peer: dict[str, int], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_HMA_CONFIG", '{"role":"prefill"}')
+    from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
+
+    made = manager()
+    message = registration(FORMAT_FRAME + str(OURS).encode(), **peer)
+    assert made._accepts(message)
+    reason = made.handshake.refuse_decode(KVArgsRegisterInfo.from_zmq(message))
+    assert reason is None if words is None else reason is not None and words in reason, reason
 
 
 def test_long_block_lists_travel_in_bounded_batches() -> None:

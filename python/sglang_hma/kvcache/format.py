@@ -19,7 +19,8 @@ BF16_PAGES_PER_SLAB = 17
 class KVFormat:
     """The wire descriptor of one server's KV pages.
 
-    `kv_heads` counts the heads of one attention-TP rank. Two servers may
+    `kv_heads` counts the heads of all attention-TP ranks: how many ranks share
+    them is no part of the format (transfer/tensor_parallel.py). Two servers may
     exchange pages only if every field is equal.
     """
 
@@ -28,7 +29,6 @@ class KVFormat:
     head_dim: int
     v_head_dim: int
     layers: int
-    attn_tp: int
     page: int = PAGE
     block: int = GROUP
     tile: int = TILE
@@ -36,9 +36,7 @@ class KVFormat:
     packer: str = "device"
 
     @classmethod
-    def bfp8(
-        cls, *, kv_heads: int, head_dim: int, v_head_dim: int, layers: int, attn_tp: int
-    ) -> Self:
+    def bfp8(cls, *, kv_heads: int, head_dim: int, v_head_dim: int, layers: int) -> Self:
         """Tiles as the vendor's device packer writes them.
 
         Raises ValueError if a head dim is no multiple of 32: a tile could then
@@ -53,7 +51,6 @@ class KVFormat:
             head_dim=head_dim,
             v_head_dim=v_head_dim,
             layers=layers,
-            attn_tp=attn_tp,
         )
 
     @classmethod
@@ -65,7 +62,6 @@ class KVFormat:
         head_dim: int,
         v_head_dim: int,
         layers: int,
-        attn_tp: int,
         page: int,
     ) -> Self:
         """SGLang's own pool: plain rows of the model's dtype."""
@@ -75,7 +71,6 @@ class KVFormat:
             head_dim=head_dim,
             v_head_dim=v_head_dim,
             layers=layers,
-            attn_tp=attn_tp,
             page=page,
             block=1,
             tile=1,
@@ -122,7 +117,7 @@ class KVFormat:
 
     @property
     def k_page_bytes(self) -> int:
-        """Bytes of one BFP8 page of one layer's K: [kv_heads][head_dim/32][1088]."""
+        """Bytes of one BFP8 page of one layer's K, all ranks: [kv_heads][head_dim/32][1088]."""
         return self.kv_heads * (self.head_dim // TILE) * TILE_BYTES
 
     @property
@@ -155,5 +150,5 @@ def mismatch(ours: str, theirs: str | None, *, our_role: str, their_role: str) -
     return (
         f"KV format mismatch: this {our_role} server has [{ours}], "
         f"the {their_role} server has [{shown}].{detail} "
-        "Start both with the same model, --hma-kv-format, --page-size and --tp-size."
+        "Start both with the same model, --hma-kv-format and --page-size."
     )

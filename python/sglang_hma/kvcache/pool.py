@@ -34,11 +34,10 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
     @property
     def hma_format(self) -> KVFormat:
         return KVFormat.bfp8(
-            kv_heads=self.head_num,
+            kv_heads=self.head_num * get_parallel().attn_tp_size,
             head_dim=self.head_dim,
             v_head_dim=self.v_head_dim,
             layers=self.layer_num,
-            attn_tp=get_parallel().attn_tp_size,
         )
 
     def _num_page_ids(self) -> int:

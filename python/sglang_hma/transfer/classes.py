@@ -33,12 +33,13 @@ def get_pd_kv_layout(original: Callable[..., Any], token_to_kv_pool: Any) -> str
     pool = token_to_kv_pool
     if isinstance(pool, Bfp8KVPool):
         return pool.hma_format.canonical()
+    head_num = getattr(pool, "head_num", None)  # None: latent pages, the same on every rank
+    heads = head_num * get_parallel().attn_tp_size if head_num is not None else 1
     return KVFormat.native(
         dtype=str(pool.dtype).removeprefix("torch."),
-        kv_heads=getattr(pool, "head_num", 1),
+        kv_heads=heads,
         head_dim=getattr(pool, "head_dim", 0),
         v_head_dim=getattr(pool, "v_head_dim", 0),
         layers=pool.layer_num,
-        attn_tp=get_parallel().attn_tp_size,
         page=pool.page_size,
     ).canonical()

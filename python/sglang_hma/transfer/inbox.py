@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Sender:
-    """The prefill ranks that a room's pages come from: (ip, port) of their control sockets."""
+    """The prefill ranks that a room's pages come from: (ip, port) of their control sockets.
+
+    Each fills one part of every page; rank k of them the k-th."""
 
     ranks: list[tuple[str, int]]
     done: list[int] = field(default_factory=list)  # ranks whose Success waits for verification
@@ -68,9 +70,7 @@ class Inbox:
         if sender is None:
             return
         try:
-            session = self.manager.get_session_id()
-            piece = self.manager.piece_from_rank(group.rank, len(sender.ranks))
-            resend = self.verifier.compare(group, session, piece)
+            resend = self.verifier.compare(group, self.manager.get_session_id())
         except CorruptPages as error:
             self.metrics.mismatches.inc()
             logger.error("Room %s: %s", group.room, error)
@@ -81,8 +81,8 @@ class Inbox:
         self.metrics.verify_seconds.inc(time.perf_counter() - began)
         if resend is not None:
             self.metrics.mismatches.inc()
-            rank = min(group.rank, len(sender.ranks) - 1)
-            self.manager.send_frames(*sender.ranks[rank], messages.frames(resend))
+            address = sender.ranks[group.rank % len(sender.ranks)]
+            self.manager.send_frames(*address, messages.frames(resend))
         elif sender.done:
             self._release(group.room, sender)
 

@@ -93,7 +93,7 @@ class Arrival:
 
     generation: int
     pages: Pages
-    ranks: int  # prefill ranks that send to this decode rank
+    ranks: int  # prefill ranks that fill these pages, each an equal part of every page
     verified: dict[tuple[int, int, int], int] = field(default_factory=dict)
     resends: dict[tuple[int, int, int], int] = field(default_factory=dict)
     mismatches: int = 0
@@ -126,30 +126,31 @@ class Verifier:
         arrival = self.arrivals.get(room)
         return arrival is None or arrival.complete(self.buffers.layers)
 
-    def compare(self, group: Group, session: str, piece: tuple[int, int] = (0, 1)) -> Resend | None:
+    def compare(self, group: Group, session: str) -> Resend | None:
         """Hash what lies in the group's pages. None if it matches or is no longer wanted,
         else what to ask for again.
 
-        `piece` = (k, n): the sender filled the k-th of n parts of each page. Raises
-        CorruptPages when the range has been resent too often, or for a group that
+        Raises CorruptPages when the range has been resent too often, or for a group that
         does not lie within the request.
         """
         arrival = self.arrivals.get(group.room)
         if arrival is None or arrival.generation != group.generation:
             return None
         self._check(group, arrival)
-        if self._digests(group, arrival, piece) == group.digests:
-            arrival.verified[group.key] = group.layers * group.pages
+        part = group.rank % arrival.ranks
+        key = (part, group.first_layer, group.first_page)
+        if self._digests(group, arrival, part) == group.digests:
+            arrival.verified[key] = group.layers * group.pages
             return None
         arrival.mismatches += 1
-        tries = arrival.resends.get(group.key, 0)
+        tries = arrival.resends.get(key, 0)
         last = group.first_layer + group.layers - 1
         if tries >= MAX_RESENDS:
             raise CorruptPages(
                 f"KV pages {group.first_page}..{group.first_page + group.pages - 1} of layers "
                 f"{group.first_layer}..{last} arrived with wrong bytes {tries + 1} times"
             )
-        arrival.resends[group.key] = tries + 1
+        arrival.resends[key] = tries + 1
         return Resend(
             room=group.room,
             generation=group.generation,
@@ -172,9 +173,8 @@ class Verifier:
                 f"request has {self.buffers.layers} layers and {len(arrival.pages)} pages"
             )
 
-    def _digests(self, group: Group, arrival: Arrival, piece: tuple[int, int]) -> list[int]:
-        part, parts = piece
-        found = []
+    def _digests(self, group: Group, arrival: Arrival, part: int) -> list[int]:
+        parts, found = arrival.ranks, []
         for layer in range(group.first_layer, group.first_layer + group.layers):
             for index in self.buffers.of_layer(layer):
                 base, size = self.buffers.addresses[index], self.buffers.page_bytes[index]

@@ -1,16 +1,10 @@
-"""SGLang's Mooncake KV manager with a format handshake, layer-wise sending and checksums.
-
-Both directions check before a byte moves. Decode reads the prefill server's
-descriptor from the bootstrap server and fails the request if it differs.
-Prefill reads the decode server's descriptor from its registration message and
-rejects the whole session, so that a stock peer, which checks nothing, is
-refused too.
-"""
+"""SGLang's Mooncake KV manager with a format handshake, layer-wise sending and checksums."""
 
 import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from sglang.srt.disaggregation.base import KVPoll
@@ -23,21 +17,22 @@ from sglang.srt.disaggregation.mooncake.conn import (
 from sglang.srt.utils.network import NetworkAddress
 
 from sglang_hma.config import HmaConfig
-from sglang_hma.kvcache.format import KVFormat, mismatch
+from sglang_hma.kvcache.format import KVFormat
 from sglang_hma.transfer import messages
-from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece
+from sglang_hma.transfer.grouping import GroupSizer, Pages
+from sglang_hma.transfer.handshake import Handshake
 from sglang_hma.transfer.inbox import Inbox
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.outbox import Destination, Outbox
 from sglang_hma.transfer.pump import MooncakeLink
 from sglang_hma.transfer.refusal import abort_at_prefill, fetch_route
+from sglang_hma.transfer.tensor_parallel import piece
 
 logger = logging.getLogger(__name__)
 
 # Mooncake's TCP transport fails a batch of more than about 2,100 entries with
 # part of it written.
 MAX_BATCH_ENTRIES = 1000
-FORMAT_FRAME = b"HMA-KV"
 REGISTRATION = b"None"
 # First frames that SGLang itself parses defensively.
 SELF_CHECKED = (ABORT_TAG, b"WATERMARK", b"STAGING_RSP")
@@ -47,8 +42,6 @@ class HmaKVManager(MooncakeKVManager):
     """SGLang's manager; an outbox sends on prefill, an inbox verifies on decode."""
 
     def __init__(self, args: Any, *rest: Any, **kwargs: Any) -> None:
-        self._peer_formats: dict[str, str] = {}
-        self._peer_lock = threading.Lock()
         self._generations: dict[int, dict[str, int]] = {}
         self._describes: set[str] = set()  # prefill servers that publish a descriptor
         is_mla = bool(rest[2:3] and rest[2]) or bool(kwargs.get("is_mla_backend"))
@@ -65,7 +58,19 @@ class HmaKVManager(MooncakeKVManager):
             self.outbox = Outbox(self, link, memory, sizer)
         elif self.disaggregation_mode.value == "decode" and self._plain_pages:
             self.inbox = Inbox(self, memory) if config.kv_checksum else None
-        logger.info("KV format %s: %s", KVFormat.parse(self._ours).digest(), self._ours)
+        layout = self.handshake.layout
+        logger.info("KV format %s: %s", KVFormat.parse(layout).digest(), layout)
+
+    @cached_property
+    def handshake(self) -> Handshake:
+        return Handshake(
+            str(self.kv_layout),
+            self.kv_args.kv_item_lens,
+            role=str(self.disaggregation_mode.value),
+            attn_tp=int(self.attn_tp_size),
+            stock_allowed=not HmaConfig.require().packs_kv,
+            plain=self._plain_pages,
+        )
 
     # -- decode asks prefill --
 
@@ -76,10 +81,9 @@ class HmaKVManager(MooncakeKVManager):
         route = fetch_route(bootstrap_addr)
         if route is None:
             return False
-        theirs = route.get("kv_layout")
-        reason = self._mismatch(theirs if isinstance(theirs, str) else None, their_role="prefill")
+        reason = self.handshake.refuse_prefill(route)
         if reason is None:
-            if theirs is not None:
+            if route.get("kv_layout") is not None:
                 self._describes.add(bootstrap_addr)
             return bool(super().try_ensure_parallel_info(bootstrap_addr))
         self._refuse(bootstrap_addr, route, reason)
@@ -101,7 +105,7 @@ class HmaKVManager(MooncakeKVManager):
     # -- prefill asks decode --
 
     def build_receiver_registration_message(self) -> list[bytes]:
-        return [*super().build_receiver_registration_message(), FORMAT_FRAME + self._ours.encode()]
+        return [*super().build_receiver_registration_message(), self.handshake.frame()]
 
     def _make_worker_recv(self, socket: Any, timeout_ms: int = 500) -> Callable[[], Any]:
         recv = super()._make_worker_recv(socket, timeout_ms)
@@ -144,7 +148,7 @@ class HmaKVManager(MooncakeKVManager):
             if message[0] in SELF_CHECKED:
                 return True
             if message[0] == REGISTRATION:
-                self._remember_format(message)
+                self.handshake.remember(message)
             else:
                 self._remember_request(message)
         except Exception as error:
@@ -161,27 +165,12 @@ class HmaKVManager(MooncakeKVManager):
             generation = int(message[10].decode("ascii"))
             self._generations.setdefault(info.room, {})[info.mooncake_session_id] = generation
 
-    def _remember_format(self, message: list[bytes]) -> None:
-        peer = KVArgsRegisterInfo.from_zmq(message).mooncake_session_id
-        formats = [frame for frame in message if frame.startswith(FORMAT_FRAME)]
-        with self._peer_lock:
-            self._peer_formats.pop(peer, None)
-            if formats:
-                self._peer_formats[peer] = formats[-1][len(FORMAT_FRAME) :].decode("ascii")
-
     def _validate_peer_state_layout(
         self, registration_info: KVArgsRegisterInfo
     ) -> tuple[bool, str | None]:
-        session = registration_info.mooncake_session_id
-        with self._peer_lock:
-            theirs = self._peer_formats.get(session)
-        reason = self._mismatch(theirs, their_role="decode")
+        reason = self.handshake.refuse_decode(registration_info)
         if reason is not None:
             return False, reason
-        ours = len(self.kv_args.kv_data_ptrs)
-        if len(registration_info.dst_kv_ptrs) != ours:
-            count = len(registration_info.dst_kv_ptrs)
-            return False, f"the decode server registered {count} KV buffers, this one has {ours}"
         fully_checked, reason = super()._validate_peer_state_layout(registration_info)
         return bool(fully_checked), reason
 
@@ -251,14 +240,16 @@ class HmaKVManager(MooncakeKVManager):
         sizes = self.kv_args.kv_item_lens
         layers = len(sizes) // 2
         pairs = list(zip(self.kv_args.kv_data_ptrs, peer.dst_kv_ptrs, sizes, strict=True))
-        whole = [Piece(ours, size, theirs, size, size) for ours, theirs, size in pairs]
+        ours = self.attn_tp_rank, self.attn_tp_size
+        theirs = peer.dst_tp_rank % peer.dst_attn_tp_size, peer.dst_attn_tp_size
+        pieces = [piece(*pair, ours=ours, theirs=theirs) for pair in pairs]
         return Destination(
             session=info.mooncake_session_id,
             endpoint=info.endpoint,
             port=info.dst_port,
             generation=self._generations.get(info.room, {}).get(info.mooncake_session_id),
             pages=info.dst_kv_indices,
-            pieces=tuple((whole[i], whole[layers + i]) for i in range(layers)),
+            pieces=tuple((pieces[i], pieces[layers + i]) for i in range(layers)),
             aux_index=info.dst_aux_index,
         )
 
@@ -309,10 +300,6 @@ class HmaKVManager(MooncakeKVManager):
     def commit_success(self, room: int, rank: int) -> None:
         super().apply_prefill_status(bootstrap_room=room, status=KVPoll.Success, prefill_rank=rank)
 
-    def piece_from_rank(self, rank: int, ranks: int) -> tuple[int, int]:
-        """Which part of every page a prefill rank fills, of how many."""
-        return (rank % ranks, ranks) if ranks > 1 else (0, 1)
-
     # -- both --
 
     def send_frames(self, host: str, port: int, frames: list[bytes]) -> None:
@@ -322,16 +309,6 @@ class HmaKVManager(MooncakeKVManager):
             self._send_multipart_locked(address.to_tcp(), frames, is_ipv6=address.is_ipv6)
         except Exception as error:
             logger.warning("Could not tell %s: %s", address.to_host_port_str(), error)
-
-    @property
-    def _ours(self) -> str:
-        return str(self.kv_layout)
-
-    def _mismatch(self, theirs: str | None, *, their_role: str) -> str | None:
-        if theirs is None and not HmaConfig.require().packs_kv:
-            return None
-        our_role = str(self.disaggregation_mode.value)
-        return mismatch(self._ours, theirs, our_role=our_role, their_role=their_role)
 
     def _transfer_data(
         self, mooncake_session_id: str, transfer_blocks: list[tuple[int, int, int]]

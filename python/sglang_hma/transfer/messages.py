@@ -57,10 +57,6 @@ class Group(msgspec.Struct, frozen=True, array_like=True):
     def pages(self) -> int:
         return sum(self.run_pages)
 
-    @property
-    def key(self) -> tuple[int, int, int]:
-        return self.rank, self.first_layer, self.first_page
-
 
 class Resend(msgspec.Struct, frozen=True, array_like=True):
     """Decode to prefill: write this range once more, its bytes did not match."""

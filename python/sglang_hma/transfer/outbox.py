@@ -73,7 +73,9 @@ class Outbox:
         )
         self.rooms: dict[int, Outgoing] = {}
         self.metrics = PrefillMetrics()
-        self.trace = Trace.from_config(f"prefill {manager.get_session_id()}")
+        self.trace = Trace.from_config(
+            f"prefill {manager.get_session_id()}", manager.attn_tp_rank, manager.attn_tp_size
+        )
         self.claims = Claims(expected=HmaConfig.require().packs_kv)
         self._unsettled: dict[int, float] = {}
         self._lock = threading.Lock()

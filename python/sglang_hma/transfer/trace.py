@@ -33,9 +33,12 @@ class Trace:
         atexit.register(self.flush, final=True)
 
     @classmethod
-    def from_config(cls, name: str) -> "Trace":
-        path = HmaConfig.require().trace
-        return cls(Path(path) if path else None, name)
+    def from_config(cls, name: str, rank: int, ranks: int) -> "Trace":
+        """Rank `rank` of several writes its own file: FILE.json, FILE.1.json, ..."""
+        path = Path(given) if (given := HmaConfig.require().trace) else None
+        if path is not None and ranks > 1 and rank:
+            path = path.with_suffix(f".{rank}{path.suffix}")
+        return cls(path, name)
 
     def _meta(self, kind: str, thread: int, name: str) -> None:
         self._events.append(

@@ -1,0 +1,42 @@
+"""One server with two tensor-parallel ranks, the other with one: pages are cut by heads."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from .conftest import COMMON
+from .harness import Pair, launch, launch_router, output_ids, running
+from .oracle import Oracle
+from .test_exact import FLIPPED_ROUNDING, VOCAB
+from .test_load import assert_drained
+
+pytestmark = pytest.mark.e2e
+
+LENGTHS = [1, 64, 500]
+ROLES = ("prefill", "decode")
+
+
+def test_one_rank_sends_to_two_and_two_to_one(
+    pair: Pair, model: Path, logs: Path, seed: int
+) -> None:
+    flags = (*COMMON, "--max-total-tokens", "8192", "--tp-size", "2")
+    wide = {mode: launch(f"tp2-{mode}", model, logs, *flags, mode=mode) for mode in ROLES}
+    routers = (
+        launch_router(logs, pair.prefill, wide["decode"], "router-1-2"),
+        launch_router(logs, wide["prefill"], pair.decode, "router-2-1"),
+    )
+    oracle, rng = Oracle(model), random.Random(seed)
+    with running(*wide.values(), *routers):
+        for router in routers:
+            for length in LENGTHS:
+                prompt = [rng.randrange(8, VOCAB - 8) for _ in range(length)]
+                got = output_ids(router.url, prompt, 12)
+                assert max(oracle.regrets(prompt, got)) < FLIPPED_ROUNDING, length
+            # The last prompt again, from prefill's radix cache.
+            again = output_ids(router.url, prompt, 12)
+            assert max(oracle.regrets(prompt, again)) < FLIPPED_ROUNDING
+        assert_drained(wide["prefill"], wide["decode"])
+        for server, peer in ((wide["decode"], pair.prefill), (pair.decode, wide["prefill"])):
+            assert sum(server.metrics("sglang_hma:kv_verified_groups_total").values()) > 0
+            assert "wrong bytes" not in server.text() + peer.text()
