@@ -58,14 +58,15 @@ bench-kernels: venv ## Measure the CPU kernels beside torch, memcpy and (TTNN_PY
 		--plot build/bench/decode_attention.svg $(ARGS)
 
 .PHONY: bench-transfer
-bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD (root, iproute2); ARGS=--check
+bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, and what checksums cost (root, iproute2); ARGS=--check
 	@mkdir -p build/bench
 	$(RUN) -m benchmark.transfer.ttft --json build/bench/transfer_ttft.json \
 		--plot build/bench/transfer_ttft.svg $(ARGS)
+	$(RUN) -m benchmark.transfer.checksum --json build/bench/transfer_checksum.json $(ARGS)
 
 .PHONY: soak
-soak: venv ## Cause each fault of test/e2e/test_faults.py SOAK=50 times under load (hours)
-	HMA_SOAK=$(SOAK) $(RUN) -m pytest test/e2e/test_faults.py -s $(PYTEST_ARGS)
+soak: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead link, aborts, flipped bytes (hours)
+	HMA_SOAK=$(SOAK) $(RUN) -m pytest test/e2e/test_faults.py test/e2e/test_link_down.py -s $(PYTEST_ARGS)
 
 .PHONY: sanitize
 sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan

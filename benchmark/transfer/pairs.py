@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmark.transfer.link import DECODE_IP, PREFILL_IP, Link
+from sglang_hma.launch_pd import ROUTER_DEFAULTS
 
 START_TIMEOUT_S = 240
 PLAIN_CPU = Path(__file__).parents[2] / "test" / "data" / "plain_cpu"
@@ -93,6 +94,7 @@ def running(
         ],
         "router": [
             *("-m", "sglang_router.launch_router", "--pd-disaggregation", "--policy", "random"),
+            *ROUTER_DEFAULTS,
             *("--host", PREFILL_IP, "--port", str(port + 2), "--prometheus-port", str(port + 3)),
             *("--prefill", f"http://{PREFILL_IP}:{port}", str(port + 1)),
             *("--decode", f"http://{DECODE_IP}:{port}"),

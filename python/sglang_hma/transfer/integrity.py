@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
-from sglang_hma.transfer.grouping import Pages
+from sglang_hma.transfer.grouping import Pages, Piece, Run
 from sglang_hma.transfer.messages import Group, Resend
 
 MAX_RESENDS = 2
@@ -68,6 +68,18 @@ def digest(memory: Memory, blocks: Sequence[tuple[int, int]]) -> int:
     for address, length in blocks:
         state.update(memory.read(address, length))
     return int(state.intdigest())
+
+
+def piece_digests(
+    memory: Memory, layers: Sequence[Sequence[Piece]], parts: Sequence[Run]
+) -> list[int]:
+    """What a sender announces: one digest for every (layer, K or V, run of pages)."""
+    return [
+        digest(memory, [(source, length) for source, _, length in piece.blocks([run])])
+        for pieces in layers
+        for piece in pieces
+        for run in parts
+    ]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class PrefillMetrics:
         self.failures = _metric(Counter, "failed_jobs", "Sends given up because writes failed")
         self.resends = _metric(Counter, "resent_ranges", "Ranges sent again after a wrong checksum")
         self.checksum_seconds = _metric(
-            Counter, "checksum_seconds", "Time spent on checksums before sending"
+            Counter, "checksum_seconds", "CPU time spent on making checksums"
         )
         self.overlap = _metric(
             Histogram,
@@ -68,7 +68,9 @@ class DecodeMetrics:
     def __init__(self) -> None:
         self.groups = _metric(Counter, "verified_groups", "Groups whose checksums were compared")
         self.mismatches = _metric(Counter, "checksum_failures", "Groups with a wrong checksum")
-        self.verify_seconds = _metric(Counter, "verify_seconds", "Time spent on comparing")
+        self.verify_seconds = _metric(
+            Counter, "verify_seconds", "CPU time spent on comparing checksums"
+        )
         self.held = _metric(
             Gauge,
             "quarantined_pages",

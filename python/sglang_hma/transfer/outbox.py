@@ -18,8 +18,8 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.gates import LayerGate
-from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece, Run, runs
-from sglang_hma.transfer.integrity import Buffers, Memory, digest
+from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece, runs
+from sglang_hma.transfer.integrity import Buffers, Memory, piece_digests
 from sglang_hma.transfer.liveness import Claims
 from sglang_hma.transfer.metrics import PrefillMetrics
 from sglang_hma.transfer.pump import Job, Link, Part, Pump, Sending
@@ -217,14 +217,10 @@ class Outbox:
         peer = outgoing.destinations.get(part.job.session) if outgoing else None
         if peer is None or peer.generation is None or not part.job.parts:
             return None
-        began = time.perf_counter()
-        digests = [
-            self._digest(piece, run)
-            for layer in range(part.first_layer, part.first_layer + part.layers)
-            for piece in part.job.pieces[layer]
-            for run in part.job.parts
-        ]
-        self.metrics.checksum_seconds.inc(time.perf_counter() - began)
+        began = time.thread_time()
+        layers = part.job.pieces[part.first_layer : part.first_layer + part.layers]
+        digests = piece_digests(self.memory, layers, part.job.parts)
+        self.metrics.checksum_seconds.inc(time.thread_time() - began)
         return messages.Group(
             room=part.job.room,
             generation=peer.generation,
@@ -235,9 +231,6 @@ class Outbox:
             run_pages=[run.pages for run in part.job.parts],
             digests=digests,
         )
-
-    def _digest(self, piece: Piece, run: Run) -> int:
-        return digest(self.memory, [(at, length) for at, _, length in piece.blocks([run])])
 
     def sent(self, sending: Sending, now_s: float) -> None:
         self.metrics.sent(sending, now_s)
