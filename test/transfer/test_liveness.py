@@ -3,9 +3,7 @@
 import socket
 import time
 
-import pytest
-
-from sglang_hma.transfer.liveness import STRIKES, Claims, Obituaries, refuses
+from sglang_hma.transfer.liveness import STRIKES, Obituaries, refuses
 
 
 def wait_gone(watch: Obituaries, address: tuple[str, int], seconds: float) -> bool:
@@ -31,29 +29,3 @@ def test_refusing_ports_are_gone_and_listening_ones_are_not() -> None:
 
 def test_silence_is_no_refusal() -> None:
     assert not refuses(("203.0.113.1", 9))  # a documentation address: nobody answers
-
-
-def test_claims_tell_waiting_from_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    claims = Claims(expected=True)
-    alive = socket.create_server(("127.0.0.1", 0))
-    dead = socket.create_server(("127.0.0.1", 0))
-    dead_address = dead.getsockname()[:2]
-    dead.close()
-    claims.claimed(1, dead_address)
-    for room in (1, 2, 3, 4):
-        claims.opened(room)
-    claims.claimed(2, alive.getsockname()[:2])
-    claims.closed(4)
-    assert claims.hopeless() == []
-    found: list[tuple[int, str]] = []
-    deadline = time.monotonic() + STRIKES + 5
-    while not found and time.monotonic() < deadline:
-        found = claims.hopeless()
-        time.sleep(0.05)
-    host, port = dead_address
-    assert found == [(1, f"its decode server {host}:{port} is gone")]
-    monkeypatch.setattr(Claims, "UNCLAIMED_S", 0.0)
-    assert [room for room, _ in claims.hopeless()] == [1, 3]
-    claims.expected = False
-    assert [room for room, _ in claims.hopeless()] == [1]
-    alive.close()

@@ -47,8 +47,8 @@ class HmaKVReceiver(MooncakeKVReceiver):
     def init(self, *args: Any, **kwargs: Any) -> None:
         super().init(*args, **kwargs)
         if self.kv_mgr.describes(self.bootstrap_addr):
-            for info in getattr(self, "bootstrap_infos", None) or ():
-                self.kv_mgr.claim(self.bootstrap_room, info)
+            infos = getattr(self, "bootstrap_infos", None) or []
+            self.kv_mgr.claim(self.bootstrap_room, infos)
 
     def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
         if getattr(self, "bootstrap_infos", None):
@@ -58,5 +58,4 @@ class HmaKVReceiver(MooncakeKVReceiver):
 
     def _clear(self) -> None:
         super()._clear()
-        if self.kv_mgr.inbox is not None:
-            self.kv_mgr.inbox.forget(self.bootstrap_room)
+        self.kv_mgr.forget(self.bootstrap_room)

@@ -1,4 +1,4 @@
-"""Whether a peer's process is gone for good, and whose requests wait for one that is."""
+"""Whether a peer's process is gone for good."""
 
 import socket
 import threading
@@ -59,44 +59,3 @@ def refuses(address: Address) -> bool:
     except OSError:
         return False
     return False
-
-
-class Claims:
-    """On prefill: which decode server has the other half of each open request.
-
-    A request that no decode server has claimed for UNCLAIMED_S never reached one, or
-    reached one that died at once: decode claims a request when it arrives there.
-    """
-
-    UNCLAIMED_S = 45.0
-
-    def __init__(self, *, expected: bool) -> None:
-        self.expected = expected  # False with stock decode servers, which claim nothing
-        self._opened: dict[int, float] = {}
-        self._by: dict[int, set[Address]] = {}
-        self._obituaries = Obituaries()
-
-    def opened(self, room: int) -> None:
-        self._opened[room] = time.monotonic()
-
-    def closed(self, room: int) -> None:
-        self._opened.pop(room, None)
-        self._by.pop(room, None)
-
-    def claimed(self, room: int, address: Address) -> None:
-        """May come before `opened`: the router tells both servers at once."""
-        self._by.setdefault(room, set()).add(address)
-        while len(self._by) > 65536:  # claims of requests that never came here
-            self._by.pop(next(iter(self._by)))
-
-    def hopeless(self) -> list[tuple[int, str]]:
-        """(room, why) of each open request whose decode server cannot answer any more."""
-        found = []
-        for room, since in list(self._opened.items()):
-            addresses = self._by.get(room, set())
-            dead = [address for address in addresses if self._obituaries.gone(address)]
-            if dead:
-                found.append((room, f"its decode server {dead[0][0]}:{dead[0][1]} is gone"))
-            elif self.expected and not addresses and time.monotonic() - since > self.UNCLAIMED_S:
-                found.append((room, f"no decode server claimed it for {self.UNCLAIMED_S:g} s"))
-        return found

@@ -23,6 +23,8 @@ from sglang_hma.transfer.grouping import GroupSizer, Pages
 from sglang_hma.transfer.handshake import Handshake
 from sglang_hma.transfer.inbox import Inbox
 from sglang_hma.transfer.integrity import memory_of
+from sglang_hma.transfer.leases import Tenant
+from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.outbox import Destination, Outbox
 from sglang_hma.transfer.pump import MooncakeLink
 from sglang_hma.transfer.refusal import abort_at_prefill, fetch_route
@@ -58,6 +60,7 @@ class HmaKVManager(MooncakeKVManager):
             self.outbox = Outbox(self, link, memory, sizer)
         elif self.disaggregation_mode.value == "decode" and self._plain_pages:
             self.inbox = Inbox(self, memory) if config.kv_checksum else None
+        self.tenant = self._own_tenant()
         layout = self.handshake.layout
         logger.info("KV format %s: %s", KVFormat.parse(layout).digest(), layout)
 
@@ -254,9 +257,13 @@ class HmaKVManager(MooncakeKVManager):
         )
 
     def forget(self, room: int) -> None:
+        """The request has ended on this server, in whatever way."""
         self._generations.pop(room, None)
+        self.tenant.drop(room)
         if self.outbox is not None:
             self.outbox.claims.closed(room)
+        if self.inbox is not None:
+            self.inbox.forget(room)
 
     def _maybe_ack_drained_abort(self, room: int) -> None:
         """Decode may reuse a failed request's pages only when nothing can land in them."""
@@ -269,10 +276,19 @@ class HmaKVManager(MooncakeKVManager):
         """Whether a prefill server is one of ours: it publishes a descriptor."""
         return bootstrap_addr in self._describes
 
-    def claim(self, room: int, info: dict[str, Any]) -> None:
-        """Tell a prefill rank that this server has the request's other half."""
-        claim = messages.Claim(room, str(self.local_ip), int(self.rank_port))
-        self.send_frames(str(info["rank_ip"]), int(info["rank_port"]), messages.frames(claim))
+    def claim(self, room: int, infos: list[dict[str, Any]]) -> None:
+        """Tell prefill ranks that this server has the request's other half, until `forget`."""
+        self.tenant.take(room, [(str(info["rank_ip"]), int(info["rank_port"])) for info in infos])
+
+    def _tell(self, rank: Address, message: messages.Message) -> None:
+        self.send_frames(*rank, messages.frames(message))
+
+    def _own_tenant(self) -> Tenant:
+        me = str(self.local_ip), int(self.rank_port)
+        return Tenant(
+            lambda rank, room: self._tell(rank, messages.Claim(room, *me)),
+            lambda rank, rooms: self._tell(rank, messages.Held(rooms, *me)),
+        )
 
     def expect(self, room: int, bootstrap_addr: str, pages: Pages, infos: list[Any]) -> None:
         """Pages are about to be published: compare what arrives, if that server makes checksums."""

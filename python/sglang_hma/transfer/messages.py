@@ -10,12 +10,14 @@ from typing import Annotated
 import msgspec
 
 CLAIM_TAG = b"HMA-CLAIM"
+HELD_TAG = b"HMA-HELD"
 GROUP_TAG = b"HMA-GROUP"
 RESEND_TAG = b"HMA-RESEND"
 VERIFIED_TAG = b"HMA-VERIFIED"
 
 MAX_LAYERS = 4096
 MAX_PAGES = 1 << 20
+MAX_ROOMS = 1 << 16
 
 Layer = Annotated[int, msgspec.Meta(ge=0, lt=MAX_LAYERS)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
@@ -23,18 +25,24 @@ Page = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PAGES)]
 PageCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 Word = Annotated[int, msgspec.Meta(ge=0)]
+Host = Annotated[str, msgspec.Meta(max_length=256)]
+Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True):
-    """Decode to prefill, as soon as it has a request: it is mine, and this is my control port.
-
-    A request may wait long for pages on decode before SGLang's own message comes. Without a
-    claim prefill could not tell such a wait from a decode server that has died.
-    """
+    """Decode to prefill, as soon as it has a request: it is mine, and this is my control port."""
 
     room: Word
-    host: Annotated[str, msgspec.Meta(max_length=256)]
-    port: Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
+    host: Host
+    port: Port
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """Decode to prefill, every few seconds: all requests of yours that I still have."""
+
+    rooms: Annotated[list[Word], msgspec.Meta(max_length=MAX_ROOMS)]
+    host: Host
+    port: Port
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True):
@@ -78,10 +86,11 @@ class Verified(msgspec.Struct, frozen=True, array_like=True):
     session: Annotated[str, msgspec.Meta(max_length=256)]
 
 
-Message = Claim | Group | Resend | Verified
+Message = Claim | Held | Group | Resend | Verified
 
-TYPES: dict[bytes, type[Claim] | type[Group] | type[Resend] | type[Verified]] = {
+TYPES: dict[bytes, type[Claim] | type[Held] | type[Group] | type[Resend] | type[Verified]] = {
     CLAIM_TAG: Claim,
+    HELD_TAG: Held,
     GROUP_TAG: Group,
     RESEND_TAG: Resend,
     VERIFIED_TAG: Verified,

@@ -20,7 +20,7 @@ from sglang_hma.transfer import messages
 from sglang_hma.transfer.gates import LayerGate
 from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece, runs
 from sglang_hma.transfer.integrity import Buffers, Memory, piece_digests
-from sglang_hma.transfer.liveness import Claims
+from sglang_hma.transfer.leases import Claims
 from sglang_hma.transfer.metrics import PrefillMetrics
 from sglang_hma.transfer.pump import Job, Link, Part, Pump, Sending
 from sglang_hma.transfer.trace import Trace
@@ -156,6 +156,8 @@ class Outbox:
     def on_message(self, message: messages.Message) -> None:
         if isinstance(message, messages.Claim):
             self.claims.claimed(message.room, (message.host, message.port))
+        elif isinstance(message, messages.Held):
+            self.claims.renewed(message.rooms, (message.host, message.port))
         elif isinstance(message, messages.Verified | messages.Resend):
             self._on_answer(message)
 
@@ -208,6 +210,9 @@ class Outbox:
 
     def unwanted(self, room: int) -> bool:
         return self.manager.request_status.get(room, KVPoll.Failed) == KVPoll.Failed
+
+    def _concluded(self, room: int) -> bool:
+        return self.manager.request_status.get(room) in (None, KVPoll.Success, KVPoll.Failed)
 
     def note(self, part: Part) -> object:
         """Checksums of what was just submitted, while it is in the cache."""
@@ -295,7 +300,7 @@ class Outbox:
         if manager._staging_outstanding.get(room, 0) > 0:
             return
         manager._maybe_ack_drained_abort(room)
-        if manager.request_status.get(room) not in (None, KVPoll.Success, KVPoll.Failed):
+        if not self._concluded(room):
             return
         with self._lock:
             if manager._staging_outstanding.get(room, 0) > 0:
@@ -318,7 +323,8 @@ class Outbox:
             elif outgoing.all_sent_s is not None and now - outgoing.all_sent_s > VERIFY_TIMEOUT_S:
                 self._fail(room, f"decode did not confirm the pages within {VERIFY_TIMEOUT_S:g} s")
         for room, why in self.claims.hopeless():
-            if not self.unwanted(room):
+            # A request that has just succeeded is no longer on decode's list either.
+            if not self._concluded(room):
                 self._fail(room, why)
         self.metrics.quarantined.set(len(self._unsettled))
         self.trace.flush()
