@@ -11,6 +11,7 @@ from hma_kernels.ops import (
     extend_attention,
 )
 from hma_kernels.paged import PagedKV, PageTable
+from hma_kernels.xxh3 import xxh3_64
 
 __all__ = [
     "GROUP",
@@ -26,4 +27,5 @@ __all__ = [
     "bfp8_write_rows",
     "describe",
     "extend_attention",
+    "xxh3_64",
 ]

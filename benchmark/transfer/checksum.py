@@ -22,7 +22,7 @@ from benchmark.transfer.link import DECODE_IP, PREFILL_IP, LinkError, link
 from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.transfer.gates import LayerGate
 from sglang_hma.transfer.grouping import GroupSizer, Piece, runs
-from sglang_hma.transfer.integrity import Buffers, HostMemory, Verifier, piece_digests
+from sglang_hma.transfer.integrity import Area, Buffers, HostMemory, Verifier, digests
 from sglang_hma.transfer.messages import Group
 from sglang_hma.transfer.pump import Job, MooncakeLink, Part, Pump, Sending
 
@@ -84,8 +84,8 @@ class Sender:
             for a, b in zip(ours, targets, strict=True)
         ]
         self.pieces = tuple((whole[i], whole[LAYERS + i]) for i in range(LAYERS))
-        everything = np.arange(pages, dtype=np.int32)
-        self.parts = runs(everything, everything)
+        self.pages = np.arange(pages, dtype=np.int32)
+        self.parts = runs(self.pages, self.pages)
         self.generation: int | None = None
         self.failed = ""
         self.done = threading.Event()
@@ -118,11 +118,11 @@ class Sender:
             return None
         began = time.thread_time()
         layers = self.pieces[part.first_layer : part.first_layer + part.layers]
-        digests = piece_digests(self.memory, layers, self.parts)
+        areas = [Area(piece.source, PAGE_BYTES, PAGE_BYTES) for pair in layers for piece in pair]
+        made = digests(self.memory, areas, self.pages)
         self.cpu_s += time.thread_time() - began
-        counts = [run.pages for run in self.parts]
-        span = (part.first_layer, part.layers, 0)
-        return Group(ROOM, self.generation, 0, *span, counts, digests)
+        span = (part.first_layer, part.layers, 0, len(self.pages))
+        return Group(ROOM, self.generation, 0, *span, made)
 
     def sent(self, sending: Sending, now_s: float) -> None:
         pass

@@ -5,7 +5,7 @@ are OMP_NUM_THREADS, else one a usable core. Importing this raises ImportError w
 extension was not built.
 """
 
-from hma_kernels.cpu._ext import available_isas, isa, set_isa, set_threads, threads
+from hma_kernels.cpu._ext import available_isas, hash, isa, set_isa, set_threads, threads
 from hma_kernels.cpu.attention import DecodePlan as decode_plan
 from hma_kernels.cpu.attention import extend
 from hma_kernels.cpu.codec import pack, round_values, unpack, write_rows
@@ -14,6 +14,7 @@ __all__ = [
     "available_isas",
     "decode_plan",
     "extend",
+    "hash",
     "isa",
     "pack",
     "round_values",

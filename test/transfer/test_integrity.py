@@ -14,14 +14,21 @@ from hypothesis import strategies as st
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.integrity import (
     MAX_RESENDS,
+    Area,
     Buffers,
     CorruptPages,
     HostMemory,
     Verifier,
-    digest,
+    digests,
 )
 
-LAYERS, PAGES, SIZE = 3, 12, 96
+LAYERS, PAGES, SIZE = 3, 12, 288
+
+
+def expected_digest(blocks: np.ndarray) -> int:
+    """XXH3 over the XXH3 of each row of [n, bytes], by the library alone."""
+    hashes = [struct.pack("<Q", xxhash.xxh3_64_intdigest(row.tobytes())) for row in blocks]
+    return xxhash.xxh3_64_intdigest(b"".join(hashes))
 
 
 class Decode:
@@ -34,19 +41,16 @@ class Decode:
         self.verifier = Verifier(Buffers(addresses, (SIZE,) * (2 * LAYERS)), HostMemory())
 
     def group(
-        self, generation: int, pages: np.ndarray, first: int, counts: list[int], layers: slice
+        self, generation: int, pages: np.ndarray, first: int, count: int, layers: slice
     ) -> messages.Group:
         """What an honest sender says, computed without the code under test."""
-        found = []
-        for layer in range(layers.start, layers.stop):
-            for kv in (0, 1):
-                at = first
-                for count in counts:
-                    data = self.data[kv * LAYERS + layer, pages[at : at + count]]
-                    found.append(xxhash.xxh3_64_intdigest(data.tobytes()))
-                    at += count
+        found = [
+            expected_digest(self.data[kv * LAYERS + layer, pages[first : first + count]])
+            for layer in range(layers.start, layers.stop)
+            for kv in (0, 1)
+        ]
         return messages.Group(
-            9, generation, 0, layers.start, layers.stop - layers.start, first, counts, found
+            9, generation, 0, layers.start, layers.stop - layers.start, first, count, found
         )
 
 
@@ -60,11 +64,10 @@ def test_complete_only_when_all_was_compared(seed: int) -> None:
     cut = rng.randrange(len(pages) + 1)
     for first, count in ((0, cut), (cut, len(pages) - cut)):
         if count:
-            runs = [1] * count
             middle = rng.randrange(LAYERS + 1)
             for layers in (slice(0, middle), slice(middle, LAYERS)):
                 if layers.start < layers.stop:
-                    groups.append(decode.group(5, pages, first, runs, layers))
+                    groups.append(decode.group(5, pages, first, count, layers))
     rng.shuffle(groups)
     for group in groups:
         assert not decode.verifier.complete(9)
@@ -81,7 +84,7 @@ def test_any_flipped_byte_is_found_and_the_range_asked_for_again(seed: int) -> N
     decode = Decode(seed)
     pages = np.arange(3, 9, dtype=np.int32)
     decode.verifier.expect(9, 5, pages, 1)
-    group = decode.group(5, pages, 1, [3, 2], slice(1, 3))
+    group = decode.group(5, pages, 1, 5, slice(1, 3))
     kv, layer = rng.randrange(2), rng.randrange(1, 3)
     page, byte = rng.randrange(4, 9), rng.randrange(SIZE)
     damaged = decode.data[kv * LAYERS + layer, page]
@@ -101,24 +104,22 @@ def test_other_generations_and_rooms_say_nothing() -> None:
     decode = Decode(1)
     pages = np.arange(2, dtype=np.int32)
     decode.verifier.expect(9, 5, pages, 1)
-    late = decode.group(4, pages, 0, [2], slice(0, LAYERS))
+    late = decode.group(4, pages, 0, 2, slice(0, LAYERS))
     assert decode.verifier.compare(late, "s") is None and not decode.verifier.complete(9)
 
 
 @pytest.mark.parametrize(
-    ("first", "counts", "layers", "digests"),
-    [(1, [2], slice(0, 1), 2), (0, [2], slice(2, 4), 4), (0, [2], slice(0, 1), 3)],
+    ("first", "count", "layers", "digests"),
+    [(1, 2, slice(0, 1), 2), (0, 2, slice(2, 4), 4), (0, 2, slice(0, 1), 3)],
 )
 def test_groups_outside_the_request_are_refused(
-    first: int, counts: list[int], layers: slice, digests: int
+    first: int, count: int, layers: slice, digests: int
 ) -> None:
     decode = Decode(1)
     decode.verifier.expect(9, 5, np.arange(2, dtype=np.int32), 1)
-    group = messages.Group(
-        9, 5, 0, layers.start, layers.stop - layers.start, first, counts, [0] * digests
-    )
+    span = layers.start, layers.stop - layers.start, first, count
     with pytest.raises(CorruptPages, match="announced layers"):
-        decode.verifier.compare(group, "s")
+        decode.verifier.compare(messages.Group(9, 5, 0, *span, [0] * digests), "s")
 
 
 @given(st.integers(2, 4), st.integers(0, 2**32 - 1))
@@ -130,26 +131,25 @@ def test_pieces_of_pages_from_several_ranks(ranks: int, seed: int) -> None:
     for rank in range(ranks):
         assert not decode.verifier.complete(9)
         found = [
-            xxhash.xxh3_64_intdigest(
-                b"".join(
-                    decode.data[index, p, rank * size : (rank + 1) * size].tobytes() for p in pages
-                )
-            )
+            expected_digest(decode.data[index][pages, rank * size : (rank + 1) * size])
             for layer in range(LAYERS)
             for index in (layer, LAYERS + layer)
         ]
-        group = messages.Group(9, 5, rank, 0, LAYERS, 0, [3], found)
+        group = messages.Group(9, 5, rank, 0, LAYERS, 0, 3, found)
         assert decode.verifier.compare(group, "s") is None
     assert decode.verifier.complete(9)
 
 
-@given(st.binary(max_size=300), st.integers(0, 300))
-def test_blocks_hash_like_their_concatenation(data: bytes, cut: int) -> None:
-    array = np.frombuffer(data, dtype=np.uint8).copy()
-    cut = min(cut, len(data))
-    at = int(array.ctypes.data)
-    blocks = [(at, cut), (at + cut, len(data) - cut)]
-    assert digest(HostMemory(), blocks) == xxhash.xxh3_64_intdigest(data)
+@given(st.integers(1, 400), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_areas_of_any_length_hash_as_the_library_does(length: int, count: int, seed: int) -> None:
+    """Lengths that the kernels take and lengths that they do not, in one call."""
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (8, 1000), dtype=np.uint8)
+    pages = rng.permutation(8)[:count].astype(np.int32)
+    spans = [(0, length), (length, 264), (500, length)]
+    base = int(data.ctypes.data)
+    found = digests(HostMemory(), [Area(base + at, 1000, size) for at, size in spans], pages)
+    assert found == [expected_digest(data[pages, at : at + size]) for at, size in spans]
 
 
 @given(st.sampled_from(list(messages.TYPES)), st.binary(max_size=60))
@@ -172,7 +172,8 @@ def test_wrong_numbers_raise_value_error(numbers: list[int]) -> None:
 def test_messages_survive_the_wire() -> None:
     for message in (
         messages.Claim(1, "10.0.0.2", 65535),
-        messages.Group(1, 2, 3, 4, 5, 6, [7, 8], [2**64 - 1]),
+        messages.Held([1, 2**63], "10.0.0.2", 65535),
+        messages.Group(1, 2, 3, 4, 5, 6, 7, [2**64 - 1]),
         messages.Resend(1, 2, "h:1", 3, 4, 5, 6),
         messages.Verified(1, 2, "h:1"),
     ):

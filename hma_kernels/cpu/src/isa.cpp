@@ -2,6 +2,7 @@
 #include "codec.h"
 #include "decode.h"
 #include "extend.h"
+#include "hash.h"
 
 namespace hma::HMA_ISA {
 
@@ -18,6 +19,7 @@ const Kernels& kernels() {
         unpack,
         write_rows,
         round,
+        hash,
         Scratch::bytes,
         decode,
         {Single::LANES, Double::LANES},

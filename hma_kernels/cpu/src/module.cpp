@@ -20,6 +20,8 @@ namespace {
 
 using Address = uintptr_t;
 using Int64s = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Words = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using WordsOut = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MatrixTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using QueryTuple = std::tuple<Address, int, int64_t, int64_t>;
 using PagesTuple = std::tuple<Address, Address, int64_t, int64_t>;  // k, v, their page strides
@@ -135,6 +137,17 @@ void extend_attention(std::tuple<int, int, int, int> heads, const PagesTuple& bf
     extend(args, table, view(prefix), view(q_indptr), exact);
 }
 
+// In the calling thread alone: it runs beside a forward pass, whose threads the pool's are.
+void hash(const Int64s& addresses, int64_t length, const Words& keys, const Words& start,
+          WordsOut& out) {
+    const int64_t count = addresses.size();
+    if (length < 64 || keys.size() != 18 * 8 || start.size() != 8 || int64_t(out.size()) != 8 * count)
+        throw std::invalid_argument("hash: wrong sizes");
+    const HashArgs args{addresses.data(), length, keys.data(), start.data(), out.data()};
+    const nb::gil_scoped_release release;
+    kernels().hash(args, 0, count);
+}
+
 void set_threads(int threads) {
     if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + "; needs 1 or more");
     const nb::gil_scoped_release release;
@@ -157,6 +170,7 @@ NB_MODULE(_ext, m) {
     m.def("unpack", unpack);
     m.def("write_rows", write_rows);
     m.def("round", hma::round);
+    m.def("hash", hma::hash);
     m.def("extend_attention", extend_attention);
     nb::class_<DecodePlan>(m, "DecodePlan")
         .def("__init__",

@@ -130,6 +130,15 @@ struct ExtendItem {
     int64_t first, last;
 };
 
+// Blocks of `length` bytes; `keys` is [18][8], `out` [blocks][8].
+struct HashArgs {
+    const int64_t* addresses;
+    int64_t length;
+    const uint64_t* keys;
+    const uint64_t* start;
+    uint64_t* out;
+};
+
 // What each instruction set provides. Ranges are split between threads by the caller.
 struct Kernels {
     const char* name;
@@ -137,6 +146,7 @@ struct Kernels {
     void (*unpack)(const UnpackArgs&, int64_t first_strip, int64_t last_strip);
     void (*write_rows)(const WriteRowsArgs&, int64_t first_row, int64_t last_row);
     void (*round)(const RoundArgs&, int64_t first_row, int64_t last_row);
+    void (*hash)(const HashArgs&, int64_t first_block, int64_t last_block);
     int64_t (*decode_scratch)(const Heads&);  // bytes, 64-byte aligned, of one thread
     void (*decode)(const DecodeArgs&, const DecodeItem&, void* scratch, Partial);
     int extend_lanes[2];  // an ExtendItem's most lanes: float, double

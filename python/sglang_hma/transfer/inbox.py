@@ -14,7 +14,7 @@ from sglang_hma.transfer.grouping import Pages
 from sglang_hma.transfer.integrity import (
     Buffers,
     CorruptPages,
-    Memory,
+    HostMemory,
     Verifier,
     new_generation,
 )
@@ -34,7 +34,7 @@ class Sender:
 
 
 class Inbox:
-    def __init__(self, manager: Any, memory: Memory) -> None:
+    def __init__(self, manager: Any, memory: HostMemory) -> None:
         self.manager = manager
         self.verifier = Verifier(
             Buffers(tuple(manager.kv_args.kv_data_ptrs), tuple(manager.kv_args.kv_item_lens)),

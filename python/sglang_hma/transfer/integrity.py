@@ -3,22 +3,28 @@
 Mooncake acknowledges a write once its bytes were applied, and checks nothing:
 TCP's 16-bit sum, a broken NIC or a late write of an older request are invisible
 to it. So each group of pages is followed by XXH3-64 digests, one for each
-(layer, K or V, run of pages), and a request becomes readable on decode only when
+(layer, K or V) of its pages, and a request becomes readable on decode only when
 every page of every layer was compared.
 """
 
 import ctypes
 import secrets
-from collections.abc import Sequence
+from collections.abc import Buffer, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
+import torch
 import xxhash
 
-from sglang_hma.transfer.grouping import Pages, Piece, Run
+from hma_kernels.xxh3 import suits, xxh3_64
+from sglang_hma.transfer.grouping import Pages
 from sglang_hma.transfer.messages import Group, Resend
 
 MAX_RESENDS = 2
+
+Addresses = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 
 
 def new_generation() -> int:
@@ -29,19 +35,31 @@ def new_generation() -> int:
 class HostMemory:
     """Bytes at raw addresses of this process."""
 
-    def read(self, address: int, length: int) -> memoryview:
-        return memoryview((ctypes.c_char * length).from_address(address))
+    device = torch.device("cpu")
+
+    def hashes(self, addresses: Addresses, length: int) -> Hashes:
+        """XXH3-64 of `length` bytes at each address, [n] uint64."""
+        if suits(length):
+            return xxh3_64(addresses, length, self.device)
+        blocks = [self.read(address, length) for address in addresses.tolist()]
+        return np.array([xxhash.xxh3_64_intdigest(block) for block in blocks], dtype=np.uint64)
+
+    def read(self, address: int, length: int) -> Buffer:
+        return (ctypes.c_char * length).from_address(address)
 
 
-class DeviceMemory:
-    """Bytes at CUDA addresses, copied to the host to be hashed."""
+class DeviceMemory(HostMemory):
+    """Bytes at CUDA addresses, hashed where they lie, on a stream of their own."""
 
     def __init__(self, device: str) -> None:
-        self.device = device
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
-    def read(self, address: int, length: int) -> memoryview:
-        import torch
+    def hashes(self, addresses: Addresses, length: int) -> Hashes:
+        with torch.cuda.stream(self.stream):
+            return super().hashes(addresses, length)
 
+    def read(self, address: int, length: int) -> Buffer:
         class View:
             __cuda_array_interface__ = {
                 "shape": (length,),
@@ -50,36 +68,38 @@ class DeviceMemory:
                 "version": 3,
             }
 
-        return memoryview(torch.as_tensor(View(), device=self.device).cpu().numpy())
+        copy: Buffer = torch.as_tensor(View(), device=self.device).cpu().numpy()
+        return copy
 
 
-Memory = HostMemory | DeviceMemory
-
-
-def memory_of(device: str) -> Memory:
+def memory_of(device: str) -> HostMemory:
     return HostMemory() if device == "cpu" else DeviceMemory(device)
 
 
-def digest(memory: Memory, blocks: Sequence[tuple[int, int]]) -> int:
-    """XXH3-64 of the (address, length) blocks, one after the other."""
-    if len(blocks) == 1:
-        return int(xxhash.xxh3_64_intdigest(memory.read(*blocks[0])))
-    state = xxhash.xxh3_64()
-    for address, length in blocks:
-        state.update(memory.read(address, length))
-    return int(state.intdigest())
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A part of every page of one registered buffer: where it starts in page 0, how far it is to
+    the next page's, how long it is."""
+
+    base: int
+    stride: int
+    length: int
 
 
-def piece_digests(
-    memory: Memory, layers: Sequence[Sequence[Piece]], parts: Sequence[Run]
-) -> list[int]:
-    """What a sender announces: one digest for every (layer, K or V, run of pages)."""
-    return [
-        digest(memory, [(source, length) for source, _, length in piece.blocks([run])])
-        for pieces in layers
-        for piece in pieces
-        for run in parts
-    ]
+def digests(memory: HostMemory, areas: Sequence[Area], pages: Pages) -> list[int]:
+    """For each area XXH3-64 over the XXH3-64 of each page's part, 8 little-endian bytes each.
+
+    Hashing page by page lets a device hash them in parallel; areas of one length go in one call.
+    """
+    at = pages.astype(np.int64)
+    found = [0] * len(areas)
+    for length in {area.length for area in areas}:
+        chosen = [index for index, area in enumerate(areas) if area.length == length]
+        where = [areas[index].base + areas[index].stride * at for index in chosen]
+        hashes = memory.hashes(np.concatenate(where), length).astype("<u8")
+        for index, row in zip(chosen, hashes.reshape(len(chosen), len(at)), strict=True):
+            found[index] = int(xxhash.xxh3_64_intdigest(row.tobytes()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,7 @@ class Verifier:
     """Decode's side: compares groups with the bytes that arrived. Not thread safe:
     one thread receives a server's messages."""
 
-    def __init__(self, buffers: Buffers, memory: Memory) -> None:
+    def __init__(self, buffers: Buffers, memory: HostMemory) -> None:
         self.buffers = buffers
         self.memory = memory
         self.arrivals: dict[int, Arrival] = {}
@@ -177,7 +197,7 @@ class Verifier:
         if (
             group.first_layer + group.layers > self.buffers.layers
             or group.first_page + group.pages > len(arrival.pages)
-            or len(group.digests) != group.layers * 2 * len(group.run_pages)
+            or len(group.digests) != group.layers * 2
         ):
             raise CorruptPages(
                 f"a prefill server announced layers {group.first_layer}+{group.layers}, pages "
@@ -186,18 +206,11 @@ class Verifier:
             )
 
     def _digests(self, group: Group, arrival: Arrival, part: int) -> list[int]:
-        parts, found = arrival.ranks, []
+        areas = []
         for layer in range(group.first_layer, group.first_layer + group.layers):
             for index in self.buffers.of_layer(layer):
                 base, size = self.buffers.addresses[index], self.buffers.page_bytes[index]
-                length = size // parts
-                at = group.first_page
-                for count in group.run_pages:
-                    pages = arrival.pages[at : at + count]
-                    at += count
-                    if parts == 1 and bool((np.diff(pages) == 1).all()):
-                        blocks = [(base + int(pages[0]) * size, count * size)]
-                    else:
-                        blocks = [(base + int(p) * size + part * length, length) for p in pages]
-                    found.append(digest(self.memory, blocks))
-        return found
+                length = size // arrival.ranks
+                areas.append(Area(base + part * length, size, length))
+        pages = arrival.pages[group.first_page : group.first_page + group.pages]
+        return digests(self.memory, areas, pages)

@@ -48,8 +48,8 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
 class Group(msgspec.Struct, frozen=True, array_like=True):
     """Prefill to decode: these pages of these layers have landed; this is what they hash to.
 
-    `first_page` counts in the request's own page list. `digests` is
-    [layers][K, V][runs] flattened, XXH3-64 of each run's bytes as they lie on decode.
+    `first_page` counts in the request's own page list. `digests` is [layers][K, V] flattened,
+    integrity.digest of those pages' bytes.
     """
 
     room: Word
@@ -58,12 +58,8 @@ class Group(msgspec.Struct, frozen=True, array_like=True):
     first_layer: Layer
     layers: Layers
     first_page: Page
-    run_pages: Annotated[list[PageCount], msgspec.Meta(min_length=1, max_length=MAX_PAGES)]
+    pages: PageCount
     digests: list[Word]
-
-    @property
-    def pages(self) -> int:
-        return sum(self.run_pages)
 
 
 class Resend(msgspec.Struct, frozen=True, array_like=True):

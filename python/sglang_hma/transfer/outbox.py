@@ -19,7 +19,7 @@ from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.gates import LayerGate
 from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece, runs
-from sglang_hma.transfer.integrity import Buffers, Memory, piece_digests
+from sglang_hma.transfer.integrity import Area, Buffers, HostMemory, digests
 from sglang_hma.transfer.leases import Claims
 from sglang_hma.transfer.metrics import PrefillMetrics
 from sglang_hma.transfer.pump import Job, Link, Part, Pump, Sending
@@ -65,7 +65,7 @@ class Outgoing:
 class Outbox:
     """Owner of the pump. `manager` is SGLang's KV manager; its status tables stay the truth."""
 
-    def __init__(self, manager: Any, link: Link, memory: Memory, sizer: GroupSizer) -> None:
+    def __init__(self, manager: Any, link: Link, memory: HostMemory, sizer: GroupSizer) -> None:
         self.manager = manager
         self.memory = memory
         self.buffers = Buffers(
@@ -217,14 +217,22 @@ class Outbox:
     def note(self, part: Part) -> object:
         """Checksums of what was just submitted, while it is in the cache."""
         outgoing = self.rooms.get(part.job.room)
-        if outgoing is not None and not part.job.resent:
+        if outgoing is None:
+            return None
+        if not part.job.resent:
             outgoing.left.append((time.perf_counter(), part.bytes))
-        peer = outgoing.destinations.get(part.job.session) if outgoing else None
+        peer = outgoing.destinations.get(part.job.session)
         if peer is None or peer.generation is None or not part.job.parts:
             return None
         began = time.thread_time()
         layers = part.job.pieces[part.first_layer : part.first_layer + part.layers]
-        digests = piece_digests(self.memory, layers, part.job.parts)
+        areas = [
+            Area(piece.source, piece.source_stride, piece.length)
+            for pieces in layers
+            for piece in pieces
+        ]
+        first, pages = part.job.first_page, part.job.pages
+        made = digests(self.memory, areas, outgoing.source[first : first + pages])
         self.metrics.checksum_seconds.inc(time.thread_time() - began)
         return messages.Group(
             room=part.job.room,
@@ -232,9 +240,9 @@ class Outbox:
             rank=self.manager._prefill_unique_rank(),
             first_layer=part.first_layer,
             layers=part.layers,
-            first_page=part.job.first_page,
-            run_pages=[run.pages for run in part.job.parts],
-            digests=digests,
+            first_page=first,
+            pages=pages,
+            digests=made,
         )
 
     def sent(self, sending: Sending, now_s: float) -> None:
