@@ -1,4 +1,7 @@
-"""One server with two tensor-parallel ranks, the other with one: pages are cut by heads."""
+"""One server with two tensor-parallel ranks, the other with one: pages are cut by heads.
+
+The wider server runs without overlap scheduling, which the other tests have on.
+"""
 
 import random
 from pathlib import Path
@@ -21,6 +24,7 @@ def test_one_rank_sends_to_two_and_two_to_one(
     pair: Pair, model: Path, logs: Path, seed: int
 ) -> None:
     flags = (*COMMON, "--max-total-tokens", "8192", "--tp-size", "2")
+    flags += ("--disable-overlap-schedule",)
     wide = {mode: launch(f"tp2-{mode}", model, logs, *flags, mode=mode) for mode in ROLES}
     routers = (
         launch_router(logs, pair.prefill, wide["decode"], "router-1-2"),
