@@ -1,0 +1,68 @@
+"""Compiles every Triton kernel for GPUs that need not be there; prints what each uses.
+
+python test/gpu/compile_kernels.py [80 89 90]
+"""
+
+import sys
+from typing import Any
+
+import triton.language as tl
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hma_kernels.triton import decode, xxh3
+
+INT64S = ("ids", "pos", "start", "seq_lens", "item_")
+TYPES = {
+    **{"query": "*bf16", "out": "*fp32", "partial": "*fp32", "maxima": "*fp32", "sums": "*fp32"},
+    **{"k8": "*u8", "v8": "*u8", "k16": "*bf16", "v16": "*bf16"},
+    **{"scale": "fp32", "logit_cap": "fp32"},
+}
+HASH_TYPES = {"addresses": "*i64", "keys": "*u64", "start": "*u64", "out": "*u64"}
+
+
+def heads(dim: int, grouped: int) -> dict[str, Any]:
+    padded = 1 << (dim - 1).bit_length()
+    shape = {"KV_HEADS": 8, "GROUPED": grouped, "DIM": dim, "V_DIM": dim}
+    padding = {"DIM_PADDED": padded, "V_PADDED": padded, "ROWS": max(16, grouped)}
+    return shape | padding | {"PAGES": decode.PAGES_A_TILE, "MMA": tl.bfloat16}
+
+
+KERNELS = [
+    *(
+        (decode._partial, TYPES, heads(dim, grouped) | {"SPLIT_Q": split, "CAPPED": split})
+        for dim, grouped, split in ((64, 4, False), (96, 4, False), (128, 4, True), (256, 8, False))
+    ),
+    (decode._merge, TYPES, {"HEADS": 32, "V_DIM": 128, "V_PADDED": 128, "ITEMS": 16}),
+    (xxh3._accumulate, HASH_TYPES, {"LENGTH": 34816, "BLOCKS": xxh3.BLOCKS_A_WARP}),
+]
+
+
+def type_of(name: str, types: dict[str, str]) -> str:
+    return types.get(name) or ("*i64" if name.startswith(INT64S) else "i32")
+
+
+def main(architectures: list[int]) -> None:
+    for architecture in architectures:
+        for kernel, types, constants in KERNELS:
+            names = kernel.arg_names
+            signature = {n: "constexpr" if n in constants else type_of(n, types) for n in names}
+            aligned = {
+                (i,): [["tt.divisibility", 16]]
+                for i, name in enumerate(names)
+                if signature[name].startswith("*") or name.endswith(("_page", "_stride"))
+            }
+            values = {(names.index(name),): value for name, value in constants.items()}
+            source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
+            made = compile_kernel(source, target=GPUTarget("cuda", architecture, 32))
+            shape = ", ".join(f"{k}={v}" for k, v in constants.items() if k in ("DIM", "SPLIT_Q"))
+            size = len(made.asm["cubin"])
+            print(
+                f"sm_{architecture} {kernel.__name__}({shape}): {size} bytes, "
+                f"{made.metadata.shared} bytes of shared memory"
+            )
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]] or [80, 89, 90])

@@ -1,0 +1,73 @@
+"""Decode attention in Triton against the float64 reference on random paged caches."""
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import Cache, Spec, random_cache
+
+from hma_kernels import PagedKV, PageTable, reference
+from hma_kernels.triton import decode
+
+NOISE = 4e-3  # weights are rounded to bfloat16 for the product with V
+
+
+def to(cache: Cache, device: torch.device) -> Cache:
+    kv = PagedKV(*([layer.to(device) for layer in layers] for layers in vars(cache.kv).values()))
+    table = PageTable(**{name: value.to(device) for name, value in vars(cache.table).items()})
+    return Cache(kv, table)
+
+
+def run(
+    cache: Cache, q: torch.Tensor, device: torch.device, *, window: int = -1, cap: float = 0.0
+) -> torch.Tensor:
+    moved = to(cache, device)
+    plan = decode.DecodePlan(moved.kv, moved.table, q.shape[1], window)
+    out = q.new_full((*q.shape[:2], cache.kv.v_head_dim), torch.nan, device=device)
+    plan.run(q.to(device), 1, q.shape[2] ** -0.5, cap, out)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trial", range(8))
+def test_equals_reference(
+    rng: np.random.Generator, device: torch.device, trial: int, dtype: torch.dtype
+) -> None:
+    magnitude = 0 if dtype == torch.float16 else int(rng.choice([0, 0, -60, 60]))
+    v_magnitude = 0 if dtype == torch.float16 else int(rng.choice([0, 0, -100, 100]))
+    heads, group = int(rng.integers(1, 3)), int(rng.choice([1, 4, 5, 17]))
+    dim, v_dim = (int(d) for d in rng.choice([32, 64, 96, 128, 256], 2))
+    lengths = rng.integers(1, 400, int(rng.integers(1, 4))).tolist()
+    cache = random_cache(rng, Spec(lengths, heads, dim, v_dim, magnitude, v_magnitude))
+    q = np.ldexp(rng.standard_normal((len(lengths), heads * group, dim)), -magnitude)
+    query = torch.from_numpy(q).to(dtype)
+    cap = float(rng.choice([0, 0, 5, 30]))
+    window = int(rng.choice([-1, -1, 0, 1, 17, 32, 100]))
+
+    got = run(cache, query, device, window=window, cap=cap).double().numpy()
+    expected = reference.decode_attention(
+        query.double().numpy(),
+        *cache.reference(1),
+        scale=dim**-0.5,
+        logit_cap=cap,
+        sliding_window=window,
+    )
+    allowed = torch.finfo(dtype).eps / 2 * np.abs(expected)
+    allowed += NOISE * np.abs(expected).max(-1, keepdims=True)
+    error = np.abs(got - expected)
+    assert np.isfinite(error).all() and (error <= allowed).all(), np.max(error / allowed)
+
+
+def test_nothing_to_see_is_zero(rng: np.random.Generator, device: torch.device) -> None:
+    cache = random_cache(rng, Spec([0, 40, 0], 2, 32, 32))
+    q = torch.from_numpy(rng.standard_normal((3, 2, 32))).bfloat16()
+    got = run(cache, q, device)
+    assert not got[[0, 2]].any() and got[1].any()
+    empty = Cache(cache.kv, PageTable.empty(3))
+    assert not run(empty, q, device).any()
+
+
+def test_same_bits_from_run_to_run(rng: np.random.Generator, device: torch.device) -> None:
+    cache = random_cache(rng, Spec([300, 5, 90], 1, 64, 64))
+    q = torch.from_numpy(rng.standard_normal((3, 4, 64))).bfloat16()
+    first = run(cache, q, device)
+    assert all(torch.equal(first, run(cache, q, device)) for _ in range(3))
