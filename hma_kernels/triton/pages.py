@@ -1,22 +1,45 @@
-"""Pages of either format as tiles of values in registers, exact in BF16."""
+"""BFP8 bytes and pages of either format as tiles of values in registers.
+
+Offsets within a strip of tiles (hma_kernels/layout.py) are a part that depends on the row and one
+that depends on the column.
+"""
 
 import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(16)
-TILE_BYTES = tl.constexpr(1088)
-EXPONENTS = tl.constexpr(64)
+
+
+@triton.jit
+def data_of_row(row):
+    return 64 + row // 16 * 512 + row % 16 * 16
+
+
+@triton.jit
+def data_of_column(column):
+    return column // 32 * 1088 + column // 16 % 2 * 256 + column % 16
+
+
+@triton.jit
+def exponent_of_row(row):
+    return row // 16 * 32 + row % 16
+
+
+@triton.jit
+def exponent_of_group(group):
+    return group // 2 * 1088 + group % 2 * 16
 
 
 @triton.jit
 def bfp8_value(byte, exponent):
-    """value = +-q * 2^(E-133), exact: q becomes a float by its bits, never by a conversion."""
-    q = (0x4B000000 | (byte & 0x7F).to(tl.int32)).to(tl.float32, bitcast=True) - 8388608.0
-    shared = exponent.to(tl.int32)
-    scale_bits = tl.where(shared > 6, (shared - 6) << 23, 1 << (shared + 16))
-    scale = scale_bits.to(tl.float32, bitcast=True)
+    """float32 of data bytes and their shared exponents E: +-q * 2^(E-133), by the format's rule at
+    both ends of the range. q becomes a float by its bits, and E is added to its exponent."""
+    q = (byte & 0x7F).to(tl.int32)
+    magnitude = (0x4B000000 | q).to(tl.float32, bitcast=True) - 8388608.0
+    bits = magnitude.to(tl.int32, bitcast=True) + ((exponent.to(tl.int32) - 133) << 23)
     sign = (byte & 0x80).to(tl.int32) << 24
-    bits = (q * scale).to(tl.int32, bitcast=True) | sign
+    # Below the smallest exponent everything is +0, but a zero keeps its sign.
+    bits = tl.where(q == 0, sign, tl.where(bits < 0, 0, bits | sign))
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -27,19 +50,14 @@ def load_bfp8(pages, page_offset, row, live, DIM: tl.constexpr, PADDED: tl.const
     page_offset [N]: bytes from `pages` to the row's page of one KV head; row [N]: 0..31.
     """
     column = tl.arange(0, PADDED)
-    group = tl.arange(0, PADDED // GROUP)
-    face_of_row = row // 16 * 2
-    # Where a row's 16 bytes of a group lie; hma_kernels/layout.py.
-    within = face_of_row * 256 + row % 16 * 16 + EXPONENTS
-    data_at = column // 32 * TILE_BYTES + column // GROUP % 2 * 256 + column % GROUP
-    exponent_at = group // 2 * TILE_BYTES + group % 2 * 16
     byte = tl.load(
-        pages + (page_offset + within)[:, None] + data_at[None, :],
+        pages + (page_offset + data_of_row(row))[:, None] + data_of_column(column)[None, :],
         mask=live[:, None] & (column < DIM)[None, :],
         other=0,
     )
+    group = tl.arange(0, PADDED // GROUP)
     exponent = tl.load(
-        pages + (page_offset + face_of_row * 16 + row % 16)[:, None] + exponent_at[None, :],
+        pages + (page_offset + exponent_of_row(row))[:, None] + exponent_of_group(group)[None, :],
         mask=live[:, None] & (group * GROUP < DIM)[None, :],
         other=0,
     )
