@@ -1,4 +1,4 @@
-"""Which code does the work on a device: C++ on the host where it was built, else torch."""
+"""Which code does the work on a device: C++ on the host, Triton on a GPU, else torch."""
 
 import functools
 import importlib
@@ -81,16 +81,26 @@ def _load(module: str) -> Implementation:
     return loaded  # type: ignore[no-any-return]
 
 
+@functools.cache
+def _gpu() -> Implementation:
+    if os.environ.get(ENVIRONMENT) == "portable":
+        return _portable()
+    try:
+        return _load("hma_kernels.triton")
+    except ImportError:
+        return _portable()
+
+
 def implementation_for(device: torch.device) -> Implementation:
-    """What works on a device's tensors. HMA_KERNELS=portable keeps the host to torch,
-    HMA_KERNELS=cpu insists on C++."""
-    return _host() if device.type == "cpu" else _portable()
+    """What works on a device's tensors. HMA_KERNELS=portable keeps to torch, HMA_KERNELS=cpu
+    insists on C++ on the host."""
+    return _host() if device.type == "cpu" else _gpu()
 
 
 def describe(device: torch.device) -> str:
     """For a log line: which kernels serve, and why they are slow if they are."""
     if device.type != "cpu":
-        return "kernels: torch"
+        return "kernels: torch" if implementation_for(device) is _portable() else "kernels: Triton"
     if implementation_for(device) is _portable():
         asked = os.environ.get(ENVIRONMENT) == "portable"
         why = "HMA_KERNELS=portable" if asked else "hma_kernels.cpu was not built"

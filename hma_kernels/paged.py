@@ -131,6 +131,12 @@ class PageTable:
     def batch_size(self) -> int:
         return len(self.seq_lens)
 
+    def to(self, device: torch.device) -> Self:
+        """The table on another device; itself if it is there."""
+        if self.seq_lens.device == device:
+            return self
+        return type(self)(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 def _is_indptr(indptr: torch.Tensor, entries: int) -> bool:
     ends = int(indptr[0]) == 0 and int(indptr[-1]) == entries

@@ -11,45 +11,11 @@ import triton.language as tl
 
 from hma_kernels.paged import PagedKV, PageTable
 from hma_kernels.triton.pages import load_bf16, load_bfp8
+from hma_kernels.triton.softmax import attend, split_query
 
-LOG2E = tl.constexpr(1.4426950408889634)
 PAGES_A_TILE = 2
 ITEMS_A_SM = 4
 ROWS = 16  # query heads a tensor-core tile holds
-
-
-@triton.jit
-def _attend(
-    state_max,
-    state_sum,
-    state_out,
-    q,
-    q_low,
-    k,
-    v,
-    live,
-    scale,
-    logit_cap,
-    SPLIT_Q: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
-    """One tile of keys [N] added to the softmax state of [ROWS] query heads, logits in log2."""
-    logits = tl.dot(q, tl.trans(k))
-    if SPLIT_Q:
-        logits += tl.dot(q_low, tl.trans(k))
-    logits *= scale
-    if CAPPED:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        logits = logit_cap * (1 - 2 / (tl.exp2(logits * (2 * LOG2E / logit_cap)) + 1))
-    logits = tl.where(live[None, :], logits * LOG2E, float("-inf"))
-    new_max = tl.maximum(state_max, tl.max(logits, 1))
-    # A tile may show nothing: -inf - -inf must not become NaN.
-    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(logits - safe_max[:, None])
-    decay = tl.exp2(state_max - safe_max)
-    state_sum = state_sum * decay + tl.sum(weights, 1)
-    state_out = state_out * decay[:, None] + tl.dot(weights.to(v.dtype), v)
-    return new_max, state_sum, state_out
 
 
 @triton.jit
@@ -114,11 +80,7 @@ def _partial(
         mask=(query_row < GROUPED)[:, None] & (column < DIM)[None, :],
         other=0.0,
     )
-    wide = given.to(tl.float32)
-    narrow = wide.to(tl.bfloat16).to(tl.float32)
-    q = narrow.to(MMA)
-    # float16 has 11 significant bits, bfloat16 8: two products are exact.
-    q_low = (wide - narrow).to(MMA)
+    q, q_low = split_query(given, MMA)
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -137,8 +99,8 @@ def _partial(
             v8, page_id * v8_page + head * (V_DIM // 32 * 1088), row, live, V_DIM, V_PADDED
         )
         k, v = k.to(MMA), v.to(MMA)
-        top, total, acc = _attend(
-            top, total, acc, q, q_low, k, v, live, scale, logit_cap, SPLIT_Q, CAPPED
+        top, total, acc = attend(
+            top, total, acc, q, q_low, k, v, live[None, :], scale, logit_cap, SPLIT_Q, CAPPED
         )
 
     for page in range(tl.maximum(first, count8), last, PAGES):
@@ -150,8 +112,8 @@ def _partial(
         k = load_bf16(k16, page_id * k16_page + head * (32 * DIM), row, live, DIM, DIM_PADDED)
         v = load_bf16(v16, page_id * v16_page + head * (32 * V_DIM), row, live, V_DIM, V_PADDED)
         k, v = k.to(MMA), v.to(MMA)
-        top, total, acc = _attend(
-            top, total, acc, q, q_low, k, v, live, scale, logit_cap, SPLIT_Q, CAPPED
+        top, total, acc = attend(
+            top, total, acc, q, q_low, k, v, live[None, :], scale, logit_cap, SPLIT_Q, CAPPED
         )
 
     slot = (item * KV_HEADS + head) * GROUPED + query_row

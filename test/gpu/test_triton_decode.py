@@ -13,8 +13,7 @@ NOISE = 4e-3  # weights are rounded to bfloat16 for the product with V
 
 def to(cache: Cache, device: torch.device) -> Cache:
     kv = PagedKV(*([layer.to(device) for layer in layers] for layers in vars(cache.kv).values()))
-    table = PageTable(**{name: value.to(device) for name, value in vars(cache.table).items()})
-    return Cache(kv, table)
+    return Cache(kv, cache.table.to(device))
 
 
 def run(
