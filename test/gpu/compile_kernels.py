@@ -11,7 +11,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hma_kernels.triton import decode, xxh3
+from hma_kernels.triton import codec, decode, prefill, xxh3
 
 INT64S = ("ids", "pos", "start", "seq_lens", "item_")
 TYPES = {
@@ -19,6 +19,10 @@ TYPES = {
     **{"k8": "*u8", "v8": "*u8", "k16": "*bf16", "v16": "*bf16"},
     **{"scale": "fp32", "logit_cap": "fp32"},
 }
+EXTEND_TYPES = TYPES | {"key": "*bf16", "value": "*bf16", "out": "*bf16", "prefix_lens": "*i64"}
+EXTEND_TYPES |= {"row_start": "*i64", "block_request": "*i64", "block_first": "*i64"}
+CODEC_TYPES = {"x": "*bf16", "tiles": "*u8", "out": "*u8", "page_ids": "*i64", "page_rows": "*i64"}
+ENCODE = {"PADDED_HEIGHT": 32, "WIDTH": 128, "TILES": 4, "COLUMNS": 128, "HOST": False}
 HASH_TYPES = {"addresses": "*i64", "keys": "*u64", "start": "*u64", "out": "*u64"}
 
 
@@ -32,9 +36,19 @@ def heads(dim: int, grouped: int) -> dict[str, Any]:
 KERNELS = [
     *(
         (decode._partial, TYPES, heads(dim, grouped) | {"SPLIT_Q": split, "CAPPED": split})
-        for dim, grouped, split in ((64, 4, False), (96, 4, False), (128, 4, True), (256, 8, False))
+        for dim, grouped, split in ((96, 4, True), (128, 4, False))
     ),
     (decode._merge, TYPES, {"HEADS": 32, "V_DIM": 128, "V_PADDED": 128, "ITEMS": 16}),
+    (
+        prefill._extend,
+        EXTEND_TYPES,
+        {
+            **{k: v for k, v in heads(128, 4).items() if k != "KV_HEADS"},
+            **{"HEADS": 32, "ROWS": prefill.ROWS, "SPLIT_Q": False, "CAPPED": False},
+        },
+    ),
+    (codec._encode_rows, CODEC_TYPES, ENCODE | {"SCATTER": True}),
+    (codec._decode_rows, CODEC_TYPES | {"out": "*bf16"}, {"WIDTH": 128, "COLUMNS": 128}),
     (xxh3._accumulate, HASH_TYPES, {"LENGTH": 34816, "BLOCKS": xxh3.BLOCKS_A_WARP}),
 ]
 

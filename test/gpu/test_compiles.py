@@ -21,4 +21,4 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    assert done.stdout.count(f"sm_{architecture} ") == 6
+    assert done.stdout.count(f"sm_{architecture} ") == 7
