@@ -130,6 +130,11 @@ def check_conflicts(config: HmaConfig, argv: list[str]) -> None:
                 "--hma-weight-format is bfp8 but --hma-kv-format is native, which switches all "
                 "formats off: leave one of them out"
             )
+        if config.sends_early and flag_value(argv, "--page-size") == "1":
+            fail(
+                "--page-size is 1: layers leave early only in pages of several tokens; use "
+                f"--page-size {PAGE_TOKENS} on both servers, or --hma-layers-per-send all"
+            )
         return
     for flag, (allowed, why) in BFP8_CONFLICTS.items():
         value = flag_value(argv, flag)
@@ -164,8 +169,11 @@ def with_defaults(config: HmaConfig, argv: list[str]) -> list[str]:
     on_cpu = config.device == "cpu"
     if config.packs_kv:
         defaults |= {"--attention-backend": "hma", "--page-size": str(PAGE_TOKENS)}
-    elif on_cpu:
-        defaults["--attention-backend"] = "torch_native"
+    else:
+        if config.role != "null":
+            defaults["--page-size"] = str(PAGE_TOKENS)
+        if on_cpu:
+            defaults["--attention-backend"] = "torch_native"
     if config.packs_kv or on_cpu:
         defaults["--disable-cuda-graph"] = ""
     if on_cpu:

@@ -41,9 +41,9 @@ SEAMS = (
     Seam(
         "sglang.srt.managers.scheduler_components.invariant_checker"
         ".SchedulerInvariantChecker._check_full_pool",
-        "the leak check counts pages, because a page's share of the memory depends on its format",
+        "the leak check counts pages by format, and freed pages that are still on their way",
         _from("kvcache.leak_check", "check_full_pool"),
-        lambda config: config.mixes_page_formats,
+        lambda config: config.mixes_page_formats or config.sends_early,
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_kv_class",

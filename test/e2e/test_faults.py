@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,18 @@ class Faulty:
 
 @pytest.fixture(scope="module")
 def faulty(model: Path, logs: Path) -> Iterator[Faulty]:
-    """A pair whose transfer engine takes orders, and what it answers when left alone."""
+    """A pair whose transfer engine takes orders, and what it answers when left alone.
+
+    Prefill's pool is small, so that freed pages are handed out again at once.
+    """
     file = logs / "faults.json"
     file.write_text("{}")
     env = {"PYTHONPATH": str(FAULTY_LINK), "HMA_TEST_FAULTS": str(file)}
-    flags = (*COMMON, "--max-total-tokens", "16384")
-    with running_pair(model, logs, *flags, name="faulty", env=env) as pair:
+    pools = {
+        "prefill_flags": ("--max-total-tokens", "2048"),
+        "decode_flags": ("--max-total-tokens", "16384"),
+    }
+    with running_pair(model, logs, *COMMON, **pools, name="faulty", env=env) as pair:
         rng = random.Random(20261121)
         jobs = [
             ([rng.randrange(8, 4000) for _ in range(rng.choice([33, 64, 200, 700]))], 8)
@@ -184,6 +191,31 @@ def test_client_aborts_mid_prefill(faulty: Faulty) -> None:
             with pytest.raises(requests.RequestException):
                 requests.post(url, json=payload(prompt, 4), timeout=patience)
         assert load.check(may_fail=False) == 0
+    faulty.set()
+    assert_drained(faulty.pair.prefill, faulty.pair.decode)
+
+
+def test_pages_are_not_reused_while_they_travel(faulty: Faulty) -> None:
+    """A prompt whose last page the cache has already computes that page again, and SGLang frees it
+    at once: nobody may be given it before it has arrived."""
+    rng = random.Random(2)
+
+    def prompts(count: int, pages: int) -> list[list[int]]:
+        return [[rng.randrange(8, 4000) for _ in range(32 * pages)] for _ in range(count)]
+
+    url, cached = faulty.pair.url, prompts(8, 2)
+    alone = [output_ids(url, prompt, 6) for prompt in cached]
+    for _ in range(3 * REPEATS):
+        for prompt in cached:
+            output_ids(url, prompt, 1)
+        faulty.set(slow_s=0.03)
+        others = prompts(8, 6)
+        with ThreadPoolExecutor(16) as pool:
+            asked = [pool.submit(output_ids, url, prompt, 6) for prompt in cached]
+            for prompt in others:
+                pool.submit(output_ids, url, prompt, 2)
+            assert [answer.result() for answer in asked] == alone
+        faulty.set()
     faulty.set()
     assert_drained(faulty.pair.prefill, faulty.pair.decode)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_hma.kvcache.allocator import SlabPageAllocator
+from sglang_hma.kvcache.holds import HoldingAllocator
 
 
 def check_full_pool(
@@ -11,6 +12,8 @@ def check_full_pool(
 ) -> tuple[bool, str]:
     """(leak, message): tokens that owners hold against tokens of live pages."""
     allocator = checker.token_to_kv_pool_allocator
+    if isinstance(allocator, HoldingAllocator):
+        return original(checker, ps, uncached + allocator.parked_tokens)
     if not isinstance(allocator, SlabPageAllocator):
         return original(checker, ps, uncached)
     cached = ps.full_evictable_size + checker.tree_cache.protected_size()

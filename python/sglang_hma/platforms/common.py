@@ -21,11 +21,16 @@ class HmaPlatformMixin:
         return pool.MixedKVPool if config.mixes_page_formats else pool.Bfp8KVPool
 
     def get_paged_allocator_cls(self) -> type | None:
-        if not HmaConfig.require().mixes_page_formats:
-            return None
-        from sglang_hma.kvcache.allocator import SlabPageAllocator
+        config = HmaConfig.require()
+        if config.mixes_page_formats:
+            from sglang_hma.kvcache.allocator import SlabPageAllocator
 
-        return SlabPageAllocator
+            return SlabPageAllocator
+        if config.sends_early:
+            from sglang_hma.kvcache.holds import HoldingAllocator
+
+            return HoldingAllocator
+        return None
 
     def post_load_model(self, model: Any) -> None:
         from sglang_hma import seams

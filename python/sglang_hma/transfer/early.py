@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from sglang_hma.kvcache.holds import HoldingAllocator
 from sglang_hma.transfer.gates import LayerGate
 
 
@@ -17,8 +18,14 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     """
     if not batch.forward_mode.is_extend() or batch.forward_mode.is_prebuilt():
         return original(scheduler, batch, *args)
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    gate = LayerGate(pool.layer_num, _pump_wake(scheduler))
+    allocator = scheduler.token_to_kv_pool_allocator
+    outbox = scheduler.disagg_prefill_bootstrap_queue.kv_manager.outbox
+    # Pages that cannot be held back from reuse must not leave before SGLang sends them.
+    if outbox is None or not isinstance(allocator, HoldingAllocator):
+        return original(scheduler, batch, *args)
+    outbox.holds = allocator.holds
+    pool = allocator.get_kvcache()
+    gate = LayerGate(pool.layer_num, outbox.pump.wake)
     for req in batch.reqs:
         _send_early(scheduler, req, gate)
     pool.layer_gate = gate
@@ -31,11 +38,6 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
         pool.layer_gate = None
     gate.finish()
     return result
-
-
-def _pump_wake(scheduler: Any) -> Callable[[], None]:
-    outbox = scheduler.disagg_prefill_bootstrap_queue.kv_manager.outbox
-    return outbox.pump.wake if outbox is not None else lambda: None
 
 
 def _send_early(scheduler: Any, req: Any, gate: LayerGate) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from sglang.srt.disaggregation.base import KVPoll
 
 from sglang_hma.config import HmaConfig
+from sglang_hma.kvcache.holds import PageHolds
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.gates import LayerGate
 from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece, runs
@@ -60,6 +61,7 @@ class Outgoing:
     left: list[tuple[float, int]] = field(default_factory=list)  # when, bytes
     forward: LayerGate | None = None
     closed_s: float = 0.0
+    held: list[Pages] = field(default_factory=list)
 
 
 class Outbox:
@@ -77,6 +79,7 @@ class Outbox:
             f"prefill {manager.get_session_id()}", manager.attn_tp_rank, manager.attn_tp_size
         )
         self.claims = Claims(expected=HmaConfig.require().packs_kv)
+        self.holds: PageHolds | None = None  # of the pool's pages, when they leave early
         self._unsettled: dict[int, float] = {}
         self._lock = threading.Lock()
         self.pump = Pump(link, self, sizer)
@@ -97,6 +100,7 @@ class Outbox:
         destinations: Iterable[Destination],
     ) -> None:
         """Queue pages `source`, which are pages `index` of the request, for every destination."""
+        jobs: list[Job] = []
         with self._lock:
             outgoing = self.rooms.get(room)
             if outgoing is None:
@@ -111,23 +115,38 @@ class Outbox:
                 self.trace.forward(forward)
             if last:
                 outgoing.closed_s = time.perf_counter()
-        for peer in outgoing.destinations.values():
-            target = peer.pages[index]
-            if len(target) < len(source):
-                self._fail(room, f"decode reserved {len(peer.pages)} pages, too few for the prompt")
-                return
-            outgoing.source[index.start : index.start + len(source)] = source
-            job = Job(
-                room,
-                peer.session,
-                index.start,
-                runs(source, target[: len(source)]),
-                peer.pieces,
-                gate,
-                extra=self._aux_blocks(peer, aux) if last else (),
-                last=last,
-            )
-            self._put(job)
+            for peer in outgoing.destinations.values():
+                target = peer.pages[index]
+                if len(target) < len(source):
+                    break
+                extra = self._aux_blocks(peer, aux) if last else ()
+                cut = runs(source, target[: len(source)])
+                jobs.append(
+                    Job(
+                        room,
+                        peer.session,
+                        index.start,
+                        cut,
+                        peer.pieces,
+                        gate,
+                        extra=extra,
+                        last=last,
+                    )
+                )
+            else:
+                # Counted and held before the lock is given back: the room cannot be settled
+                # in between.
+                outgoing.source[index.start : index.start + len(source)] = source
+                self.manager._staging_outstanding[room] += len(jobs)
+                if self.holds is not None:
+                    self.holds.hold(source)
+                    outgoing.held.append(source)
+        if len(jobs) < len(outgoing.destinations):
+            pages = min(len(peer.pages) for peer in outgoing.destinations.values())
+            self._fail(room, f"decode reserved {pages} pages, too few for the prompt")
+            return
+        for job in jobs:
+            self.pump.put(job)
 
     def _put(self, job: Job) -> None:
         self._count(job.room, 1)
@@ -314,9 +333,22 @@ class Outbox:
             if manager._staging_outstanding.get(room, 0) > 0:
                 return
             manager._staging_outstanding.pop(room, None)
-            self.rooms.pop(room, None)
+            outgoing = self.rooms.pop(room, None)
+            self._let_go(outgoing)
         manager.transfer_infos.pop(room, None)
         manager.req_to_decode_prefix_len.pop(room, None)
+
+    def let_go(self, room: int) -> None:
+        """The room has failed: what its last writes read does not matter any more."""
+        with self._lock:
+            self._let_go(self.rooms.get(room))
+
+    def _let_go(self, outgoing: Outgoing | None) -> None:
+        if outgoing is None or self.holds is None:
+            return
+        held, outgoing.held = outgoing.held, []
+        for pages in held:
+            self.holds.release(pages)
 
     def idle(self) -> None:
         """What only time tells: decode that never confirms, pages that have drained by now."""
