@@ -205,7 +205,7 @@ def test_pages_are_not_reused_while_they_travel(faulty: Faulty) -> None:
 
     url, cached = faulty.pair.url, prompts(8, 2)
     alone = [output_ids(url, prompt, 6) for prompt in cached]
-    for _ in range(3 * REPEATS):
+    for _ in range(2 * REPEATS):
         for prompt in cached:
             output_ids(url, prompt, 1)
         faulty.set(slow_s=0.03)
