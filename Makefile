@@ -33,10 +33,13 @@ serve: venv $(if $(MODEL),,demo-model) ## Serve MODEL=, or a demo model, on PORT
 demo-model: venv ## Make a small random model in build/demo-model
 	@$(RUN) -m sglang_hma.demo_model $(DEMO_MODEL)
 
+# Triton must be told before it is imported that it interprets: these run in a process of their own.
+TRITON_TESTS = TRITON_INTERPRET=1 $(RUN) -m pytest test/gpu -k 'not compile'
+
 .PHONY: test
 test: venv ## Lint, then run the tests (PYTEST_ARGS=)
 	@lint=0; $(MAKE) --no-print-directory lint || lint=$$?; \
-	$(RUN) -m pytest $(PYTEST_ARGS) && exit $$lint
+	$(RUN) -m pytest $(PYTEST_ARGS) $(if $(strip $(PYTEST_ARGS)),,&& $(TRITON_TESTS)) && exit $$lint
 
 .PHONY: lint
 lint: venv ## Check style and types

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,13 +22,21 @@ from sglang_hma.launch_pd import ROUTER_DEFAULTS
 START_TIMEOUT_S = 240
 
 
+# Not those that the kernel gives to outgoing connections: a server binds its port half a minute
+# after it was chosen. Nor those that Mooncake, launch_pd and SGLang pick from.
+PORTS = range(10100, 14900)
+_handed_out: set[int] = set()
+
+
 def free_port() -> int:
-    """A port outside the ranges that Mooncake and SGLang pick from."""
+    """A port that is free now, none handed out twice."""
     while True:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = int(sock.getsockname()[1])
-        if not 14000 <= port <= 18000:
+        port = random.choice(PORTS)
+        if port in _handed_out:
+            continue
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            _handed_out.add(port)
             return port
 
 
