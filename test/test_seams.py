@@ -45,7 +45,7 @@ print("checked", len(active))
     ("config", "active"),
     [
         (HmaConfig(role="decode"), 6),
-        (HmaConfig(role="prefill", kv_format="native", weight_format="native"), 3),
+        (HmaConfig(role="prefill", kv_format="native", weight_format="native"), 4),
     ],
 )
 def test_hooks_take_hold_and_their_loss_is_noticed(config: HmaConfig, active: int) -> None:

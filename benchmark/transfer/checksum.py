@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmark.common import Figure, Timing, console, finish, interleave, parser, table
-from benchmark.transfer.link import DECODE_IP, PREFILL_IP, LinkError, link
+from benchmark.transfer.link import DECODE_IP, PREFILL_IP, link, run
 from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.transfer.gates import LayerGate
 from sglang_hma.transfer.grouping import GroupSizer, Piece, runs
@@ -145,11 +145,7 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.set_defaults(rounds=15)
     options.add_argument("--tokens", type=int, default=2048, help="prompt tokens to move")
-    args = options.parse_args()
-    try:
-        measure(args)
-    except LinkError as error:
-        options.error(str(error))
+    run(options, measure)
 
 
 def measure(args: Any) -> None:

@@ -4,6 +4,7 @@ Needs root and iproute2. Rates are held by `tc tbf` in the direction prefill to
 decode. No delay is added.
 """
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -92,6 +93,15 @@ class Link:
         reader.join()
         server.close()
         return float(received[0])
+
+
+def run(options: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], None]) -> None:
+    """Parse and measure; a machine without a link ends in one line."""
+    args = options.parse_args()
+    try:
+        measure(args)
+    except LinkError as error:
+        options.error(str(error))
 
 
 @contextlib.contextmanager

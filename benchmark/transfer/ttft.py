@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.common import Figure, Timing, console, finish, parser, table
-from benchmark.transfer.link import Link, LinkError, link
+from benchmark.transfer.link import Link, link, run
 from benchmark.transfer.pairs import KINDS, Running, first_token, running
 from benchmark.transfer.timeline import COMPUTE, spans
 
@@ -78,11 +78,7 @@ def main() -> None:
     options.add_argument("--port", type=int, default=31600)
     options.add_argument("--keep-trace", type=Path, metavar="FILE", help="keep ours' --hma-trace")
     options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
-    args = options.parse_args()
-    try:
-        measure(args)
-    except LinkError as error:
-        options.error(str(error))
+    run(options, measure)
 
 
 def measure(args: Any) -> None:

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from hma_kernels.paged import PagedKV, PageTable
-from hma_kernels.triton.pages import load_bf16, load_bfp8
-from hma_kernels.triton.softmax import attend, split_query
+from hma_kernels.triton.pages import load_tile
+from hma_kernels.triton.softmax import attend, mma_type, split_query
 
 PAGES_A_TILE = 2
 ITEMS_A_SM = 4
@@ -88,30 +88,53 @@ def _partial(
     token = tl.arange(0, PAGES * 32)
     page_of, row = token // 32, token % 32
 
-    for page in range(first, tl.minimum(last, count8), PAGES):
-        listed = page + page_of < tl.minimum(last, count8)
-        at = first8 + page + page_of
-        position = tl.load(pos8 + at, mask=listed, other=0) + row
-        live = listed & (position >= begin) & (position < stop)
-        page_id = tl.load(ids8 + at, mask=live, other=0)
-        k = load_bfp8(k8, page_id * k8_page + head * (DIM // 32 * 1088), row, live, DIM, DIM_PADDED)
-        v = load_bfp8(
-            v8, page_id * v8_page + head * (V_DIM // 32 * 1088), row, live, V_DIM, V_PADDED
+    last8 = tl.minimum(last, count8)
+    for page in range(first, last8, PAGES):
+        k, v, _, live = load_tile(
+            k8,
+            v8,
+            ids8,
+            pos8,
+            first8 + page + page_of,
+            page + page_of < last8,
+            row,
+            begin,
+            stop,
+            k8_page,
+            v8_page,
+            head,
+            True,
+            DIM,
+            V_DIM,
+            DIM_PADDED,
+            V_PADDED,
+            MMA,
         )
-        k, v = k.to(MMA), v.to(MMA)
         top, total, acc = attend(
             top, total, acc, q, q_low, k, v, live[None, :], scale, logit_cap, SPLIT_Q, CAPPED
         )
 
     for page in range(tl.maximum(first, count8), last, PAGES):
-        listed = page + page_of < last
-        at = first16 + page - count8 + page_of
-        position = tl.load(pos16 + at, mask=listed, other=0) + row
-        live = listed & (position >= begin) & (position < stop)
-        page_id = tl.load(ids16 + at, mask=live, other=0)
-        k = load_bf16(k16, page_id * k16_page + head * (32 * DIM), row, live, DIM, DIM_PADDED)
-        v = load_bf16(v16, page_id * v16_page + head * (32 * V_DIM), row, live, V_DIM, V_PADDED)
-        k, v = k.to(MMA), v.to(MMA)
+        k, v, _, live = load_tile(
+            k16,
+            v16,
+            ids16,
+            pos16,
+            first16 + page - count8 + page_of,
+            page + page_of < last,
+            row,
+            begin,
+            stop,
+            k16_page,
+            v16_page,
+            head,
+            False,
+            DIM,
+            V_DIM,
+            DIM_PADDED,
+            V_PADDED,
+            MMA,
+        )
         top, total, acc = attend(
             top, total, acc, q, q_low, k, v, live[None, :], scale, logit_cap, SPLIT_Q, CAPPED
         )
@@ -220,8 +243,7 @@ class DecodePlan:
             PAGES=PAGES_A_TILE,
             SPLIT_Q=q.dtype != torch.bfloat16,
             CAPPED=logit_cap > 0,
-            # The interpreter's product does not know bfloat16.
-            MMA=tl.bfloat16 if kv.device.type == "cuda" else tl.float32,
+            MMA=mma_type(kv.device),
             num_warps=4,
             num_stages=2,
         )

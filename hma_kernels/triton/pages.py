@@ -66,6 +66,48 @@ def load_bfp8(pages, page_offset, row, live, DIM: tl.constexpr, PADDED: tl.const
 
 
 @triton.jit
+def load_tile(
+    k_pages,
+    v_pages,
+    ids,
+    positions,
+    at,
+    listed,
+    row,
+    begin,
+    stop,
+    k_page,
+    v_page,
+    head,
+    BFP8: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    MMA: tl.constexpr,
+):
+    """K and V [N, PADDED] of some pages' rows in one KV head, with their positions [N] and which of
+    them lie in begin..stop-1; the others are zeros and are not read.
+
+    at [N]: the row's page in the lists `ids` and `positions`; listed [N]: whether it is in them.
+    """
+    position = tl.load(positions + at, mask=listed, other=0) + row
+    live = listed & (position >= begin) & (position < stop)
+    page = tl.load(ids + at, mask=live, other=0)
+    if BFP8:
+        k = load_bfp8(
+            k_pages, page * k_page + head * (DIM // 32 * 1088), row, live, DIM, DIM_PADDED
+        )
+        v = load_bfp8(
+            v_pages, page * v_page + head * (V_DIM // 32 * 1088), row, live, V_DIM, V_PADDED
+        )
+    else:
+        k = load_bf16(k_pages, page * k_page + head * (32 * DIM), row, live, DIM, DIM_PADDED)
+        v = load_bf16(v_pages, page * v_page + head * (32 * V_DIM), row, live, V_DIM, V_PADDED)
+    return k.to(MMA), v.to(MMA), position, live
+
+
+@triton.jit
 def load_bf16(pages, page_offset, row, live, DIM: tl.constexpr, PADDED: tl.constexpr):
     """As load_bfp8, but bfloat16; page_offset in elements."""
     column = tl.arange(0, PADDED)

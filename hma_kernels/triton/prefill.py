@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from hma_kernels.implementation import ExtendCall
-from hma_kernels.triton.pages import load_bf16, load_bfp8
-from hma_kernels.triton.softmax import attend, split_query
+from hma_kernels.triton.pages import load_tile
+from hma_kernels.triton.softmax import attend, mma_type, split_query
 
 ROWS = 64  # new rows of one query head a program takes
 PAGES_A_TILE = 2
@@ -83,17 +83,26 @@ def _extend(
 
     begin8, end8 = tl.load(start8 + request), tl.load(start8 + request + 1)
     for page in range(begin8, end8, PAGES):
-        listed = page + page_of < end8
-        position = tl.load(pos8 + page + page_of, mask=listed, other=0) + row
-        live = listed & (position < prefix)
-        page_id = tl.load(ids8 + page + page_of, mask=live, other=0)
-        k = load_bfp8(
-            k8, page_id * k8_page + kv_head * (DIM // 32 * 1088), row, live, DIM, DIM_PADDED
+        k, v, position, live = load_tile(
+            k8,
+            v8,
+            ids8,
+            pos8,
+            page + page_of,
+            page + page_of < end8,
+            row,
+            0,
+            prefix,
+            k8_page,
+            v8_page,
+            kv_head,
+            True,
+            DIM,
+            V_DIM,
+            DIM_PADDED,
+            V_PADDED,
+            MMA,
         )
-        v = load_bfp8(
-            v8, page_id * v8_page + kv_head * (V_DIM // 32 * 1088), row, live, V_DIM, V_PADDED
-        )
-        k, v = k.to(MMA), v.to(MMA)
         visible = live[None, :] & (position[None, :] >= oldest[:, None])
         top, total, acc = attend(
             top, total, acc, q, q_low, k, v, visible, scale, logit_cap, SPLIT_Q, CAPPED
@@ -101,13 +110,26 @@ def _extend(
 
     begin16, end16 = tl.load(start16 + request), tl.load(start16 + request + 1)
     for page in range(begin16, end16, PAGES):
-        listed = page + page_of < end16
-        position = tl.load(pos16 + page + page_of, mask=listed, other=0) + row
-        live = listed & (position < prefix)
-        page_id = tl.load(ids16 + page + page_of, mask=live, other=0)
-        k = load_bf16(k16, page_id * k16_page + kv_head * (32 * DIM), row, live, DIM, DIM_PADDED)
-        v = load_bf16(v16, page_id * v16_page + kv_head * (32 * V_DIM), row, live, V_DIM, V_PADDED)
-        k, v = k.to(MMA), v.to(MMA)
+        k, v, position, live = load_tile(
+            k16,
+            v16,
+            ids16,
+            pos16,
+            page + page_of,
+            page + page_of < end16,
+            row,
+            0,
+            prefix,
+            k16_page,
+            v16_page,
+            kv_head,
+            False,
+            DIM,
+            V_DIM,
+            DIM_PADDED,
+            V_PADDED,
+            MMA,
+        )
         visible = live[None, :] & (position[None, :] >= oldest[:, None])
         top, total, acc = attend(
             top, total, acc, q, q_low, k, v, visible, scale, logit_cap, SPLIT_Q, CAPPED
@@ -170,8 +192,7 @@ def extend(call: ExtendCall) -> None:
         PAGES=PAGES_A_TILE,
         SPLIT_Q=q.dtype != torch.bfloat16,
         CAPPED=call.logit_cap > 0,
-        # The interpreter's product does not know bfloat16.
-        MMA=tl.bfloat16 if device.type == "cuda" else tl.float32,
+        MMA=mma_type(device),
         num_warps=4,
         num_stages=2,
     )

@@ -1,9 +1,17 @@
 """The softmax that is built up tile by tile, and queries as the tensor cores take them."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def mma_type(device: torch.device) -> Any:
+    """What products take. The interpreter's does not know bfloat16."""
+    return tl.bfloat16 if device.type == "cuda" else tl.float32
 
 
 @triton.jit

@@ -128,7 +128,6 @@ class Arrival:
     ranks: int  # prefill ranks that fill these pages, each an equal part of every page
     verified: dict[tuple[int, int, int], int] = field(default_factory=dict)
     resends: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    mismatches: int = 0
 
     def complete(self, layers: int) -> bool:
         return sum(self.verified.values()) == layers * len(self.pages) * self.ranks
@@ -174,7 +173,6 @@ class Verifier:
         if self._digests(group, arrival, part) == group.digests:
             arrival.verified[key] = group.layers * group.pages
             return None
-        arrival.mismatches += 1
         tries = arrival.resends.get(key, 0)
         last = group.first_layer + group.layers - 1
         if tries >= MAX_RESENDS:

@@ -75,9 +75,7 @@ class Outbox:
         )
         self.rooms: dict[int, Outgoing] = {}
         self.metrics = PrefillMetrics()
-        self.trace = Trace.from_config(
-            f"prefill {manager.get_session_id()}", manager.attn_tp_rank, manager.attn_tp_size
-        )
+        self.trace = Trace.from_config(f"prefill {manager.get_session_id()}", manager.attn_tp_rank)
         self.claims = Claims(expected=HmaConfig.require().packs_kv)
         self.holds: PageHolds | None = None  # of the pool's pages, when they leave early
         self._unsettled: dict[int, float] = {}

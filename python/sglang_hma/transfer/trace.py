@@ -33,10 +33,10 @@ class Trace:
         atexit.register(self.flush, final=True)
 
     @classmethod
-    def from_config(cls, name: str, rank: int, ranks: int) -> "Trace":
-        """Rank `rank` of several writes its own file: FILE.json, FILE.1.json, ..."""
+    def from_config(cls, name: str, rank: int) -> "Trace":
+        """Each tensor-parallel rank writes its own file: FILE.json, FILE.1.json, ..."""
         path = Path(given) if (given := HmaConfig.require().trace) else None
-        if path is not None and ranks > 1 and rank:
+        if path is not None and rank:
             path = path.with_suffix(f".{rank}{path.suffix}")
         return cls(path, name)
 
