@@ -41,6 +41,26 @@ def test_claims_tell_waiting_from_hopeless(monkeypatch: pytest.MonkeyPatch) -> N
     alive.close()
 
 
+def test_unclaimed_requests_end_soon_when_every_decode_server_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Claims, "ORPHANED_S", 0.0)
+    claims = Claims(expected=True)
+    claims.opened(1)
+    assert claims.hopeless() == []  # no decode server has been heard of yet
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    for server in servers:
+        claims.renewed([], server.getsockname()[:2])
+    servers[0].close()
+    deadline = time.monotonic() + STRIKES + 1
+    while time.monotonic() < deadline:
+        assert claims.hopeless() == []  # one still listens
+        time.sleep(0.1)
+    servers[1].close()
+    wait_for(lambda: bool(claims.hopeless()))
+    assert "all that were known are gone" in claims.hopeless()[0][1]
+
+
 def given_up(claims: Claims) -> set[int]:
     return {room for room, why in claims.hopeless() if "given it up" in why}
 

@@ -82,10 +82,12 @@ class Claims:
     """On prefill: who has claimed each open request, and which of them are hopeless.
 
     A request that nobody has claimed for UNCLAIMED_S never reached a decode server, or reached one
-    that died at once. A decode server that has not been heard of for LEASE_S is cut off.
+    that died at once; where every decode server that was ever heard of is gone, ORPHANED_S is
+    enough. A decode server that has not been heard of for LEASE_S is cut off.
     """
 
     UNCLAIMED_S = 45.0
+    ORPHANED_S = 10.0
     LEASE_S = 30.0
 
     def __init__(self, *, expected: bool) -> None:
@@ -123,11 +125,20 @@ class Claims:
         for room, since in list(self._opened.items()):
             tenants = self._by.get(room, {})
             reason = next(filter(None, (self._lost(*tenant) for tenant in tenants.items())), None)
+            if self.expected and not tenants:
+                reason = self._unclaimed(time.monotonic() - since)
             if reason is not None:
                 found.append((room, reason))
-            elif self.expected and not tenants and time.monotonic() - since > self.UNCLAIMED_S:
-                found.append((room, f"no decode server claimed it for {self.UNCLAIMED_S:g} s"))
         return found
+
+    def _unclaimed(self, waited_s: float) -> str | None:
+        if waited_s > self.UNCLAIMED_S:
+            return f"no decode server claimed it for {self.UNCLAIMED_S:g} s"
+        if waited_s > self.ORPHANED_S and self._heard_s:
+            gone = [self._obituaries.gone(address) for address in list(self._heard_s)]
+            if all(gone):
+                return "no decode server claimed it, and all that were known are gone"
+        return None
 
     def _lost(self, address: Address, wanted: bool) -> str | None:
         server = f"its decode server {address[0]}:{address[1]}"
