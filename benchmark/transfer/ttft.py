@@ -105,6 +105,8 @@ def measure(args: Any) -> None:
 def report(args: Any, bench: Bench) -> None:
     for name in bench.pairs:
         bench.once(name, args.prompt)  # warm
+    if not bench.forwards("after", 1):
+        raise SystemExit(f"ttft: {bench.pairs['after'].trace} has no forward pass")
     fast = bench.rounds(args.prompt, args.rounds)
     matched = kv_elements(args.prompt) * 2 / fast["stock"].median * 8
     results: dict[str, Any] = {"seed": args.seed, "model": MODEL}

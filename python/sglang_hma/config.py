@@ -55,6 +55,11 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.role == "prefill" and self.layers_per_send != "all"
 
     @property
+    def gates_forwards(self) -> bool:
+        """Whether somebody wants to know when each layer of a prefill batch is stored."""
+        return self.sends_early or (self.role == "prefill" and self.trace is not None)
+
+    @property
     def rounds_prefill_weights(self) -> bool:
         return self.weight_format == "bfp8" and self.role != "decode"
 

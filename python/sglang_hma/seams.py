@@ -55,7 +55,7 @@ SEAMS = (
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         "opens the gate behind which a prefill batch's pages leave layer by layer",
         _from("transfer.early", "run_batch"),
-        lambda config: config.sends_early,
+        lambda config: config.gates_forwards,
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_pd_kv_layout",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from sglang_hma.kvcache.gated import GatedPool
 from sglang_hma.kvcache.holds import HoldingAllocator
 from sglang_hma.transfer.gates import LayerGate
 
@@ -20,14 +21,17 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
         return original(scheduler, batch, *args)
     allocator = scheduler.token_to_kv_pool_allocator
     outbox = scheduler.disagg_prefill_bootstrap_queue.kv_manager.outbox
-    # Pages that cannot be held back from reuse must not leave before SGLang sends them.
-    if outbox is None or not isinstance(allocator, HoldingAllocator):
-        return original(scheduler, batch, *args)
-    outbox.holds = allocator.holds
     pool = allocator.get_kvcache()
+    if outbox is None or not isinstance(pool, GatedPool):
+        return original(scheduler, batch, *args)
     gate = LayerGate(pool.layer_num, outbox.pump.wake)
-    for req in batch.reqs:
-        _send_early(scheduler, req, gate)
+    # Pages that cannot be held back from reuse must not leave before SGLang sends them.
+    if isinstance(allocator, HoldingAllocator):
+        outbox.holds = allocator.holds
+        for req in batch.reqs:
+            _send_early(scheduler, req, gate)
+    else:
+        outbox.trace.forward(gate)
     pool.layer_gate = gate
     try:
         result = original(scheduler, batch, *args)
