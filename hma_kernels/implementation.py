@@ -12,6 +12,7 @@ from hma_kernels.layout import Rounding
 from hma_kernels.paged import PagedKV, PageTable
 
 ENVIRONMENT = "HMA_KERNELS"
+CHOICES = ("auto", "cpu", "cuda", "triton", "portable")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Plan(Protocol):
         self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
     ) -> None: ...
 
+    def refresh(self) -> None: ...
+
 
 class Implementation(Protocol):
     """The operations of hma_kernels.ops: arguments are valid, non-empty, outputs contiguous."""
@@ -57,17 +60,35 @@ class Implementation(Protocol):
     def extend(self, call: ExtendCall) -> None: ...
 
 
+def _wanted() -> str:
+    wanted = os.environ.get(ENVIRONMENT, "auto")
+    if wanted not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT} is {wanted!r}; needs one of {', '.join(CHOICES)}")
+    return wanted
+
+
 @functools.cache
 def _host() -> Implementation:
-    wanted = os.environ.get(ENVIRONMENT, "auto")
-    if wanted not in ("auto", "cpu", "portable"):
-        raise ValueError(f"{ENVIRONMENT} is {wanted!r}; needs auto, cpu or portable")
+    wanted = _wanted()
     if wanted == "portable":
         return _portable()
     try:
         return _load("hma_kernels.cpu")
     except ImportError:
         if wanted == "cpu":
+            raise
+        return _portable()
+
+
+@functools.cache
+def _gpu() -> Implementation:
+    wanted = _wanted()
+    if wanted == "portable":
+        return _portable()
+    try:
+        return _load("hma_kernels.gpu")
+    except ImportError:
+        if wanted in ("cuda", "triton"):
             raise
         return _portable()
 
@@ -81,19 +102,9 @@ def _load(module: str) -> Implementation:
     return loaded  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _gpu() -> Implementation:
-    if os.environ.get(ENVIRONMENT) == "portable":
-        return _portable()
-    try:
-        return _load("hma_kernels.triton")
-    except ImportError:
-        return _portable()
-
-
 def implementation_for(device: torch.device) -> Implementation:
-    """What works on a device's tensors. HMA_KERNELS=portable keeps to torch, HMA_KERNELS=cpu
-    insists on C++ on the host."""
+    """What works on a device's tensors. HMA_KERNELS=portable keeps to torch; =cpu insists on C++ on
+    the host, =triton and =cuda choose decode attention on a GPU."""
     return _host() if device.type == "cpu" else _gpu()
 
 

@@ -130,6 +130,14 @@ class DecodePlan:
         implementation = implementation_for(kv.device)
         self._plan = implementation.decode_plan(kv, table, num_q_heads, sliding_window)
 
+    def refresh(self) -> None:
+        """Plan anew after the table's tensors have got other contents of the same shapes.
+
+        Nothing is allocated on a GPU and nothing waits for it, so that a CUDA graph that captured
+        `run` serves the new contents.
+        """
+        self._plan.refresh()
+
     def run(
         self,
         q: torch.Tensor,

@@ -59,8 +59,12 @@ class DecodePlan:
         self._table = table
         self._heads = _heads(kv, heads)
         self._window = sliding_window
+        self.refresh()
+
+    def refresh(self) -> None:
+        table = self._table
         self._plan = _ext.DecodePlan(
-            self._heads, *_lists(kv, table), table.seq_lens.numpy(), sliding_window
+            self._heads, *_lists(self._kv, table), table.seq_lens.numpy(), self._window
         )
 
     def run(

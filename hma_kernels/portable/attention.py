@@ -52,11 +52,15 @@ class DecodePlan:
 
     def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
         self._kv = kv
-        self._batch = table.batch_size
+        self._table = table
         self._heads = heads
-        device = kv.k_bf16[0].device
+        self._window = sliding_window
+        self.refresh()
+
+    def refresh(self) -> None:
+        kv, table, device = self._kv, self._table, self._kv.device
         stop = table.seq_lens.to(device)
-        start = (stop - 1 - sliding_window if sliding_window >= 0 else stop * 0).clamp(min=0)
+        start = (stop - 1 - self._window if self._window >= 0 else stop * 0).clamp(min=0)
         page_elements = PAGE * kv.kv_heads * (kv.head_dim + kv.v_head_dim)
         per_chunk = max(1, _CHUNK_ELEMENTS // page_elements)
         self._chunks = [
@@ -73,7 +77,7 @@ class DecodePlan:
     def run(
         self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
     ) -> None:
-        kv, batch, heads = self._kv, self._batch, self._heads
+        kv, batch, heads = self._kv, self._table.batch_size, self._heads
         group = heads // kv.kv_heads
         dtype = compute_dtype(q)
         query = (q.to(dtype) * scale).reshape(batch, kv.kv_heads, group, kv.head_dim)
@@ -104,8 +108,10 @@ def _chunks(
     per_chunk: int,
 ) -> list[_Chunk]:
     """Pages with a visible row (start <= position < stop, per request), cut into chunks."""
+    entries = int(indptr[-1])
+    page_ids, pos = page_ids[:entries], pos[:entries]
     requests = torch.arange(len(stop), device=indptr.device)
-    request = torch.repeat_interleave(requests, indptr.diff(), output_size=len(page_ids))
+    request = torch.repeat_interleave(requests, indptr.diff(), output_size=entries)
     position = pos[:, None] + torch.arange(PAGE, device=pos.device)
     visible = (position >= start[request, None]) & (position < stop[request, None])
     used = visible.any(-1).nonzero().view(-1)

@@ -1,8 +1,7 @@
 """Decode attention over BFP8 and BF16 pages: split over the keys, merged exactly.
 
-A request's pages, BFP8 first, are cut into items of `pages_per_item`; a program takes one item and
-one KV head with all of its query heads, and leaves a partial softmax state. A second kernel merges
-the states of each request. Sizes that the host must know are bounds, so nothing waits for the GPU.
+A program takes one item of the schedule (pages of one request, BFP8 first) and one KV head with all
+of its query heads, and leaves a partial softmax state; a second kernel merges each request's.
 """
 
 import torch
@@ -10,11 +9,12 @@ import triton
 import triton.language as tl
 
 from hma_kernels.paged import PagedKV, PageTable
+from hma_kernels.triton.merge import PartialStates
 from hma_kernels.triton.pages import load_tile
+from hma_kernels.triton.schedule import Schedule
 from hma_kernels.triton.softmax import attend, mma_type, split_query
 
 PAGES_A_TILE = 2
-ITEMS_A_SM = 4
 ROWS = 16  # query heads a tensor-core tile holds
 
 
@@ -38,7 +38,6 @@ def _partial(
     item_request,
     item_start,
     batch,
-    pages_per_item,
     window,
     scale,
     logit_cap,
@@ -69,8 +68,11 @@ def _partial(
     first8, first16 = tl.load(start8 + request), tl.load(start16 + request)
     count8 = tl.load(start8 + request + 1) - first8
     count = count8 + tl.load(start16 + request + 1) - first16
-    first = (item - tl.load(item_start + request)) * pages_per_item
-    last = tl.minimum(first + pages_per_item, count)
+    first_item = tl.load(item_start + request)
+    items = tl.load(item_start + request + 1) - first_item
+    tiles = (count + PAGES - 1) // PAGES
+    first = tiles * (item - first_item) // items * PAGES
+    last = tl.minimum(tiles * (item - first_item + 1) // items * PAGES, count)
 
     query_row = tl.arange(0, ROWS)
     column = tl.arange(0, DIM_PADDED)
@@ -151,48 +153,6 @@ def _partial(
     )
 
 
-@triton.jit
-def _merge(
-    out,
-    partial,
-    maxima,
-    sums,
-    item_start,
-    HEADS: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_PADDED: tl.constexpr,
-    ITEMS: tl.constexpr,
-):
-    """Softmax states of one request and query head, ITEMS at a time, in a fixed order."""
-    request, head = tl.program_id(0), tl.program_id(1)
-    first, last = tl.load(item_start + request), tl.load(item_start + request + 1)
-    column = tl.arange(0, V_PADDED)
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([V_PADDED], tl.float32)
-    for start in range(first, last, ITEMS):
-        item = start + tl.arange(0, ITEMS)
-        slot = item * HEADS + head
-        own = tl.load(maxima + slot, mask=item < last, other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(own, 0))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(own - safe)
-        decay = tl.exp2(top - safe)
-        total = total * decay + tl.sum(
-            weight * tl.load(sums + slot, mask=item < last, other=0.0), 0
-        )
-        values = tl.load(
-            partial + slot[:, None] * V_DIM + column[None, :],
-            mask=(item < last)[:, None] & (column < V_DIM)[None, :],
-            other=0.0,
-        )
-        acc = acc * decay + tl.sum(values * weight[:, None], 0)
-        top = new_top
-    result = acc / tl.where(total == 0, 1.0, total)
-    at = out + (request * HEADS + head) * V_DIM + column
-    tl.store(at, result.to(out.dtype.element_ty), mask=column < V_DIM)
-
-
 class DecodePlan:
     """hma_kernels.DecodePlan on a GPU."""
 
@@ -201,44 +161,36 @@ class DecodePlan:
         self._table = table
         self._heads = heads
         self._window = sliding_window
-        batch = table.batch_size
-        pages = len(table.bfp8_indices) + len(table.bf16_indices)
-        wanted = max(1, ITEMS_A_SM * _sms(kv.device) // kv.kv_heads)
-        per_item = -(-pages // wanted)
-        self._pages_per_item = -(-max(per_item, 1) // PAGES_A_TILE) * PAGES_A_TILE
-        counts = table.bfp8_indptr.diff() + table.bf16_indptr.diff()
-        items = (counts + self._pages_per_item - 1) // self._pages_per_item
-        self._item_start = torch.cat([items.new_zeros(1), items.cumsum(0)])
-        # Upper bound, known without asking the GPU.
-        self._items = pages // self._pages_per_item + batch
-        index = torch.arange(self._items, device=kv.device)
-        self._item_request = torch.searchsorted(self._item_start[1:], index, right=True)
-        states = self._items * heads
-        self._max = torch.empty(states, dtype=torch.float32, device=kv.device)
-        self._sum = torch.empty_like(self._max)
-        self._partial = torch.empty((states, kv.v_head_dim), dtype=torch.float32, device=kv.device)
+        self._schedule = Schedule(table, kv.kv_heads)
+        self._states = PartialStates(self._schedule.bound, heads, kv.v_head_dim, kv.device)
+
+    def refresh(self) -> None:
+        self._schedule.update()
 
     def run(
         self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
     ) -> None:
-        kv, table = self._kv, self._table
+        self._attend(q if q.stride(2) == 1 else q.contiguous(), layer, scale, logit_cap)
+        self._states.merge(self._schedule, out)
+
+    def _attend(self, q: torch.Tensor, layer: int, scale: float, logit_cap: float) -> None:
+        """Fills the states; q's last dimension is contiguous."""
+        kv, table, schedule, states = self._kv, self._table, self._schedule, self._states
         k8, v8, k16, v16 = kv.k_bfp8[layer], kv.v_bfp8[layer], kv.k_bf16[layer], kv.v_bf16[layer]
-        q = q if q.stride(2) == 1 else q.contiguous()
         grouped = self._heads // kv.kv_heads
-        v_padded = triton.next_power_of_2(kv.v_head_dim)
-        _partial[(self._items, kv.kv_heads)](
-            *(q, self._partial, self._max, self._sum, k8, v8, k16, v16),
+        _partial[(schedule.bound, kv.kv_heads)](
+            *(q, states.partial, states.maxima, states.sums, k8, v8, k16, v16),
             *(table.bfp8_indices, table.bfp8_pos, table.bfp8_indptr),
             *(table.bf16_indices, table.bf16_pos, table.bf16_indptr),
-            *(table.seq_lens, self._item_request, self._item_start, table.batch_size),
-            *(self._pages_per_item, self._window, scale, logit_cap, q.stride(0), q.stride(1)),
+            *(table.seq_lens, schedule.item_request, schedule.item_start, table.batch_size),
+            *(self._window, scale, logit_cap, q.stride(0), q.stride(1)),
             *(k8.stride(0), v8.stride(0), k16.stride(0), v16.stride(0)),
             KV_HEADS=kv.kv_heads,
             GROUPED=grouped,
             DIM=kv.head_dim,
             V_DIM=kv.v_head_dim,
             DIM_PADDED=triton.next_power_of_2(kv.head_dim),
-            V_PADDED=v_padded,
+            V_PADDED=triton.next_power_of_2(kv.v_head_dim),
             ROWS=max(ROWS, triton.next_power_of_2(grouped)),
             PAGES=PAGES_A_TILE,
             SPLIT_Q=q.dtype != torch.bfloat16,
@@ -247,16 +199,3 @@ class DecodePlan:
             num_warps=4,
             num_stages=2,
         )
-        _merge[(table.batch_size, self._heads)](
-            *(out, self._partial, self._max, self._sum, self._item_start),
-            HEADS=self._heads,
-            V_DIM=kv.v_head_dim,
-            V_PADDED=v_padded,
-            ITEMS=16,
-        )
-
-
-def _sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8  # under the interpreter: enough for several items a request
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

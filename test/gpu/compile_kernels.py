@@ -11,18 +11,21 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hma_kernels.triton import codec, decode, prefill, xxh3
+from hma_kernels.triton import codec, decode, merge, prefill, schedule, xxh3
+from sglang_hma.attention import static_tables
 
-INT64S = ("ids", "pos", "start", "seq_lens", "item_")
+INT64S = ("ids", "pos", "start", "seq_lens", "rows", "lengths", "counts")
 TYPES = {
     **{"query": "*bf16", "out": "*fp32", "partial": "*fp32", "maxima": "*fp32", "sums": "*fp32"},
     **{"k8": "*u8", "v8": "*u8", "k16": "*bf16", "v16": "*bf16"},
-    **{"scale": "fp32", "logit_cap": "fp32"},
+    **{"scale": "fp32", "logit_cap": "fp32", "item_start": "*i32", "item_request": "*i32"},
 }
 EXTEND_TYPES = TYPES | {"key": "*bf16", "value": "*bf16", "out": "*bf16", "prefix_lens": "*i64"}
 EXTEND_TYPES |= {"row_start": "*i64", "block_request": "*i64", "block_first": "*i64"}
 CODEC_TYPES = {"x": "*bf16", "tiles": "*u8", "out": "*u8", "page_ids": "*i64", "page_rows": "*i64"}
 ENCODE = {"PADDED_HEIGHT": 32, "WIDTH": 128, "TILES": 4, "COLUMNS": 128, "HOST": False}
+TABLE_TYPES = {"req_to_token": "*i32", "slab_is_bf16": "*i1"}
+TABLES = {"PAGE": 32, "SLAB": 32, "BLOCK": static_tables.BLOCK}
 HASH_TYPES = {"addresses": "*i64", "keys": "*u64", "start": "*u64", "out": "*u64"}
 
 
@@ -38,7 +41,10 @@ KERNELS = [
         (decode._partial, TYPES, heads(dim, grouped) | {"SPLIT_Q": split, "CAPPED": split})
         for dim, grouped, split in ((96, 4, True), (128, 4, False))
     ),
-    (decode._merge, TYPES, {"HEADS": 32, "V_DIM": 128, "V_PADDED": 128, "ITEMS": 16}),
+    (schedule._cut, TYPES, {"BATCH": 64, "BLOCK": 128}),
+    (static_tables._count, TABLE_TYPES, TABLES),
+    (static_tables._place, TABLE_TYPES, TABLES | {"SLAB16": 17, "BATCH": 64}),
+    (merge._merge, TYPES, {"HEADS": 32, "V_DIM": 128, "V_PADDED": 128, "ITEMS": 16}),
     (
         prefill._extend,
         EXTEND_TYPES,

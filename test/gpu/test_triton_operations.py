@@ -8,7 +8,7 @@ from test_triton_decode import to
 
 import hma_kernels
 from hma_kernels import DecodePlan, bfp8_pack, bfp8_round, bfp8_unpack, implementation
-from hma_kernels import triton as operations
+from hma_kernels import gpu as operations
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from hma_kernels import PAGE, DecodePlan, PageTable, describe, extend_attention
-from sglang_hma.kvcache.arena import IDS_PER_SLAB
-from sglang_hma.kvcache.pool import Bfp8KVPool, MixedKVPool, bf16_index
+from hma_kernels import DecodePlan, PageTable, describe, extend_attention
+from sglang_hma.attention.tables import page_table
+from sglang_hma.kvcache.pool import Bfp8KVPool, MixedKVPool
 from sglang_hma.prefill import reference
 
 BACKEND_NAME = "hma"
@@ -56,33 +56,28 @@ class HmaAttnBackend(AttentionBackend):
             lens = torch.tensor([0, *forward_batch.extend_seq_lens_cpu], dtype=torch.int64)
             self.q_indptr = lens.cumsum(0)
 
-    def _page_table(self, req_rows: torch.Tensor, seq_lens: torch.Tensor) -> PageTable:
-        """Both page lists of the first `seq_lens` tokens of each request."""
-        seq_lens = seq_lens.to(torch.int64)
-        counts = (seq_lens + PAGE - 1) // PAGE
-        request = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        start = (counts.cumsum(0) - counts)[request]
-        pos = (torch.arange(len(request), device=counts.device) - start) * PAGE
-        slots = self.req_to_token_pool.req_to_token[req_rows[request], pos].long()
-        pages = slots // PAGE
-        if isinstance(self.pool, MixedKVPool):
-            in_bf16 = self.pool.slab_is_bf16[pages // IDS_PER_SLAB]
-        else:
-            in_bf16 = torch.zeros_like(pages, dtype=torch.bool)
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        from sglang_hma.attention.static_tables import StaticPageTables
 
-        def indptr(chosen: torch.Tensor) -> torch.Tensor:
-            per_request = torch.bincount(request[chosen], minlength=len(counts))
-            return torch.cat([per_request.new_zeros(1), per_request.cumsum(0)])
-
-        return PageTable(
-            bfp8_indptr=indptr(~in_bf16),
-            bfp8_indices=pages[~in_bf16],
-            bfp8_pos=pos[~in_bf16],
-            bf16_indptr=indptr(in_bf16),
-            bf16_indices=bf16_index(pages[in_bf16]),
-            bf16_pos=pos[in_bf16],
-            seq_lens=seq_lens,
+        assert isinstance(self.pool, MixedKVPool), "a prefill server does not decode"
+        slots = self.req_to_token_pool.req_to_token
+        self.graph_tables = StaticPageTables(
+            slots, self.pool.slab_is_bf16, max_batch=max_bs, max_tokens=slots.shape[1]
         )
+        self.graph_plans: dict[int, dict[tuple[int, int], DecodePlan]] = {}
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Before a CUDA graph is captured or replayed; plans of one batch size share its table."""
+        reference.enter_phase(prefill=False)
+        rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+        self.forward_metadata = self.graph_tables.fill(rows, seq_lens)
+        self.plans = self.graph_plans.setdefault(len(rows), {})
+        for plan in self.plans.values():
+            plan.refresh()
+
+    def _page_table(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> PageTable:
+        formats = self.pool.slab_is_bf16 if isinstance(self.pool, MixedKVPool) else None
+        return page_table(self.req_to_token_pool.req_to_token, rows, seq_lens, formats)
 
     def forward_decode(
         self,

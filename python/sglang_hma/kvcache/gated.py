@@ -13,6 +13,7 @@ class GatedPool:
     """`layer_gate` is set while a prefill batch runs whose pages leave layer by layer."""
 
     device: Any
+    layer_num: int
     layer_gate: "LayerGate | None" = None
 
     def layer_stored(self, layer: int) -> None:

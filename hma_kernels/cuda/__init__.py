@@ -1,0 +1,1 @@
+"""Decode attention in CUDA C++ for NVIDIA GPUs from Ampere on; compiled when first needed."""

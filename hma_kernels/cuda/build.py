@@ -1,0 +1,101 @@
+"""One instance of the decode kernel, compiled by nvcc when first asked for and kept on disk.
+
+As FlashInfer does, except that the library has a C interface: nothing of torch is compiled in, so
+it takes seconds and depends on no version but the compiler's.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+HEADS_A_TILE = 8
+FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """What the kernel is compiled for. query: "__nv_bfloat16" or "__half"."""
+
+    query: str
+    head_dim: int
+    v_head_dim: int
+    head_tiles: int  # of 8 query heads, in one block
+    stages: int  # tiles under way in a warp
+    warps: int = 4
+
+    @property
+    def name(self) -> str:
+        query = self.query.strip("_").removeprefix("nv_")
+        dims = f"{self.head_dim}_{self.v_head_dim}"
+        return f"decode_{query}_{dims}_{self.head_tiles}x{self.warps}x{self.stages}"
+
+    def macros(self) -> list[str]:
+        return [f"-DHMA_{name.upper()}={value}" for name, value in vars(self).items()]
+
+
+def find_nvcc() -> str | None:
+    """CUDA_HOME's, PATH's, or that of NVIDIA's wheels."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    wheels = Path(sysconfig.get_path("purelib")) / "nvidia"
+    candidates = [
+        *([str(Path(home, "bin", "nvcc"))] if home else []),
+        "nvcc",
+        *(str(path) for path in sorted(wheels.glob("cu*/bin/nvcc"), reverse=True)),
+    ]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "hma_kernels"
+
+
+def command(nvcc: str, instance: Instance, architecture: int, target: Path) -> list[str]:
+    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    return [
+        *(nvcc, *FLAGS, "-gencode", code, "-I", str(SOURCES / "include"), *instance.macros()),
+        *(str(SOURCES / "decode.cu"), "-o", str(target)),
+    ]
+
+
+def build(instance: Instance, architecture: int) -> Path:
+    """The library's path; compiles it unless one of these sources and this compiler is there.
+
+    Raises RuntimeError with the compiler's words if it fails, or if there is none.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc in CUDA_HOME, PATH or NVIDIA's wheels")
+    key = hashlib.sha256(_fingerprint(nvcc)).hexdigest()[:16]
+    target = cache_folder() / f"{instance.name}_sm{architecture}_{key}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("Compiling %s for sm_%d, once", instance.name, architecture)
+    # Whoever finishes last replaces an equal file.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        done = subprocess.run(
+            command(nvcc, instance, architecture, made), capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{nvcc} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+        os.replace(made, target)
+    return target
+
+
+@functools.cache
+def _fingerprint(nvcc: str) -> bytes:
+    version = subprocess.run([nvcc, "--version"], capture_output=True).stdout
+    files = sorted([*SOURCES.glob("include/**/*.*h"), SOURCES / "decode.cu"])
+    return b"\0".join([version, *(path.read_bytes() for path in files), *map(str.encode, FLAGS)])

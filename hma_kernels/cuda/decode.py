@@ -1,0 +1,120 @@
+"""Decode attention in CUDA C++: the same schedule, states and merge as in Triton."""
+
+import functools
+import logging
+
+import torch
+
+from hma_kernels.cuda import probe
+from hma_kernels.cuda.build import HEADS_A_TILE, Instance, build
+from hma_kernels.cuda.library import DecodeLibrary, DecodeParams, PageLists
+from hma_kernels.paged import PagedKV, PageTable
+from hma_kernels.triton import decode
+
+logger = logging.getLogger(__name__)
+
+QUERIES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+MAX_DIM = 256
+ALIGNMENT = 16  # bytes of one copy
+
+
+class DecodePlan(decode.DecodePlan):
+    """hma_kernels.DecodePlan on an NVIDIA GPU."""
+
+    def __init__(
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        heads: int,
+        sliding_window: int,
+        library: DecodeLibrary,
+    ) -> None:
+        super().__init__(kv, table, heads, sliding_window)
+        self._library = library
+
+    def _attend(self, q: torch.Tensor, layer: int, scale: float, logit_cap: float) -> None:
+        kv, table, schedule, states = self._kv, self._table, self._schedule, self._states
+
+        def lists(k: torch.Tensor, v: torch.Tensor, *entries: torch.Tensor) -> PageLists:
+            strides = (x.stride(0) * x.element_size() for x in (k, v))
+            return PageLists(
+                k.data_ptr(), v.data_ptr(), *strides, *(entry.data_ptr() for entry in entries)
+            )
+
+        params = DecodeParams(
+            *(q.data_ptr(), q.stride(0), q.stride(1)),
+            lists(
+                *(kv.k_bfp8[layer], kv.v_bfp8[layer]),
+                *(table.bfp8_indices, table.bfp8_pos, table.bfp8_indptr),
+            ),
+            lists(
+                *(kv.k_bf16[layer], kv.v_bf16[layer]),
+                *(table.bf16_indices, table.bf16_pos, table.bf16_indptr),
+            ),
+            *(table.seq_lens.data_ptr(), schedule.item_start.data_ptr()),
+            *(schedule.item_request.data_ptr(), states.partial.data_ptr()),
+            *(states.maxima.data_ptr(), states.sums.data_ptr()),
+            *(table.batch_size, kv.kv_heads, self._heads // kv.kv_heads, self._window),
+            *(scale, logit_cap),
+        )
+        if q.device.type == "cuda":
+            with torch.cuda.device(q.device):
+                stream = torch.cuda.current_stream().cuda_stream
+                self._library.decode(params, schedule.bound, stream)
+        else:
+            self._library.decode(params, schedule.bound, 0)
+
+
+def instance_for(
+    head_dim: int, v_head_dim: int, grouped: int, dtype: torch.dtype, *, stages: int
+) -> Instance:
+    """Wide heads and long groups share registers: more tiles only where they fit."""
+    tiles = 2 if grouped > HEADS_A_TILE and max(head_dim, v_head_dim) <= 128 else 1
+    return Instance(QUERIES[dtype], head_dim, v_head_dim, tiles, stages)
+
+
+def library_for(kv: PagedKV, heads: int, dtype: torch.dtype) -> DecodeLibrary | None:
+    """The kernel for these heads on this device; None, and a line in the log, where Triton must do.
+
+    The first time on a device it must answer a small problem as torch does in float64.
+    """
+    pages = [*kv.k_bfp8, *kv.v_bfp8, *kv.k_bf16, *kv.v_bf16]
+    aligned = all(
+        x.data_ptr() % ALIGNMENT == 0 and x.stride(0) * x.element_size() % ALIGNMENT == 0
+        for x in pages
+    )
+    grouped = heads // kv.kv_heads
+    return _library(kv.device, kv.head_dim, kv.v_head_dim, grouped, dtype, aligned)
+
+
+@functools.cache
+def _library(
+    device: torch.device,
+    head_dim: int,
+    v_head_dim: int,
+    grouped: int,
+    dtype: torch.dtype,
+    aligned: bool,
+) -> DecodeLibrary | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        if major < 8:
+            raise RuntimeError(f"its compute capability is {major}.{minor}; needs 8.0")
+        if max(head_dim, v_head_dim) > MAX_DIM:
+            raise RuntimeError(f"head dims {head_dim} and {v_head_dim}; at most {MAX_DIM}")
+        if not aligned:
+            raise RuntimeError(f"pages are not aligned to {ALIGNMENT} bytes")
+        # What fits beside a second block in a multiprocessor's shared memory.
+        stages = 3 if (major, minor) in ((9, 0), (10, 0)) else 2
+        instance = instance_for(head_dim, v_head_dim, grouped, dtype, stages=stages)
+        library = DecodeLibrary(build(instance, 10 * major + minor))
+        probe.check(
+            lambda kv, table, heads: DecodePlan(kv, table, heads, -1, library),
+            *(head_dim, v_head_dim, grouped, dtype, device),
+        )
+    except (RuntimeError, OSError) as error:
+        logger.warning("Decode attention in Triton, not CUDA C++, on %s: %s", device, error)
+        return None
+    return library

@@ -1,0 +1,109 @@
+// The instructions that the kernels are made of, each with the PTX ISA's semantics. lane is 0..31;
+// r = lane / 4 and c = lane % 4 below, as in the PTX ISA's figures of fragments.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define HMA_DEVICE __device__ __forceinline__
+#define HMA_KERNEL(name, Params, threads) \
+  __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params params)
+
+namespace hma {
+
+HMA_DEVICE int lane_index() { return threadIdx.x % 32; }
+HMA_DEVICE int warp_index() { return threadIdx.x / 32; }
+HMA_DEVICE int block_x() { return blockIdx.x; }
+HMA_DEVICE int block_y() { return blockIdx.y; }
+HMA_DEVICE int block_z() { return blockIdx.z; }
+
+HMA_DEVICE uint8_t* shared_memory() {
+  extern __shared__ __align__(16) uint8_t bytes[];
+  return bytes;
+}
+
+HMA_DEVICE void sync_block() { __syncthreads(); }
+HMA_DEVICE void sync_warp() { __syncwarp(); }
+
+template <typename T>
+HMA_DEVICE T from_lane(T value, int lane) {
+  return __shfl_sync(~0u, value, lane);
+}
+
+template <typename T>
+HMA_DEVICE T from_lane_xor(T value, int mask) {
+  return __shfl_xor_sync(~0u, value, mask);
+}
+
+// Bytes of low (0..3) and high (4..7), chosen by four nibbles of selector; bit 3 of a nibble
+// replicates the byte's sign instead.
+HMA_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+HMA_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
+
+// 2^x; -inf gives 0.
+HMA_DEVICE float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Two floats as bfloat16, `low` in the lower half.
+HMA_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+HMA_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+HMA_DEVICE float to_float(__half x) { return __half2float(x); }
+
+// Products of two pairs of bfloat16, subnormals kept: a * b + -0 rounds as a * b does.
+HMA_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0x80008000u));
+  return result;
+}
+
+// An 8x8 matrix of 16-bit values, two to a lane (row r, columns 2c and 2c+1), transposed.
+HMA_DEVICE uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+// sums [16 x 8] += a [16 x 16] * b [16 x 8] in bfloat16 with float sums. Subnormal inputs count.
+// a: (r, 2c..), (r+8, 2c..), (r, 2c+8..), (r+8, 2c+8..); b: (2c.., r), (2c+8.., r);
+// sums: (r, 2c), (r, 2c+1), (r+8, 2c), (r+8, 2c+1).
+HMA_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes from global to shared memory, zeros where not live; done after commit_copies and
+// wait_for_copies, and seen by other lanes after a sync.
+HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from, bool live) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
+               "r"(live ? 16 : 0)
+               : "memory");
+}
+
+HMA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `pending` of this lane's committed groups are under way.
+template <int pending>
+HMA_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+}  // namespace hma

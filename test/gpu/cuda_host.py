@@ -1,0 +1,38 @@
+"""The CUDA kernels compiled for threads on the host (test/cuda_on_host)."""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from hma_kernels.cuda.build import SOURCES, Instance
+from hma_kernels.cuda.library import DecodeLibrary
+
+SHIM = Path(__file__).parent.parent / "cuda_on_host" / "include"
+FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+SANITIZE = ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan")
+
+
+@functools.cache
+def folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="hma-cuda-on-host-"))
+
+
+@functools.cache
+def library(instance: Instance) -> DecodeLibrary:
+    target = folder() / f"{instance.name}.so"
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    includes = ("-I", str(SHIM), "-I", str(SOURCES / "include"))
+    command = [compiler, *FLAGS, *SANITIZE, *includes, *instance.macros()]
+    source = str(SOURCES / "decode.cu")
+    subprocess.run([*command, "-x", "c++", source, "-o", str(target)], check=True)
+    return DecodeLibrary(target)
+
+
+def eager_copies(eager: bool) -> None:
+    """Copies are performed when they are asked for, or as late as they may be."""
+    libc = ctypes.CDLL(None)
+    libc.setenv(b"HMA_COPIES", b"eager" if eager else b"late", 1)
