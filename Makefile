@@ -41,6 +41,10 @@ test: venv ## Lint, then run the tests (PYTEST_ARGS=)
 	@lint=0; $(MAKE) --no-print-directory lint || lint=$$?; \
 	$(RUN) -m pytest $(PYTEST_ARGS) $(if $(strip $(PYTEST_ARGS)),,&& $(TRITON_TESTS)) && exit $$lint
 
+.PHONY: test-gpu
+test-gpu: venv ## On a machine with a GPU: the kernels' tests on it
+	$(RUN) -m pytest test/gpu $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: venv ## Check style and types
 	$(RUN) -m ruff check .
@@ -59,6 +63,12 @@ bench-kernels: venv ## Measure the CPU kernels beside torch, memcpy and (TTNN_PY
 		$(if $(TTNN_PYTHON),--ttnn-python '$(TTNN_PYTHON)') $(ARGS)
 	$(RUN) -m benchmark.kernels.decode_attention --json build/bench/decode_attention.json \
 		--plot build/bench/decode_attention.svg $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: venv ## On a machine with a GPU: decode attention beside FlashInfer; ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.kernels.decode_attention_gpu --json build/bench/decode_attention_gpu.json \
+		--plot build/bench/decode_attention_gpu.svg $(ARGS)
 
 .PHONY: bench-transfer
 bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, and what checksums cost (root, iproute2); ARGS=--check

@@ -174,8 +174,11 @@ def with_defaults(config: HmaConfig, argv: list[str]) -> list[str]:
             defaults["--page-size"] = str(PAGE_TOKENS)
         if on_cpu:
             defaults["--attention-backend"] = "torch_native"
-    if config.packs_kv or on_cpu:
+    if on_cpu or (config.packs_kv and config.role != "decode"):
         defaults["--disable-cuda-graph"] = ""
+    if config.packs_kv and config.role == "decode" and not on_cpu:
+        # An ended request's extra step may write to a page that a transfer has been given since.
+        defaults["--disable-overlap-schedule"] = ""
     if on_cpu:
         defaults |= {"--sampling-backend": "pytorch", "--sleep-on-idle": ""}
     if config.role != "null":

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from hma_kernels.triton import codec, decode, merge, prefill, schedule, xxh3
 from sglang_hma.attention import static_tables
+from sglang_hma.kvcache import generated
 
 INT64S = ("ids", "pos", "start", "seq_lens", "rows", "lengths", "counts")
 TYPES = {
@@ -44,6 +45,14 @@ KERNELS = [
     (schedule._cut, TYPES, {"BATCH": 64, "BLOCK": 128}),
     (static_tables._count, TABLE_TYPES, TABLES),
     (static_tables._place, TABLE_TYPES, TABLES | {"SLAB16": 17, "BATCH": 64}),
+    (
+        generated._store,
+        {"slots": "*i64", "k": "*bf16", "v": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16"},
+        {
+            **{"HEADS": 8, "DIM": 128, "V_DIM": 128, "DIM_PADDED": 128, "V_PADDED": 128},
+            **{"PAGE": 32, "SLAB": 32, "SLAB16": 17},
+        },
+    ),
     (merge._merge, TYPES, {"HEADS": 32, "V_DIM": 128, "V_PADDED": 128, "ITEMS": 16}),
     (
         prefill._extend,

@@ -103,7 +103,7 @@ def _place(
 class StaticPageTables:
     """Room for the page table of any batch up to `max_batch` requests of `max_tokens` tokens.
 
-    `fill` returns the same tensors for each batch size; what they hold is valid until the next call.
+    `fill` returns the same tensors for each batch size; their contents last until the next call.
     """
 
     def __init__(

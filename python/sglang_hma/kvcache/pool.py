@@ -1,6 +1,8 @@
 """KV pools: the memory behind the pages, and how K and V rows are written to it."""
 
 import logging
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -179,10 +181,16 @@ class MixedKVPool(Bfp8KVPool):
         A row whose slot lies in a BFP8 page is a padded token's (slot 0).
         """
         layer = layer_id - self.start_layer
-        loc = unwrap_write_loc(loc_info)[0].long()
-        page, row = bf16_index(loc // PAGE), loc % PAGE
-        self.kv.k_bf16[layer][page, :, row] = k.to(torch.bfloat16)
-        self.kv.v_bf16[layer][page, :, row] = v.to(torch.bfloat16)
+        slots = unwrap_write_loc(loc_info)[0]
+        self._store_generated(slots, k, v, self.kv.k_bf16[layer], self.kv.v_bf16[layer])
+
+    @cached_property
+    def _store_generated(self) -> Callable[..., None]:
+        if torch.device(self.device).type == "cpu":
+            return store_generated
+        from sglang_hma.kvcache import generated
+
+        return generated.store_generated
 
     def unpack_page(self, source: int, target: int) -> None:
         """Copy BFP8 page `source` into BF16 page `target` in every layer, exactly."""
@@ -225,6 +233,19 @@ class MixedKVPool(Bfp8KVPool):
         pages = indices[::PAGE].long() // PAGE
         in_bf16 = self.slab_is_bf16[pages // IDS_PER_SLAB]
         return pages[~in_bf16], bf16_index(pages[in_bf16])
+
+
+def store_generated(
+    slots: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+) -> None:
+    """Rows k, v [n, kv_heads, dim] into BF16 pages, rounded to bfloat16."""
+    page, row = bf16_index(slots.long() // PAGE), slots.long() % PAGE
+    k_pages[page, :, row] = k.to(torch.bfloat16)
+    v_pages[page, :, row] = v.to(torch.bfloat16)
 
 
 def bf16_index(pages: torch.Tensor) -> torch.Tensor:
