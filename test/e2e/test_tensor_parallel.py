@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.transfer.timeline import COMPUTE, SEND, spans
+
 from .conftest import COMMON
 from .harness import Pair, launch, launch_router, output_ids, running
 from .oracle import Oracle
 from .test_exact import FLIPPED_ROUNDING, VOCAB
 from .test_load import assert_drained
+from .test_wire import LAYERS
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +28,10 @@ def test_one_rank_sends_to_two_and_two_to_one(
 ) -> None:
     flags = (*COMMON, "--max-total-tokens", "8192", "--tp-size", "2")
     flags += ("--disable-overlap-schedule",)
-    wide = {mode: launch(f"tp2-{mode}", model, logs, *flags, mode=mode) for mode in ROLES}
+    trace = {"prefill": ("--hma-trace", str(logs / "trace.json")), "decode": ()}
+    wide = {
+        mode: launch(f"tp2-{mode}", model, logs, *flags, *trace[mode], mode=mode) for mode in ROLES
+    }
     routers = (
         launch_router(logs, pair.prefill, wide["decode"], "router-1-2"),
         launch_router(logs, wide["prefill"], pair.decode, "router-2-1"),
@@ -44,3 +50,7 @@ def test_one_rank_sends_to_two_and_two_to_one(
         for server, peer in ((wide["decode"], pair.prefill), (pair.decode, wide["prefill"])):
             assert sum(server.metrics("sglang_hma:kv_verified_groups_total").values()) > 0
             assert "wrong bytes" not in server.text() + peer.text()
+    for file in ("trace.json", "trace.1.json"):  # each rank's own
+        drawn = {span["name"] for span in spans(logs / file) if span["tid"] == COMPUTE}
+        assert {f"layer {layer}" for layer in range(LAYERS)} <= drawn
+        assert any(span["tid"] == SEND for span in spans(logs / file))
