@@ -35,10 +35,10 @@ def _store(
     row = ((page // SLAB * SLAB16 + page % SLAB) * HEADS + head) * PAGE + slot % PAGE
     column = tl.arange(0, DIM_PADDED)
     values = tl.load(k + token * k_stride + head * k_head_stride + column, mask=column < DIM)
-    tl.store(k_pages + row * DIM + column, values.to(tl.bfloat16), mask=column < DIM)
+    tl.store(k_pages + row * DIM + column, values, mask=column < DIM)
     column = tl.arange(0, V_PADDED)
     values = tl.load(v + token * v_stride + head * v_head_stride + column, mask=column < V_DIM)
-    tl.store(v_pages + row * V_DIM + column, values.to(tl.bfloat16), mask=column < V_DIM)
+    tl.store(v_pages + row * V_DIM + column, values, mask=column < V_DIM)
 
 
 def store_generated(
@@ -50,6 +50,7 @@ def store_generated(
 ) -> None:
     """slots: [n], no BF16 slot twice. k, v: [n, heads, dim], the last dimension contiguous.
     k_pages, v_pages: bfloat16 [pages, heads, 32, dim], contiguous."""
+    k, v = k.to(torch.bfloat16), v.to(torch.bfloat16)
     count, heads, dim = k.shape
     v_dim = v.shape[2]
     if count:
