@@ -196,26 +196,17 @@ class DecodeWarp {
     }
 
     const bool ragged = low > 0 || high < K::TOKENS;
-    const float factor = p.scale * K::LOGIT;
     uint32_t weights[HEAD_TILES][BLOCKS][2];
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {
+      to_log2<BLOCKS>(logits[tile], p.scale * K::LOGIT);
+      if (ragged) hide<BLOCKS>(logits[tile], low, high);
       float largest[2] = {top[tile][0], top[tile][1]};
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float logit = logits[tile][block][i] * factor;
-          if (p.logit_cap > 0) {
-            // tanh(x) = 1 - 2 / (exp(2x) + 1)
-            const float power = exp2_fast(logit * (2 * LOG2E / p.logit_cap));
-            logit = p.logit_cap * (1 - 2 / (power + 1));
-          }
-          const int token = block * BLOCK + r + i / 2 * 8;
-          const bool seen = !ragged || (token >= low && token < high);
-          logit = seen ? logit * LOG2E : MINUS_INFINITY;
-          logits[tile][block][i] = logit;
-          largest[i % 2] = fmaxf(largest[i % 2], logit);
+          largest[i % 2] = fmaxf(largest[i % 2], logits[tile][block][i]);
         }
       }
 #pragma unroll
@@ -223,15 +214,8 @@ class DecodeWarp {
         for (int mask = 4; mask < 32; mask *= 2) {
           largest[i] = fmaxf(largest[i], from_lane_xor(largest[i], mask));
         }
-        const float decay = exp2_fast(top[tile][i] - largest[i]);
-        top[tile][i] = largest[i];
-        sum[tile][i] *= decay;
-#pragma unroll
-        for (int group = 0; group < V_DIM / GROUP; ++group) {
-          result[tile][group][i] *= decay;
-          result[tile][group][i + 2] *= decay;
-        }
       }
+      raise_top(tile, largest);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
         float weight[4];
@@ -270,6 +254,58 @@ class DecodeWarp {
             multiply_add(result[tile][group], a, weights[tile][block]);
           }
         }
+      }
+    }
+  }
+
+  // From products to logits in units of log 2.
+  template <int BLOCKS>
+  HMA_DEVICE void to_log2(float (&logits)[BLOCKS][4], float factor) {
+    if (p.logit_cap > 0) {
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          // tanh(x) = 1 - 2 / (exp(2x) + 1)
+          const float power =
+              exp2_fast(logits[block][i] * factor * (2 * LOG2E / p.logit_cap));
+          logits[block][i] = p.logit_cap * LOG2E * (1 - 2 * reciprocal_fast(power + 1));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) logits[block][i] *= factor * LOG2E;
+      }
+    }
+  }
+
+  // Chosen, not multiplied away: a hidden token's logit may be anything.
+  template <int BLOCKS>
+  HMA_DEVICE void hide(float (&logits)[BLOCKS][4], int low, int high) {
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = block * BLOCK + r + i / 2 * 8;
+        if (token < low || token >= high) logits[block][i] = MINUS_INFINITY;
+      }
+    }
+  }
+
+  // A new maximum, the same in the lanes of a column, shrinks what was added up so far.
+  HMA_DEVICE void raise_top(int tile, const float (&largest)[2]) {
+    if (!any_lane(largest[0] != top[tile][0] || largest[1] != top[tile][1])) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float decay = exp2_fast(top[tile][i] - largest[i]);
+      top[tile][i] = largest[i];
+      sum[tile][i] *= decay;
+#pragma unroll
+      for (int group = 0; group < V_DIM / GROUP; ++group) {
+        result[tile][group][i] *= decay;
+        result[tile][group][i + 2] *= decay;
       }
     }
   }

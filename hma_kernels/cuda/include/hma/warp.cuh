@@ -37,6 +37,8 @@ HMA_DEVICE T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 
+HMA_DEVICE bool any_lane(bool value) { return __any_sync(~0u, value); }
+
 // Bytes of low (0..3) and high (4..7), chosen by four nibbles of selector; bit 3 of a nibble
 // replicates the byte's sign instead.
 HMA_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
@@ -51,6 +53,12 @@ HMA_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); 
 HMA_DEVICE float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+HMA_DEVICE float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 

@@ -48,6 +48,13 @@ T from_lane_xor(T value, int mask) {
   return block().gather(value, lane_index() ^ mask);
 }
 
+inline bool any_lane(bool value) {
+  const int phase = block().share(value);
+  bool found = false;
+  for (int lane = 0; lane < 32; ++lane) found |= *block().slot<bool>(phase, lane);
+  return found;
+}
+
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t both = uint64_t(high) << 32 | low;
   uint32_t result = 0;
@@ -75,6 +82,8 @@ inline float exp2_fast(float x) {
   const float result = std::exp2(std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x);
   return std::fpclassify(result) == FP_SUBNORMAL ? 0.0f : result;
 }
+
+inline float reciprocal_fast(float x) { return 1 / x; }
 
 inline uint16_t round_to_bf16(float x) {
   const uint32_t bits = bits_of(x);
