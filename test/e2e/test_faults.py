@@ -222,7 +222,7 @@ def test_pages_are_not_reused_while_they_travel(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_killed_server(faulty: Faulty, role: str) -> None:
-    """kill -9 of all its processes in the middle of transfers, and a new one on the same ports."""
+    """kill -9 of all its processes in the middle of transfers, and at once a new one on its ports."""
     server: Server = getattr(faulty.pair, role)
     other: Server = faulty.pair.decode if role == "prefill" else faulty.pair.prefill
     for _ in range(REPEATS):
@@ -234,10 +234,11 @@ def test_killed_server(faulty: Faulty, role: str) -> None:
             process.send_signal(signal.SIGKILL)
         server.popen.wait(10)
         began = time.monotonic()
+        server.start()
         refused = load.check(may_fail=True)
         print(f"{role} killed: {refused} refused after {time.monotonic() - began:.1f} s")
         assert other.alive()
         faulty.set()
-        server.start().wait_healthy()
+        server.wait_healthy()
         works_again(faulty)
         assert_drained(server, other)
