@@ -222,7 +222,7 @@ def test_pages_are_not_reused_while_they_travel(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_killed_server(faulty: Faulty, role: str) -> None:
-    """kill -9 of all its processes in the middle of transfers, and at once a new one on its ports."""
+    """kill -9 of all its processes in the middle of transfers; at once a new one on its ports."""
     server: Server = getattr(faulty.pair, role)
     other: Server = faulty.pair.decode if role == "prefill" else faulty.pair.prefill
     for _ in range(REPEATS):
