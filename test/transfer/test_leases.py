@@ -61,6 +61,31 @@ def test_unclaimed_requests_end_soon_when_every_decode_server_is_gone(
     assert "all that were known are gone" in claims.hopeless()[0][1]
 
 
+def test_requests_that_never_came_are_told_of_while_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claims = Claims(expected=True)
+    for room in (1, 2, 3, 4):
+        claims.claimed(room, A)
+    claims.claimed(1, B)
+    claims.opened(2)
+    claims.opened(4)
+    claims.closed(4)
+    assert claims.unopened() == []
+    monkeypatch.setattr(Claims, "UNOPENED_S", 0.05)
+    time.sleep(0.1)
+    assert sorted(claims.unopened()) == [(1, [A, B]), (3, [A])]
+    assert claims.unopened() == []  # not again at once
+    time.sleep(0.1)
+    claims.renewed([1, 2], A)
+    assert claims.unopened() == [(1, [A, B])]
+    time.sleep(0.1)
+    claims.renewed([], A)
+    claims.renewed([], B)
+    assert claims.unopened() == []
+    assert not claims._by.keys() - {2}, "claims of requests that never came are forgotten"
+
+
 def given_up(claims: Claims) -> set[int]:
     return {room for room, why in claims.hopeless() if "given it up" in why}
 

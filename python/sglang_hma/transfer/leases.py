@@ -81,19 +81,23 @@ class Tenant:
 class Claims:
     """On prefill: who has claimed each open request, and which of them are hopeless.
 
-    A request that nobody has claimed for UNCLAIMED_S never reached a decode server, or reached one
-    that died at once; where every decode server that was ever heard of is gone, ORPHANED_S is
-    enough. A decode server that has not been heard of for LEASE_S is cut off.
+    The router gives each server its half and may lose one. A request that nobody has claimed for
+    UNCLAIMED_S never reached a decode server, or reached one that died at once; where every decode
+    server that was ever heard of is gone, ORPHANED_S is enough. One that was claimed UNOPENED_S ago
+    and has not come here never will. A decode server that has not been heard of for LEASE_S is cut
+    off.
     """
 
     UNCLAIMED_S = 45.0
     ORPHANED_S = 10.0
+    UNOPENED_S = 45.0
     LEASE_S = 30.0
 
     def __init__(self, *, expected: bool) -> None:
         self.expected = expected  # False with stock decode servers, which claim nothing
         self._opened: dict[int, float] = {}
         self._by: dict[int, dict[Address, bool]] = {}  # whether it still wants the request
+        self._claimed_s: dict[int, float] = {}
         self._heard_s: dict[Address, float] = {}
         self._obituaries = Obituaries()
 
@@ -102,14 +106,15 @@ class Claims:
 
     def closed(self, room: int) -> None:
         self._opened.pop(room, None)
-        self._by.pop(room, None)
+        self._forget(room)
 
     def claimed(self, room: int, address: Address) -> None:
         """May come before `opened`: the router tells both servers at once."""
         self._heard_s[address] = time.monotonic()
+        self._claimed_s.setdefault(room, time.monotonic())
         self._by.setdefault(room, {})[address] = True
         while len(self._by) > MAX_ROOMS:  # claims of requests that never came here
-            self._by.pop(next(iter(self._by)))
+            self._forget(next(iter(self._by)))
 
     def renewed(self, rooms: Collection[int], address: Address) -> None:
         """All that a decode server still has at this rank."""
@@ -130,6 +135,25 @@ class Claims:
             if reason is not None:
                 found.append((room, reason))
         return found
+
+    def unopened(self) -> list[tuple[int, list[Address]]]:
+        """(room, decode ranks that want it) of requests whose other half never came here; again
+        after a while if they still want it."""
+        found = []
+        now = time.monotonic()
+        for room, tenants in list(self._by.items()):
+            if room in self._opened or now - self._claimed_s.get(room, now) <= self.UNOPENED_S:
+                continue
+            if wanting := [address for address, wanted in tenants.items() if wanted]:
+                self._claimed_s[room] = now
+                found.append((room, wanting))
+            else:
+                self._forget(room)
+        return found
+
+    def _forget(self, room: int) -> None:
+        self._by.pop(room, None)
+        self._claimed_s.pop(room, None)
 
     def _unclaimed(self, waited_s: float) -> str | None:
         if waited_s > self.UNCLAIMED_S:

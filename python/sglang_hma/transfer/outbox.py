@@ -22,6 +22,7 @@ from sglang_hma.transfer.gates import LayerGate
 from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece, runs
 from sglang_hma.transfer.integrity import Area, Buffers, HostMemory, digests
 from sglang_hma.transfer.leases import Claims
+from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.metrics import PrefillMetrics
 from sglang_hma.transfer.pump import Job, Link, Part, Pump, Sending
 from sglang_hma.transfer.trace import Trace
@@ -364,8 +365,20 @@ class Outbox:
             # A request that has just succeeded is no longer on decode's list either.
             if not self._concluded(room):
                 self._fail(room, why)
+        for room, ranks in self.claims.unopened():
+            self._refuse_unopened(room, ranks)
         self.metrics.quarantined.set(len(self._unsettled))
         self.trace.flush()
+
+    def _refuse_unopened(self, room: int, ranks: list[Address]) -> None:
+        reason = f"the prefill server got no request for it in {self.claims.UNOPENED_S:g} s"
+        logger.error("Room %s is waited for by %s, but %s", room, ranks, reason)
+        self.manager.send_kv_status_message(
+            targets=ranks,
+            bootstrap_room=room,
+            status=KVPoll.Failed,
+            failure_reason=reason,
+        )
 
     def settled(self, room: int) -> bool:
         """Whether no failed write of this room may still be on its way to decode."""
