@@ -3,13 +3,9 @@
 HMA_TEST_FAULTS names a JSON file, read again whenever it changes:
   flip     probability that one byte of an acknowledged write is changed on the far side
   slow_s   every write is reported done this much later
-
-SGLang's processes are forked here, not spawned: the same code, without importing it again in each
-of them. A server that is killed again and again is back in half the time.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import time
@@ -23,8 +19,6 @@ def register() -> None:
     from sglang_hma.transfer import manager
 
     manager.MooncakeLink = FaultyLink
-    choose = multiprocessing.set_start_method
-    multiprocessing.set_start_method = lambda _, force=False: choose("fork", force=force)
 
 
 class FaultyLink:
