@@ -5,14 +5,13 @@ Under TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly: that is how the
 there is no GPU.
 """
 
-import os
 from functools import cached_property
 
 import torch
 
 from hma_kernels import portable
 from hma_kernels.cuda import decode as cuda_decode
-from hma_kernels.implementation import ENVIRONMENT, ExtendCall, Plan
+from hma_kernels.implementation import ExtendCall, Plan, wanted
 from hma_kernels.paged import PagedKV, PageTable
 from hma_kernels.triton import codec, decode, prefill
 from hma_kernels.triton.codec import pack, round_values, write_rows
@@ -46,9 +45,7 @@ class _Plan:
 
 
 def _fast_plan(dtype: torch.dtype, kv: PagedKV, table: PageTable, heads: int, window: int) -> Plan:
-    library = None
-    if os.environ.get(ENVIRONMENT) != "triton":
-        library = cuda_decode.library_for(kv, heads, dtype)
+    library = None if wanted() == "triton" else cuda_decode.library_for(kv, heads, dtype)
     if library is None:
         return decode.DecodePlan(kv, table, heads, window)
     return cuda_decode.DecodePlan(kv, table, heads, window, library)

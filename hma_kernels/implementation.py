@@ -12,7 +12,7 @@ from hma_kernels.layout import Rounding
 from hma_kernels.paged import PagedKV, PageTable
 
 ENVIRONMENT = "HMA_KERNELS"
-CHOICES = ("auto", "cpu", "cuda", "triton", "portable")
+CHOICES = ("auto", "cpu", "triton", "portable")
 
 
 @dataclass(frozen=True)
@@ -60,35 +60,36 @@ class Implementation(Protocol):
     def extend(self, call: ExtendCall) -> None: ...
 
 
-def _wanted() -> str:
-    wanted = os.environ.get(ENVIRONMENT, "auto")
-    if wanted not in CHOICES:
-        raise ValueError(f"{ENVIRONMENT} is {wanted!r}; needs one of {', '.join(CHOICES)}")
-    return wanted
+def wanted() -> str:
+    """What HMA_KERNELS says; raises ValueError if it is no choice."""
+    choice = os.environ.get(ENVIRONMENT, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT} is {choice!r}; needs one of {', '.join(CHOICES)}")
+    return choice
 
 
 @functools.cache
 def _host() -> Implementation:
-    wanted = _wanted()
-    if wanted == "portable":
+    choice = wanted()
+    if choice == "portable":
         return _portable()
     try:
         return _load("hma_kernels.cpu")
     except ImportError:
-        if wanted == "cpu":
+        if choice == "cpu":
             raise
         return _portable()
 
 
 @functools.cache
 def _gpu() -> Implementation:
-    wanted = _wanted()
-    if wanted == "portable":
+    choice = wanted()
+    if choice == "portable":
         return _portable()
     try:
         return _load("hma_kernels.gpu")
     except ImportError:
-        if wanted in ("cuda", "triton"):
+        if choice == "triton":
             raise
         return _portable()
 
@@ -103,15 +104,19 @@ def _load(module: str) -> Implementation:
 
 
 def implementation_for(device: torch.device) -> Implementation:
-    """What works on a device's tensors. HMA_KERNELS=portable keeps to torch; =cpu insists on C++ on
-    the host, =triton and =cuda choose decode attention on a GPU."""
+    """What works on a device's tensors. HMA_KERNELS=portable keeps to torch, =cpu insists on C++ on
+    the host, =triton insists on Triton on a GPU and leaves CUDA C++ out."""
     return _host() if device.type == "cpu" else _gpu()
 
 
 def describe(device: torch.device) -> str:
     """For a log line: which kernels serve, and why they are slow if they are."""
     if device.type != "cpu":
-        return "kernels: torch" if implementation_for(device) is _portable() else "kernels: Triton"
+        if implementation_for(device) is _portable():
+            return "kernels: torch"
+        return "kernels: Triton" + (
+            "" if wanted() == "triton" else ", decode in CUDA C++ if it can"
+        )
     if implementation_for(device) is _portable():
         asked = os.environ.get(ENVIRONMENT) == "portable"
         why = "HMA_KERNELS=portable" if asked else "hma_kernels.cpu was not built"

@@ -12,7 +12,7 @@ from hma_kernels.paged import PagedKV, PageTable
 from hma_kernels.triton.merge import PartialStates
 from hma_kernels.triton.pages import load_tile
 from hma_kernels.triton.schedule import Schedule
-from hma_kernels.triton.softmax import attend, mma_type, split_query
+from hma_kernels.triton.softmax import attend, empty_state, mma_type, split_query
 
 PAGES_A_TILE = 2
 ROWS = 16  # query heads a tensor-core tile holds
@@ -84,9 +84,7 @@ def _partial(
     )
     q, q_low = split_query(given, MMA)
 
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, V_PADDED], tl.float32)
+    top, total, acc = empty_state(ROWS, V_PADDED)
     token = tl.arange(0, PAGES * 32)
     page_of, row = token // 32, token % 32
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from hma_kernels.implementation import ExtendCall
 from hma_kernels.triton.pages import load_tile
-from hma_kernels.triton.softmax import attend, mma_type, split_query
+from hma_kernels.triton.softmax import attend, empty_state, mma_type, split_query
 
 ROWS = 64  # new rows of one query head a program takes
 PAGES_A_TILE = 2
@@ -75,9 +75,7 @@ def _extend(
         other=0.0,
     )
     q, q_low = split_query(given, MMA)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, V_PADDED], tl.float32)
+    top, total, acc = empty_state(ROWS, V_PADDED)
     token = tl.arange(0, PAGES * 32)
     page_of, row = token // 32, token % 32
 

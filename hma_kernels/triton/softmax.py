@@ -23,6 +23,13 @@ def split_query(given, MMA: tl.constexpr):
 
 
 @triton.jit
+def empty_state(ROWS: tl.constexpr, V_PADDED: tl.constexpr):
+    """Maximum, sum and output of queries that have seen no key."""
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    return top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, V_PADDED], tl.float32)
+
+
+@triton.jit
 def attend(
     state_max,
     state_sum,

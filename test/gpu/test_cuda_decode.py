@@ -6,9 +6,8 @@ import pytest
 import torch
 from cuda_host import eager_copies, library
 from kernel_cases import Cache, Spec, random_cache
-from test_triton_decode import NOISE, to
+from test_triton_decode import check_against_reference, to
 
-from hma_kernels import reference
 from hma_kernels.cuda import probe
 from hma_kernels.cuda.build import Instance
 from hma_kernels.cuda.decode import DecodePlan, instance_for, library_for
@@ -70,21 +69,9 @@ def test_equals_reference(
     cache = random_cache(rng, Spec(lengths, heads, dim, v_dim, magnitude, v_magnitude))
     q = np.ldexp(rng.standard_normal((len(lengths), heads * group, dim)), -magnitude)
     query = torch.from_numpy(q).to(dtype)
-    cap = float(rng.choice([0, 0, 5, 30]))
-    window = int(rng.choice([-1, -1, 0, 1, 17, 32, 100]))
-
-    got = run(cache, query, device, window=window, cap=cap).double().numpy()
-    expected = reference.decode_attention(
-        query.double().numpy(),
-        *cache.reference(1),
-        scale=dim**-0.5,
-        logit_cap=cap,
-        sliding_window=window,
+    check_against_reference(
+        rng, cache, query, lambda **options: run(cache, query, device, **options)
     )
-    allowed = torch.finfo(dtype).eps / 2 * np.abs(expected)
-    allowed += NOISE * np.abs(expected).max(-1, keepdims=True)
-    error = np.abs(got - expected)
-    assert np.isfinite(error).all() and (error <= allowed).all(), np.max(error / allowed)
 
 
 @pytest.mark.parametrize("stages", [1, 2])

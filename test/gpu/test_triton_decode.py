@@ -1,5 +1,7 @@
 """Decode attention in Triton against the float64 reference on random paged caches."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,26 @@ def run(
     return out.cpu()
 
 
+def check_against_reference(
+    rng: np.random.Generator, cache: Cache, query: torch.Tensor, run: Callable[..., torch.Tensor]
+) -> None:
+    """run(window=, cap=) with random options against the float64 definition."""
+    cap = float(rng.choice([0, 0, 5, 30]))
+    window = int(rng.choice([-1, -1, 0, 1, 17, 32, 100]))
+    got = run(window=window, cap=cap).double().numpy()
+    expected = reference.decode_attention(
+        query.double().numpy(),
+        *cache.reference(1),
+        scale=query.shape[2] ** -0.5,
+        logit_cap=cap,
+        sliding_window=window,
+    )
+    allowed = torch.finfo(query.dtype).eps / 2 * np.abs(expected)
+    allowed += NOISE * np.abs(expected).max(-1, keepdims=True)
+    error = np.abs(got - expected)
+    assert np.isfinite(error).all() and (error <= allowed).all(), np.max(error / allowed)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("trial", range(8))
 def test_equals_reference(
@@ -39,21 +61,9 @@ def test_equals_reference(
     cache = random_cache(rng, Spec(lengths, heads, dim, v_dim, magnitude, v_magnitude))
     q = np.ldexp(rng.standard_normal((len(lengths), heads * group, dim)), -magnitude)
     query = torch.from_numpy(q).to(dtype)
-    cap = float(rng.choice([0, 0, 5, 30]))
-    window = int(rng.choice([-1, -1, 0, 1, 17, 32, 100]))
-
-    got = run(cache, query, device, window=window, cap=cap).double().numpy()
-    expected = reference.decode_attention(
-        query.double().numpy(),
-        *cache.reference(1),
-        scale=dim**-0.5,
-        logit_cap=cap,
-        sliding_window=window,
+    check_against_reference(
+        rng, cache, query, lambda **options: run(cache, query, device, **options)
     )
-    allowed = torch.finfo(dtype).eps / 2 * np.abs(expected)
-    allowed += NOISE * np.abs(expected).max(-1, keepdims=True)
-    error = np.abs(got - expected)
-    assert np.isfinite(error).all() and (error <= allowed).all(), np.max(error / allowed)
 
 
 def test_nothing_to_see_is_zero(rng: np.random.Generator, device: torch.device) -> None:
