@@ -18,6 +18,7 @@ PAGE_TOKENS = 32
 _PLATFORM_CLASSES = {
     "cpu": "sglang_hma.platforms.cpu:HmaCpuPlatform",
     "cuda": "sglang_hma.platforms.cuda:HmaCudaPlatform",
+    "cuda without sgl_kernel": "sglang_hma.platforms.cuda:HmaTorchCudaPlatform",
 }
 
 
@@ -35,10 +36,12 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     layers_per_send: LayersPerSend = "auto"
     kv_checksum: bool = True
     trace: str | None = None
+    torch_ops: bool = False  # on a GPU: SGLang's layers do without sgl_kernel
 
     @property
     def platform_class(self) -> str:
-        return _PLATFORM_CLASSES[self.device]
+        without = " without sgl_kernel" if self.torch_ops else ""
+        return _PLATFORM_CLASSES[self.device + without]
 
     @property
     def packs_kv(self) -> bool:

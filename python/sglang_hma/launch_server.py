@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import psutil
 
 from sglang_hma import config as hma_config
+from sglang_hma import torch_ops
 from sglang_hma.config import PAGE_TOKENS, HmaConfig
 
 CPU_KV_SHARE_OF_MEMORY = 0.2
@@ -110,6 +111,7 @@ def parse(argv: list[str]) -> tuple[HmaConfig, list[str]]:
         layers_per_send=ours.hma_layers_per_send,
         kv_checksum=ours.hma_kv_checksum == "on",
         trace=ours.hma_trace,
+        torch_ops=torch_ops.needed(device),
     )
     if config.trace and not Path(config.trace).resolve().parent.is_dir():
         fail(f"--hma-trace is {config.trace}: its folder does not exist, make it first")
@@ -172,15 +174,17 @@ def with_defaults(config: HmaConfig, argv: list[str]) -> list[str]:
     else:
         if config.role != "null":
             defaults["--page-size"] = str(PAGE_TOKENS)
-        if on_cpu:
+        if on_cpu or config.torch_ops:
             defaults["--attention-backend"] = "torch_native"
-    if on_cpu or (config.packs_kv and config.role != "decode"):
+    if on_cpu or config.torch_ops or (config.packs_kv and config.role != "decode"):
         defaults["--disable-cuda-graph"] = ""
     if config.packs_kv and config.role == "decode" and not on_cpu:
         # An ended request's extra step may write to a page that a transfer has been given since.
         defaults["--disable-overlap-schedule"] = ""
     if on_cpu:
-        defaults |= {"--sampling-backend": "pytorch", "--sleep-on-idle": ""}
+        defaults["--sleep-on-idle"] = ""
+    if on_cpu or config.torch_ops:
+        defaults["--sampling-backend"] = "pytorch"
     if config.role != "null":
         transport = "mooncake_tcp" if on_cpu else "mooncake"
         defaults["--disaggregation-transfer-backend"] = transport
@@ -299,6 +303,12 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault(name, value)
     if config.device == "cpu":
         cpu_environment()
+    if config.torch_ops:
+        sys.stderr.write(
+            "sglang_hma.launch_server: sgl_kernel is not installed: SGLang's layers run on torch's "
+            "operators, without CUDA graphs; attention is sglang-hma's own\n"
+        )
+    torch_ops.prepare(config)
 
     from sglang.srt.plugins import load_plugins
 
@@ -326,5 +336,8 @@ def main(argv: list[str] | None = None) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-if __name__ == "__main__":
+if __name__ == "__mp_main__":
+    # A worker process, which has imported nothing of SGLang yet.
+    torch_ops.prepare(HmaConfig.from_env())
+elif __name__ == "__main__":
     main()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from sglang_hma import torch_ops
 from sglang_hma.config import HmaConfig
 
 SGLANG_VERSION = "0.5.23"
@@ -103,6 +104,8 @@ def verify(config: HmaConfig) -> None:
     ]
     if config.packs_kv and not _has_attention_backend():
         lost.append("sglang.srt.layers.attention.attention_registry: backend 'hma'")
+    if config.torch_ops and not torch_ops.took_hold():
+        lost.append("sglang.srt.utils.is_cuda")
     if lost:
         raise RuntimeError(
             f"SGLang's plugin loader did not apply {', '.join(lost)}; "

@@ -1,0 +1,76 @@
+"""A GPU server without sgl_kernel: its worker processes import SGLang's model runner."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sglang_hma.config import HmaConfig
+
+# torch says that there is a Hopper GPU; the launcher's module is imported as multiprocessing does.
+WORKER = """
+import runpy, sys, types
+import torch
+
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_name = lambda *_: "a GPU"
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(
+    major=9, minor=0, multi_processor_count=132, total_memory=1 << 36, name="a GPU"
+)
+sys.modules["sgl_kernel"] = None  # not installed
+
+runpy.run_module("sglang_hma.launch_server", run_name="__mp_main__", alter_sys=True)
+from sglang.srt.managers import scheduler
+from sglang.srt.models import llama, qwen3
+from sglang.srt.platforms import current_platform
+from sglang.srt.plugins import load_plugins
+from sglang_hma import seams
+from sglang_hma.config import HmaConfig
+
+load_plugins()
+seams.verify(HmaConfig.require())
+print("platform", type(current_platform).__name__, current_platform.device_type)
+"""
+
+
+def worker(config: HmaConfig) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WORKER],
+        env=os.environ | config.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_worker_needs_no_sgl_kernel() -> None:
+    done = worker(HmaConfig(role="decode", device="cuda", torch_ops=True))
+    assert "platform HmaTorchCudaPlatform cuda" in done.stdout, done.stderr[-3000:]
+
+
+def test_sglang_itself_needs_it() -> None:
+    """So the test above can fail."""
+    done = worker(HmaConfig(role="decode", device="cuda"))
+    assert "import of sgl_kernel halted" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "needed"),
+    [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)],
+)
+def test_chosen_where_sgl_kernel_is_missing(
+    monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, needed: bool
+) -> None:
+    from sglang_hma import torch_ops
+    from sglang_hma.launch_server import parse
+
+    monkeypatch.setattr(torch_ops, "find_spec", lambda _: object() if installed else None)
+    config, argv = parse(["--model-path", "m", "--device", device])
+    assert config.torch_ops == needed
+    if needed:
+        assert "--disable-cuda-graph" in argv
+        assert argv[argv.index("--sampling-backend") + 1] == "pytorch"
