@@ -9,6 +9,7 @@ import msgspec
 KVFormatName = Literal["bfp8", "native"]
 WeightFormatName = Literal["bfp8", "native"]
 Role = Literal["prefill", "decode", "null"]
+PrefillRuntime = Literal["reference", "ttnn"]
 
 LayersPerSend = int | Literal["auto", "all"]
 
@@ -36,6 +37,8 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     layers_per_send: LayersPerSend = "auto"
     kv_checksum: bool = True
     trace: str | None = None
+    prefill_runtime: PrefillRuntime = "reference"
+    device_id: int = 0  # of the Tenstorrent card
     torch_ops: bool = False  # on a GPU: SGLang's layers do without sgl_kernel
 
     @property
@@ -63,8 +66,13 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.sends_early or (self.role == "prefill" and self.trace is not None)
 
     @property
+    def on_card(self) -> bool:
+        """Whether a Tenstorrent card computes; SGLang's device is the CPU then."""
+        return self.prefill_runtime == "ttnn"
+
+    @property
     def rounds_prefill_weights(self) -> bool:
-        return self.weight_format == "bfp8" and self.role != "decode"
+        return self.weight_format == "bfp8" and self.role != "decode" and not self.on_card
 
     def environment(self) -> dict[str, str]:
         """What a process of this server needs in its environment."""
@@ -96,6 +104,13 @@ def layers_per_send(text: str) -> LayersPerSend:
     return int(text)
 
 
+def device_id(text: str) -> int:
+    """The value of --hma-device-ids; raises argparse.ArgumentTypeError."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no card number: start a server a card")
+    return int(text)
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sglang-hma", "Heterogeneous prefill/decode with BFP8 KV pages (docs/quickstart.md)"
@@ -115,6 +130,22 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="Linear weights during prefill: 'bfp8' rounds them as a Tenstorrent card holds them, "
         "'native' keeps the checkpoint's. Decode always uses the checkpoint's. "
         "Default: what --hma-kv-format says.",
+    )
+    group.add_argument(
+        "--hma-prefill-runtime",
+        choices=["auto", "ttnn", "reference"],
+        default="auto",
+        help="What computes on a prefill server: 'ttnn' a Tenstorrent card (docs/tenstorrent.md), "
+        "'reference' SGLang's own model on --device with the card's formats; 'auto' the card if "
+        "this host has one, ttnn is installed and no --device says otherwise. Default: auto.",
+    )
+    group.add_argument(
+        "--hma-device-ids",
+        type=device_id,
+        default=None,
+        metavar="N",
+        help="On a prefill server with a Tenstorrent card: the card's number under "
+        "/dev/tenstorrent, one card a server. Default: 0.",
     )
     group.add_argument(
         "--hma-layers-per-send",

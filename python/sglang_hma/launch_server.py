@@ -7,6 +7,7 @@ SGLang's own --disaggregation-mode prefill | decode | null.
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ import psutil
 
 from sglang_hma import config as hma_config
 from sglang_hma import torch_ops
-from sglang_hma.config import PAGE_TOKENS, HmaConfig
+from sglang_hma.config import PAGE_TOKENS, HmaConfig, PrefillRuntime
 
 CPU_KV_SHARE_OF_MEMORY = 0.2
 SHARE_ENV = "SGLANG_HMA_SHARE"
@@ -103,6 +104,9 @@ def parse(argv: list[str]) -> tuple[HmaConfig, list[str]]:
     device = flag_value(rest, "--device") or default_device()
     if device not in ("cpu", "cuda"):
         fail(f"--device is {device}: sglang-hma serves on cpu and cuda")
+    runtime, device_id = prefill_runtime(ours, role, flag_value(rest, "--device"))
+    if runtime == "ttnn":
+        device = "cpu"
     config = HmaConfig(
         role=role,  # type: ignore[arg-type]
         device=device,  # type: ignore[arg-type]
@@ -111,12 +115,35 @@ def parse(argv: list[str]) -> tuple[HmaConfig, list[str]]:
         layers_per_send=ours.hma_layers_per_send,
         kv_checksum=ours.hma_kv_checksum == "on",
         trace=ours.hma_trace,
+        prefill_runtime=runtime,
+        device_id=device_id,
         torch_ops=torch_ops.needed(device),
     )
     if config.trace and not Path(config.trace).resolve().parent.is_dir():
         fail(f"--hma-trace is {config.trace}: its folder does not exist, make it first")
     check_conflicts(config, rest)
     return config, with_defaults(config, rest)
+
+
+def prefill_runtime(
+    ours: argparse.Namespace, role: str, device: str | None
+) -> tuple[PrefillRuntime, int]:
+    """What computes, and on which card."""
+    chosen, device_id = ours.hma_prefill_runtime, ours.hma_device_ids
+    fits = role == "prefill" and ours.hma_kv_format == "bfp8" and device in (None, "cpu")
+    if chosen == "ttnn" and not fits:
+        fail(
+            "--hma-prefill-runtime is ttnn: a card serves --disaggregation-mode prefill with "
+            "--hma-kv-format bfp8, and no --device but cpu goes with it"
+        )
+    if chosen == "auto":
+        from sglang_hma.prefill.ttnn.card import visible_cards
+
+        there = fits and device is None and visible_cards() and find_spec("ttnn") is not None
+        chosen = "ttnn" if there else "reference"
+    if chosen == "reference" and device_id is not None:
+        fail(f"--hma-device-ids is {device_id}, but no card computes: --hma-prefill-runtime ttnn")
+    return chosen, device_id or 0
 
 
 def default_device() -> str:

@@ -85,6 +85,8 @@ def register(config: HmaConfig) -> None:
 
     if config.packs_kv:
         _register_attention_backend()
+    if config.on_card:
+        _register_models()
     for seam in SEAMS:
         if seam.applies(config):
             ours = seam.load()
@@ -104,6 +106,8 @@ def verify(config: HmaConfig) -> None:
     ]
     if config.packs_kv and not _has_attention_backend():
         lost.append("sglang.srt.layers.attention.attention_registry: backend 'hma'")
+    if config.on_card and not _has_models():
+        lost.append("sglang.srt.models.registry.ModelRegistry.models")
     if config.torch_ops and not torch_ops.took_hold():
         lost.append("sglang.srt.utils.is_cuda")
     if lost:
@@ -134,6 +138,24 @@ def _register_attention_backend() -> None:
 
     add_attention_backend_choices(["hma"])
     register_attention_backend("hma")(build)
+
+
+def _register_models() -> None:
+    from sglang.srt.models.registry import ModelRegistry
+
+    from sglang_hma.prefill.ttnn.server import CardCausalLM
+    from sglang_hma.prefill.ttnn.shape import ARCHITECTURES
+
+    ModelRegistry.models.update(dict.fromkeys(ARCHITECTURES, CardCausalLM))
+
+
+def _has_models() -> bool:
+    from sglang.srt.models.registry import ModelRegistry
+
+    from sglang_hma.prefill.ttnn.server import CardCausalLM
+    from sglang_hma.prefill.ttnn.shape import ARCHITECTURES
+
+    return all(ModelRegistry.models.get(name) is CardCausalLM for name in ARCHITECTURES)
 
 
 def _has_attention_backend() -> bool:

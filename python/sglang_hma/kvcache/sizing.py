@@ -34,7 +34,9 @@ class HmaPoolConfigurator(DefaultPoolConfigurator):
 
     def _whole_slabs(self, sizes: MemoryPoolConfig, *, reserved: int) -> MemoryPoolConfig:
         tokens = sizes.max_total_num_tokens
-        if HmaConfig.require().mixes_page_formats:
+        if HmaConfig.require().on_card:
+            sizes.max_total_num_tokens = self._on_card(tokens)
+        elif HmaConfig.require().mixes_page_formats:
             slabs = tokens // SLAB_TOKENS - reserved
             if slabs < 1:
                 raise RuntimeError(
@@ -44,3 +46,10 @@ class HmaPoolConfigurator(DefaultPoolConfigurator):
                 )
             sizes.max_total_num_tokens = slabs * SLAB_TOKENS
         return sizes
+
+    def _on_card(self, tokens: int) -> int:
+        from sglang.srt.runtime_context import get_schedule
+
+        from sglang_hma.prefill.ttnn.server import CardCausalLM
+
+        return CardCausalLM.serving.fitting_tokens(tokens, get_schedule().chunked_prefill_size)

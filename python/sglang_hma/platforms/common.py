@@ -16,6 +16,10 @@ class HmaPlatformMixin:
             from sglang_hma.kvcache.gated import NativeKVPool
 
             return NativeKVPool if config.sends_early else None
+        if config.on_card:
+            from sglang_hma.prefill.ttnn.server import CardKVPool
+
+            return CardKVPool
         from sglang_hma.kvcache import pool
 
         return pool.MixedKVPool if config.mixes_page_formats else pool.Bfp8KVPool
@@ -37,5 +41,7 @@ class HmaPlatformMixin:
         from sglang_hma.prefill import reference
 
         # The launcher verified its own process; this is the one that serves.
-        seams.verify(HmaConfig.require())
-        reference.prepare_model(model)
+        config = HmaConfig.require()
+        seams.verify(config)
+        if not config.on_card:
+            reference.prepare_model(model)

@@ -1,0 +1,1 @@
+"""Prefill on Tenstorrent cards through ttnn. Imported only where that runtime was chosen."""

@@ -1,0 +1,118 @@
+"""One Tenstorrent card: opening, closing, its memory, and what is wrong if there is none."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+QUEUES = 2  # commands; copies to the host beside them
+COMPUTE, COPY = range(QUEUES)
+
+
+class CardError(RuntimeError):
+    """No card, or one that cannot serve, in one line."""
+
+
+@dataclass(frozen=True)
+class Dram:
+    """Bytes of the card's memory, all banks together."""
+
+    total: int
+    free: int
+
+
+@dataclass
+class Card:
+    """An open device with a command queue for compute and one for copies."""
+
+    device: Any
+
+    @property
+    def arch(self) -> str:
+        return str(self.device.arch()).rpartition(".")[2].lower()
+
+    @property
+    def dram(self) -> Dram:
+        import ttnn
+
+        view = ttnn.get_memory_view(self.device, ttnn.BufferType.DRAM)
+        banks = view.num_banks
+        return Dram(
+            total=view.total_bytes_per_bank * banks,
+            free=view.total_bytes_free_per_bank * banks,
+        )
+
+    @property
+    def programs(self) -> int:
+        """Compiled programs so far: a shape that was seen before adds none."""
+        return int(self.device.num_program_cache_entries())
+
+    def close(self) -> None:
+        import ttnn
+
+        ttnn.close_device(self.device)
+
+
+def visible_cards() -> list[int]:
+    """Numbers of the cards that the kernel driver shows."""
+    nodes = Path("/dev/tenstorrent")
+    if not nodes.is_dir():
+        return []
+    return sorted(int(node.name) for node in nodes.iterdir() if node.name.isdecimal())
+
+
+def stands_in() -> bool:
+    """Whether the vendor's simulator or a described card without silicon takes a card's place."""
+    return any(
+        os.environ.get(name) for name in ("TT_METAL_SIMULATOR", "TT_METAL_MOCK_CLUSTER_DESC_PATH")
+    )
+
+
+def open_card(device_id: int = 0) -> Card:
+    """Raises CardError with the reason and the remedy."""
+    if not stands_in():
+        cards = visible_cards()
+        if not cards:
+            raise CardError(
+                "no Tenstorrent card: /dev/tenstorrent is empty; is the card in, and its kernel "
+                "driver (tt-kmd) loaded?"
+            )
+        if device_id not in cards:
+            shown = ", ".join(map(str, cards))
+            raise CardError(f"--hma-device-ids is {device_id}: this host has cards {shown}")
+    # ttnn numbers the cards that it may see from 0.
+    if "TT_VISIBLE_DEVICES" not in os.environ and not stands_in():
+        os.environ["TT_VISIBLE_DEVICES"] = str(device_id)
+    try:
+        import ttnn
+    except ImportError as error:
+        raise CardError(
+            f"ttnn cannot be imported ({error}): pip install --no-deps -r "
+            "requirements/tenstorrent.txt"
+        ) from error
+    try:
+        device = ttnn.open_device(device_id=0, num_command_queues=QUEUES)
+    except RuntimeError as error:
+        raise CardError(f"card {device_id} does not open: {reason(error)}") from error
+    return Card(device)
+
+
+def reason(error: Exception) -> str:
+    """The vendor's message without its file names and backtrace."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[lines.index("info:") + 1 :] if "info:" in lines else lines
+    message = told[0] if told else type(error).__name__
+    if "sfpi" in message:
+        message += "; install the vendor's sfpi package of the release in ttnn's sfpi-version file"
+    return message
+
+
+@contextlib.contextmanager
+def opened(device_id: int = 0) -> Iterator[Card]:
+    card = open_card(device_id)
+    try:
+        yield card
+    finally:
+        card.close()

@@ -1,0 +1,156 @@
+"""The runtime inside an SGLang prefill server: model class and KV pool.
+
+The pool's pages lie in the host's memory, where Mooncake has registered them, and the card's cache
+has the same pages under the same ids: a page is written in both by the forward that computes it. So
+a radix hit finds its prefix on the card, a transfer finds it on the host, and a freed page is free
+in both.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
+from sglang.srt.runtime_context import get_model
+
+from hma_kernels import PAGE
+from sglang_hma.config import HmaConfig
+from sglang_hma.kvcache.pool import Bfp8KVPool
+from sglang_hma.prefill.ttnn.card import Card, open_card
+from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
+from sglang_hma.prefill.ttnn.readback import Readback
+from sglang_hma.prefill.ttnn.shape import ModelShape
+from sglang_hma.prefill.ttnn.weights import WeightCache, Weights
+
+logger = logging.getLogger(__name__)
+
+
+class _CardHead:
+    """The LM head that LogitsProcessor multiplies with; SGLang asks layers without a `weight` for
+    a `quant_method`."""
+
+    def __init__(self, model: PrefillModel) -> None:
+        self.model = model
+        self.quant_method = self
+
+    def apply(self, _: Any, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model.logits(hidden)
+
+
+class CardCausalLM(torch.nn.Module):
+    """What SGLang takes for Qwen3ForCausalLM, Qwen2ForCausalLM and LlamaForCausalLM."""
+
+    serving: "ClassVar[CardCausalLM]"  # a process has one model, loaded before its pool is made
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        if quant_config is not None:
+            raise RuntimeError(
+                "the checkpoint is quantized: serve it with --hma-prefill-runtime reference "
+                "--hma-weight-format native"
+            )
+        self.config = config
+        self.shape = ModelShape.of(config)
+        self.start_layer, self.end_layer = 0, self.shape.layers
+        self.card: Card = open_card(HmaConfig.require().device_id)
+        self.logits_processor = LogitsProcessor(config)
+        self.readback: Readback | None = None
+        CardCausalLM.serving = self
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        bfp8 = HmaConfig.require().weight_format == "bfp8"
+        dram = self.card.dram
+        needed = self.shape.weight_bytes(bfp8=bfp8)
+        if needed > dram.free:
+            raise RuntimeError(
+                f"the model's weights take {needed / 1e9:.1f} GB of the card's "
+                f"{dram.free / 1e9:.1f} GB: use a smaller model, or --hma-weight-format bfp8"
+            )
+        folder = Path(get_model().model_path)
+        cache = WeightCache.for_model(folder, bfp8=bfp8) if folder.is_dir() else None
+        weights = Weights(self.shape, self.card.device, cache, bfp8)
+        if not weights.load_cached():
+            weights.load(tensors)
+        self.model = PrefillModel(self.card, self.shape, weights, rotary_embedding(self.config))
+        self.head = _CardHead(self.model)
+        logger.info(
+            "Tenstorrent %s: weights take %.2f of %.2f GB",
+            self.card.arch,
+            (dram.free - self.card.dram.free) / 1e9,
+            dram.total / 1e9,
+        )
+
+    def fitting_tokens(self, wanted: int, chunk: int) -> int:
+        """At most `wanted` KV tokens beside a forward of `chunk` tokens and page 0; RuntimeError
+        if not even one chunk fits."""
+        free = self.card.dram.free
+        room = (self.shape.pages_in(free, chunk) - 1) * PAGE
+        if room < chunk:
+            raise RuntimeError(
+                f"{free / 1e9:.2f} GB of the card are left for K and V of a chunk of {chunk} "
+                "tokens: use a smaller model or a smaller --chunked-prefill-size"
+            )
+        if wanted > room:
+            logger.warning("KV capacity is %d tokens, not %d: the card is full", room, wanted)
+        return min(wanted, room)
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Any, **_: Any
+    ) -> LogitsProcessorOutput:
+        pool = get_token_to_kv_pool()
+        if self.readback is None:
+            self.readback = Readback(self.card.device, pool.store_pages, pool.layer_stored)
+        chunks = chunks_of(input_ids, batch, get_req_to_token_pool().req_to_token)
+        own = [chunk.own_pages for chunk in chunks]
+        readback = self.readback
+
+        def stored(layer: int, pairs: list[tuple[Any, Any]]) -> None:
+            readback.submit(layer, list(zip(own, pairs, strict=True)))
+
+        try:
+            streams = self.model.forward(chunks, pool.card_cache, stored)
+            hidden = input_ids.new_zeros(len(input_ids), self.shape.hidden, dtype=torch.bfloat16)
+            end = 0
+            for chunk, stream in zip(chunks, streams, strict=True):
+                begin, end = end, end + len(chunk.tokens)
+                rows = end - begin if batch.return_logprob else 1
+                hidden[end - rows : end] = self.model.hidden(stream, end - begin - rows, rows)
+        finally:
+            readback.drain()
+        return self.logits_processor(input_ids, hidden, self.head, batch)
+
+
+def chunks_of(input_ids: torch.Tensor, batch: Any, req_to_token: torch.Tensor) -> list[Chunk]:
+    """One chunk a request of an extend batch."""
+    if not batch.forward_mode.is_extend():
+        raise RuntimeError(f"a Tenstorrent server only prefills, not {batch.forward_mode}")
+    chunks, begin = [], 0
+    for index in range(batch.batch_size):
+        length, start = batch.extend_seq_lens_cpu[index], batch.extend_prefix_lens_cpu[index]
+        tokens = input_ids[begin : begin + length].numpy()
+        slots = req_to_token[int(batch.req_pool_indices[index]), : start + length : PAGE]
+        chunks.append(Chunk(tokens, int(start), (slots // PAGE).numpy()))
+        begin += length
+    return chunks
+
+
+class CardKVPool(Bfp8KVPool):
+    """Host pages, and the same pages on the card."""
+
+    def _create_buffers(self) -> None:
+        super()._create_buffers()
+        model = CardCausalLM.serving
+        self.card_cache = empty_cache(model.card, model.shape, self.num_pages)
+
+    def store_pages(
+        self, layer: int, which: int, pages: npt.NDArray[np.integer], rows: torch.Tensor
+    ) -> None:
+        """rows: uint8 [pages, kv_heads, head_dim / 32, 1088], a K (0) or V (1) page each."""
+        buffer = (self.k_buffer, self.v_buffer)[which][layer]
+        buffer[torch.from_numpy(pages.astype(np.int64))] = rows

@@ -1,0 +1,125 @@
+"""What a model looks like to the runtime, and how many bytes of a card it takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hma_kernels import PAGE, TILE, TILE_BYTES
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+BF16 = 2
+
+
+class UnsupportedModel(ValueError):
+    """A model that the runtime has no layers for, in one line."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Of a dense decoder with rotary embeddings and grouped-query attention."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    eps: float
+    qk_norm: bool
+    qkv_bias: bool
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "ModelShape":
+        """From a transformers config. Raises UnsupportedModel."""
+        name = (config.architectures or ["a model without a name"])[0]
+        if name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UnsupportedModel(f"{name} has no Tenstorrent runtime here, only {known} have")
+        head_dim = getattr(config, "head_dim", None)
+        shape = cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            vocab=config.vocab_size,
+            eps=config.rms_norm_eps,
+            qk_norm=name == "Qwen3ForCausalLM",
+            qkv_bias=name == "Qwen2ForCausalLM" or bool(getattr(config, "attention_bias", False)),
+            tied=bool(config.tie_word_embeddings),
+        )
+        shape._check(config)
+        return shape
+
+    def _check(self, config: Any) -> None:
+        if self.head_dim != TILE and self.head_dim % (2 * TILE):
+            raise UnsupportedModel(
+                f"head_dim is {self.head_dim}: ttnn rotates heads of 32 or a multiple of 64"
+            )
+        for name in ("hidden", "intermediate"):
+            if getattr(self, name) % TILE:
+                raise UnsupportedModel(f"{name} size is {getattr(self, name)}, no multiple of 32")
+        if getattr(config, "hidden_act", "silu") != "silu":
+            raise UnsupportedModel(f"hidden_act is {config.hidden_act}, the runtime has silu")
+        if getattr(config, "use_sliding_window", False):
+            raise UnsupportedModel("use_sliding_window is set: layers would need windows")
+        if getattr(config, "mlp_bias", False):
+            raise UnsupportedModel("mlp_bias is set: the runtime has no bias there")
+
+    @property
+    def qkv_width(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def page_bytes(self) -> int:
+        """K and V of 32 tokens in one layer."""
+        return 2 * self.kv_heads * (self.head_dim // TILE) * TILE_BYTES
+
+    def weight_bytes(self, *, bfp8: bool) -> int:
+        """On the card: tiles of linear weights, rows of BF16 embedding and norms."""
+        tile = TILE_BYTES if bfp8 else TILE * TILE * BF16
+        layer = [
+            (self.hidden, self.qkv_width),
+            (self.heads * self.head_dim, self.hidden),
+            *[(self.hidden, self.intermediate)] * 2,
+            (self.intermediate, self.hidden),
+        ]
+        tiles = self.layers * sum(tiles_of(*pair) for pair in layer)
+        tiles += tiles_of(self.hidden, self.vocab)
+        norms = self.layers * (2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0))
+        biases = self.layers * tiles_of(1, self.qkv_width) * TILE * TILE if self.qkv_bias else 0
+        plain = self.vocab * self.hidden + norms + self.hidden + biases
+        return tiles * tile + plain * BF16
+
+    def activation_bytes(self, tokens: int) -> int:
+        """The most that lives at once in a forward of `tokens` tokens, beside the weights."""
+        residual = 2 * self.hidden
+        attention = 2 * self.qkv_width + self.heads * self.head_dim
+        mlp = self.hidden + 3 * self.intermediate
+        return tokens * BF16 * (residual + max(attention, mlp))
+
+    def pages_in(self, free: int, chunk: int) -> int:
+        """KV pages, over all layers, that fit in `free` bytes beside a chunk's activations."""
+        room = free - self.activation_bytes(bucket(chunk))
+        return max(0, room // (self.page_bytes * self.layers))
+
+
+def tiles_of(rows: int, columns: int) -> int:
+    return -(-rows // TILE) * -(-columns // TILE)
+
+
+def bucket(tokens: int) -> int:
+    """Length that `tokens` are padded to, so that few programs serve all prompts."""
+    step = TILE if tokens <= 128 else 128 if tokens <= 1024 else 512
+    return -(-tokens // step) * step
+
+
+def page_bucket(pages: int) -> int:
+    """Page-table width: a power of two, at least 8 entries of 4 bytes."""
+    return max(8, 1 << (pages - 1).bit_length())
+
+
+def pages_of(tokens: int) -> int:
+    return -(-tokens // PAGE)

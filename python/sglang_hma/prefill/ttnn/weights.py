@@ -1,0 +1,212 @@
+"""From Hugging Face tensors to tensors on the card, one at a time, with a cache on disk.
+
+A linear weight goes to the card as W.T, packed to BFP8 by the vendor's host packer (the same bytes
+as prefill/reference.py rounds through); embedding, norms and biases stay BF16. Each finished tensor
+is kept on disk in ttnn's own format, so that the next start reads no checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hma_kernels import TILE
+from sglang_hma.prefill.ttnn.shape import ModelShape
+
+KEEP_MODELS = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor on the card, made of checkpoint tensors `sources` by `build` (torch to torch)."""
+
+    name: str
+    sources: tuple[str, ...]
+    build: Callable[..., torch.Tensor]
+    linear: bool = False
+    tiled: bool = False
+
+
+def pieces(shape: ModelShape) -> Iterator[Piece]:
+    """In the order of a checkpoint. Linear weights are [in, out], norms [1, 1, dim/32, 32]."""
+    yield Piece("embedding", ("model.embed_tokens.weight",), _as_is)
+    for index in range(shape.layers):
+        yield from _layer_pieces(shape, f"model.layers.{index}.", f"{index}.")
+    yield Piece("norm", ("model.norm.weight",), _norm)
+    head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
+    yield Piece("lm_head", (head,), _linear, linear=True, tiled=True)
+
+
+def _layer_pieces(shape: ModelShape, source: str, name: str) -> Iterator[Piece]:
+    def linear(target: str, *modules: str) -> Piece:
+        sources = tuple(f"{source}{module}.weight" for module in modules)
+        return Piece(name + target, sources, _linear, linear=True, tiled=True)
+
+    qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
+    yield linear("wqkv", *qkv)
+    yield linear("wo", "self_attn.o_proj")
+    yield linear("gate", "mlp.gate_proj")
+    yield linear("up", "mlp.up_proj")
+    yield linear("down", "mlp.down_proj")
+    if shape.qkv_bias:
+        biases = tuple(f"{source}{module}.bias" for module in qkv)
+        yield Piece(name + "qkv_bias", biases, _bias, tiled=True)
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if shape.qk_norm:
+        norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    for target, module in norms.items():
+        yield Piece(name + target, (f"{source}{module}.weight",), _norm)
+
+
+def _as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _linear(*weights: torch.Tensor) -> torch.Tensor:
+    return torch.cat(weights).t().contiguous()
+
+
+def _bias(*biases: torch.Tensor) -> torch.Tensor:
+    return torch.cat(biases).view(1, 1, 1, -1)
+
+
+def _norm(weight: torch.Tensor) -> torch.Tensor:
+    return weight.view(1, 1, -1, TILE)
+
+
+class WeightCache:
+    """A folder of finished tensors for one checkpoint, weight format and ttnn version.
+
+    A tensor is written under another name and renamed, so a file that is there is whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def for_model(cls, model: Path, *, bfp8: bool) -> "WeightCache":
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sglang_hma/ttnn"
+        said = f"{fingerprint(model)} {_ttnn_version()} {'bfp8' if bfp8 else 'bf16'}"
+        cache = cls(base / hashlib.sha256(said.encode()).hexdigest()[:24])
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        os.utime(cache.folder)
+        _forget_old(base)
+        return cache
+
+    def path(self, piece: Piece) -> Path:
+        return self.folder / f"{piece.name}.tensorbin"
+
+    def holds(self, piece: Piece) -> bool:
+        return self.path(piece).is_file()
+
+    def store(self, piece: Piece, tensor: Any) -> None:
+        import ttnn
+
+        unfinished = self.folder / f"{piece.name}.{os.getpid()}.tensorbin"
+        try:
+            ttnn.dump_tensor(str(unfinished), tensor)
+            unfinished.replace(self.path(piece))
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def fingerprint(model: Path) -> str:
+    """Changes when the checkpoint does: names, sizes, times and headers of its files."""
+    files = sorted(model.glob("*.safetensors")) + sorted(model.glob("config.json"))
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        with file.open("rb") as opened:
+            start = opened.read(min(stat.st_size, 1 << 20))
+        digest.update(json.dumps([file.name, stat.st_size, stat.st_mtime_ns]).encode() + start)
+    return digest.hexdigest()
+
+
+def _ttnn_version() -> str:
+    try:
+        return version("ttnn")
+    except PackageNotFoundError:
+        return "built from source"
+
+
+def _forget_old(base: Path) -> None:
+    """The models used last stay."""
+    folders = sorted(base.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in folders[KEEP_MODELS:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Weights:
+    """Tensors on the card by piece name."""
+
+    def __init__(self, shape: ModelShape, device: Any, cache: WeightCache | None, bfp8: bool):
+        self.device, self.cache, self.bfp8 = device, cache, bfp8
+        self.plan = list(pieces(shape))
+        self.tensors: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tensors[name]
+
+    def load_cached(self) -> bool:
+        """Read everything from the cache, or nothing if something is missing there."""
+        import ttnn
+
+        if self.cache is None or not all(map(self.cache.holds, self.plan)):
+            return False
+        for piece in _progress(self.plan, "Weights to the card"):
+            path = str(self.cache.path(piece))
+            self.tensors[piece.name] = ttnn.load_tensor(path, device=self.device)
+        return True
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """From (name, tensor) pairs in any order; keeps those whose piece is not complete yet.
+
+        Raises ValueError if a tensor is missing.
+        """
+        users: dict[str, list[Piece]] = {}
+        for piece in self.plan:
+            for source in piece.sources:
+                users.setdefault(source, []).append(piece)
+        waiting: dict[str, torch.Tensor] = {}
+        for name, tensor in _progress(tensors, "Weights packed", total=len(users)):
+            if name not in users:
+                continue
+            waiting[name] = tensor
+            for piece in users[name]:
+                if all(source in waiting for source in piece.sources):
+                    self._place(piece, [waiting[source] for source in piece.sources])
+            for source in {s for piece in users[name] for s in piece.sources}:
+                if all(piece.name in self.tensors for piece in users[source]):
+                    waiting.pop(source, None)
+        missing = [piece for piece in self.plan if piece.name not in self.tensors]
+        if missing:
+            names = [s for piece in missing for s in piece.sources if s not in waiting]
+            raise ValueError(f"the checkpoint has no {names[0]} ({len(names)} tensors missing)")
+
+    def _place(self, piece: Piece, sources: list[torch.Tensor]) -> None:
+        import ttnn
+
+        packed = piece.linear and self.bfp8
+        host = ttnn.from_torch(
+            piece.build(*(source.detach().bfloat16() for source in sources)),
+            dtype=ttnn.bfloat8_b if packed else ttnn.bfloat16,
+            layout=ttnn.TILE_LAYOUT if piece.tiled else ttnn.ROW_MAJOR_LAYOUT,
+        )
+        if self.cache is not None:
+            self.cache.store(piece, host)
+        self.tensors[piece.name] = ttnn.to_device(
+            host, self.device, memory_config=ttnn.DRAM_MEMORY_CONFIG
+        )
+
+
+def _progress(items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(items, desc=label, total=total, leave=False, mininterval=1)

@@ -1,0 +1,87 @@
+"""The runtime's arithmetic against transformers in float32, on the stand-in for ttnn."""
+
+import numpy as np
+import pytest
+import torch
+
+from hma_kernels import bfp8_unpack
+from sglang_hma.prefill.ttnn.card import opened
+from sglang_hma.prefill.ttnn.model import Chunk
+from sglang_hma.prefill.ttnn.shape import pages_of
+
+from .models import OnCard, by_transformers, correlation, random_model, split
+
+pytestmark = pytest.mark.usefixtures("stand_in")
+
+CASES = [
+    *(("qwen3", 2, 64, n, []) for n in (1, 31, 32, 33, 64, 100)),
+    ("qwen3", 4, 128, 100, []),
+    ("qwen3", 4, 128, 100, [64]),
+    ("qwen3", 2, 32, 200, [32, 96, 128]),
+    ("qwen2", 2, 64, 77, [32]),
+    ("llama", 2, 64, 130, [128]),
+]
+
+
+@pytest.mark.parametrize(("kind", "layers", "head_dim", "length", "cuts"), CASES)
+def test_agrees_with_transformers(
+    rng: np.random.Generator, kind: str, layers: int, head_dim: int, length: int, cuts: list[int]
+) -> None:
+    hf = random_model(kind, layers=layers, head_dim=head_dim)
+    tokens = rng.integers(0, 512, length)
+    pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]
+    expected = by_transformers(hf, tokens)
+    with opened() as card:
+        runtime = OnCard(card, hf)
+        parts = [runtime.prefill([chunk])[0] for chunk in split(tokens, cuts, pages)]
+    logits = torch.cat(parts).float()
+
+    assert correlation(logits, expected.logits) >= 0.998
+    best = expected.logits[-1].topk(2).values
+    if best[0] - best[1] > 0.05 * expected.logits.std():
+        assert logits[-1].argmax() == expected.logits[-1].argmax()
+    for layer, kv in enumerate(expected.kv):
+        for which, reference in enumerate(kv):
+            got = bfp8_unpack(runtime.host[layer][which][torch.from_numpy(pages)][:, :, None])
+            rows = got.transpose(0, 1).flatten(1, 2)[:, :length]
+            assert correlation(rows, reference) >= 0.999
+
+
+def test_requests_in_one_batch_do_not_touch_each_other(rng: np.random.Generator) -> None:
+    hf = random_model("qwen3")
+    prompts = [rng.integers(0, 512, n) for n in (5, 64, 100)]
+    order = rng.permutation(np.arange(1, 20))
+    pages = [order[:1], order[1:3], order[3:7]]
+    with opened() as card:
+        together, alone = OnCard(card, hf), OnCard(card, hf)
+        chunks = [Chunk(*pair) for pair in zip(prompts, (0, 0, 0), pages, strict=True)]
+        logits = together.prefill(chunks)
+        for chunk, answer in zip(chunks, logits, strict=True):
+            assert torch.equal(alone.prefill([chunk])[0], answer)
+    for layer in range(2):
+        for which in range(2):
+            used = torch.from_numpy(order[:7])
+            assert torch.equal(together.host[layer][which][used], alone.host[layer][which][used])
+    assert together.stored == [0, 1]
+
+
+def test_card_and_host_have_the_same_bytes(rng: np.random.Generator) -> None:
+    hf = random_model("llama")
+    tokens, pages = rng.integers(0, 512, 90), np.array([9, 2, 5])
+    with opened() as card:
+        runtime = OnCard(card, hf)
+        for chunk in split(tokens, [64], pages):
+            runtime.prefill([chunk])
+        for layer, kv in enumerate(runtime.cache):
+            for which, cache in enumerate(kv):
+                used = torch.from_numpy(pages)
+                arrived = bfp8_unpack(runtime.host[layer][which][used][:, :, None])
+                assert torch.equal(cache.value[used].bfloat16(), arrived)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "pages"), [(0, 0, 1), (5, 16, 2), (33, 0, 1), (1, 32, 1)]
+)
+def test_impossible_chunks_are_refused(tokens: int, start: int, pages: int) -> None:
+    with pytest.raises(ValueError, match=r"chunk starts|tokens from"):
+        Chunk(np.zeros(tokens, np.int64), start, np.arange(pages))
