@@ -48,7 +48,8 @@ def test_layers_leave_during_the_forward(pair: Pair, traced: Path) -> None:
     for first in (200, 300, 400):
         output_ids(pair.url, list(range(first, first + 96)), 2)
         time.sleep(1.1)  # the trace is written once a second
-    spans = [event for event in json.loads(traced.read_text() + "]") if event["ph"] == "X"]
+    events = json.loads(traced.read_text().rstrip("\n,") + "]")
+    spans = [event for event in events if event["ph"] == "X"]
     computing = [span for span in spans if span["tid"] == COMPUTE]
     sent = [span for span in spans if span["tid"] == SEND]
     during = [

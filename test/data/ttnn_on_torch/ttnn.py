@@ -207,6 +207,7 @@ def _chunked_attention(
     start, length = int(chunk_start_idx_tensor.value), q.shape[2]
     size = program_config.q_chunk_size
     assert start % size == length % size == 0 and size == program_config.k_chunk_size
+    assert scale == np.float32(scale), "ttnn refuses it as incompatible arguments"
     assert q.dtype == bfloat16 and keys.dtype == values.dtype == bfloat8_b
     assert table.shape[1] % 8 == 0 and table.shape[1] * 32 >= start + length
     time.sleep(float(os.environ.get("HMA_STAND_IN_LAYER_S", "0")))

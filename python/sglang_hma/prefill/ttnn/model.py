@@ -101,6 +101,8 @@ class PrefillModel:
         import ttnn
 
         self.card, self.shape, self.weights, self.rotary = card, shape, weights, rotary
+        # ttnn takes a float that float32 holds exactly, and no other.
+        self.scale = float(np.float32(shape.head_dim**-0.5))
         self.compute = ttnn.init_device_compute_kernel_config(
             card.device.arch(),
             math_fidelity=ttnn.MathFidelity.HiFi2,
@@ -202,7 +204,7 @@ class PrefillModel:
         attended = ttnn.transformer.chunked_scaled_dot_product_attention(
             *(q, keys, values, chunk.page_table),
             chunk_start_idx_tensor=chunk.start,
-            scale=shape.head_dim**-0.5,
+            scale=self.scale,
             program_config=chunk.attention,
             compute_kernel_config=self.compute,
         )

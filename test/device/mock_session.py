@@ -1,0 +1,57 @@
+"""Runs the Tenstorrent runtime on a described card and prints what it saw as JSON."""
+
+import json
+import sys
+
+import numpy as np
+import ttnn
+
+from sglang_hma.prefill.ttnn.card import opened
+from sglang_hma.prefill.ttnn.shape import bucket, page_bucket, pages_of
+from test.prefill.models import OnCard, random_model, split
+
+PAGES = 200
+
+# A card without silicon has no queue to wait on; everything else is called as on a card.
+ttnn.wait_for_event = lambda queue, event: None
+
+
+def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
+    rng = np.random.default_rng(seed)
+    hf = random_model(kind, head_dim=head_dim)
+    with opened() as card:
+        before = card.dram.free
+        runtime = OnCard(card, hf, pages=PAGES)
+        taken = before - card.dram.free
+        predicted = runtime.shape.weight_bytes(bfp8=True)
+        predicted += PAGES * runtime.shape.page_bytes * runtime.shape.layers
+
+        seen: set[tuple[int, int, int]] = set()
+        needless, layers = [], []
+        for length in [1, 31, 32, 33, 64, 100, *rng.integers(1, 200, 12).tolist()]:
+            cut = int(rng.integers(0, length)) // 32 * 32
+            for chunk in split(np.zeros(length, np.int64), [cut] if cut else [], np.arange(1, 9)):
+                tokens = len(chunk.tokens)
+                padded = bucket(tokens)
+                step = 128
+                while chunk.start % step or padded % step:
+                    step //= 2
+                shape = (padded, page_bucket(chunk.start // 32 + pages_of(padded)), step)
+                programs = card.programs
+                logits = runtime.prefill([chunk])
+                assert logits[0].shape == (tokens, 512)
+                if shape in seen and card.programs > programs:
+                    needless.append((tokens, chunk.start))
+                seen.add(shape)
+        layers = runtime.stored[:2]
+        return {
+            "arch": card.arch,
+            "taken": taken,
+            "predicted": predicted,
+            "programs": card.programs,
+            "needless": needless,
+            "layers": layers,
+        }
+
+
+print(json.dumps(session(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
