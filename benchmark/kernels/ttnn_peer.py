@@ -1,6 +1,6 @@
 """ttnn's host packer and unpacker, timed on request: `ttnn_peer.py ELEMENTS`, commands on stdin.
 
-Runs in a virtual environment with requirements/tenstorrent.txt and needs no card: a cluster
+Runs in a virtual environment with ttnn and needs no card: a cluster
 descriptor of one Blackhole card stands in for it. Pinned to one core.
 """
 

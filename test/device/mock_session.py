@@ -4,9 +4,12 @@ import json
 import sys
 
 import numpy as np
+import torch
 import ttnn
 
+from hma_kernels import bfp8_pack
 from sglang_hma.prefill.ttnn.card import opened
+from sglang_hma.prefill.ttnn.readback import tile_bytes
 from sglang_hma.prefill.ttnn.shape import bucket, page_bucket, pages_of
 from test.prefill.models import OnCard, random_model, split
 
@@ -14,6 +17,14 @@ PAGES = 200
 
 # A card without silicon has no queue to wait on; everything else is called as on a card.
 ttnn.wait_for_event = lambda queue, event: None
+
+
+def same_bytes(rng: np.random.Generator) -> bool:
+    """Whether ttnn packs a weight as hma_kernels does, and tile_bytes reads what it packed."""
+    weight = torch.from_numpy(rng.standard_normal((96, 160), np.float32)).bfloat16()
+    host = ttnn.from_torch(weight[None, None], dtype=ttnn.bfloat8_b, layout=ttnn.TILE_LAYOUT)
+    packed = bfp8_pack(weight, rounding="host")
+    return torch.equal(tile_bytes(host, (1, 1, 96, 160))[0], packed)
 
 
 def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
@@ -27,7 +38,7 @@ def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
         predicted += PAGES * runtime.shape.page_bytes * runtime.shape.layers
 
         seen: set[tuple[int, int, int]] = set()
-        needless, layers = [], []
+        needless = []
         for length in [1, 31, 32, 33, 64, 100, *rng.integers(1, 200, 12).tolist()]:
             cut = int(rng.integers(0, length)) // 32 * 32
             for chunk in split(np.zeros(length, np.int64), [cut] if cut else [], np.arange(1, 9)):
@@ -43,14 +54,14 @@ def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
                 if shape in seen and card.programs > programs:
                     needless.append((tokens, chunk.start))
                 seen.add(shape)
-        layers = runtime.stored[:2]
         return {
             "arch": card.arch,
             "taken": taken,
             "predicted": predicted,
             "programs": card.programs,
             "needless": needless,
-            "layers": layers,
+            "layers": runtime.stored[:2],
+            "same_bytes": same_bytes(rng),
         }
 
 

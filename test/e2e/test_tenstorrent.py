@@ -17,8 +17,8 @@ from .test_load import assert_drained
 pytestmark = pytest.mark.e2e
 
 STAND_IN = Path(__file__).parent.parent / "data" / "ttnn_on_torch"
-LAYER_S = 0.02
-"""How long the stand-in takes for a layer's attention."""
+LAYER_S = 0.02  # how long the stand-in takes for a layer's attention
+SURE = 0.1  # of a logprob, over the second best
 FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "8192", "--enable-metrics")
 
 
@@ -28,7 +28,7 @@ def traced(logs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(model: Path, logs: Path, traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def card(model: Path, logs: Path, traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     env = {
         "PYTHONPATH": str(STAND_IN),
         "TT_METAL_SIMULATOR": "a stand-in",
@@ -43,10 +43,10 @@ def pair(model: Path, logs: Path, traced: Path, tmp_path_factory: pytest.TempPat
         yield running
 
 
-def test_layers_leave_during_the_forward(pair: Pair, traced: Path) -> None:
+def test_layers_leave_during_the_forward(card: Pair, traced: Path) -> None:
     """First in this file, so that every forward so far was a request's only one."""
     for first in (200, 300, 400):
-        output_ids(pair.url, list(range(first, first + 96)), 2)
+        output_ids(card.url, list(range(first, first + 96)), 2)
         time.sleep(1.1)  # the trace is written once a second
     events = json.loads(traced.read_text().rstrip("\n,") + "]")
     spans = [event for event in events if event["ph"] == "X"]
@@ -60,53 +60,46 @@ def test_layers_leave_during_the_forward(pair: Pair, traced: Path) -> None:
     assert during, (computing, sent)
 
 
-def test_tokens_are_those_of_the_reference_runtime(pair: Pair, model: Path, logs: Path) -> None:
-    """Where the reference is sure of its first token. Both decode from BFP8 pages alike."""
+def test_tokens_are_those_of_the_reference_runtime(card: Pair, pair: Pair) -> None:
+    """As long as the reference, in float32, is sure of its token by more than BF16's noise."""
     rng = random.Random(6)
-    prompts = [[rng.randrange(8, 4000) for _ in range(n)] for n in (1, 31, 32, 33, 100, 300)]
-    with running_pair(model, logs, *FLAGS, name="reference") as reference:
-        compared = 0
-        for prompt in prompts:
-            ours, theirs = (
-                generate(side.url, prompt, 4, return_logprob=True, top_logprobs_num=2)
-                for side in (pair, reference)
-            )
-            for mine, yours, top in zip(
-                ours["output_ids"],
-                theirs["output_ids"],
-                theirs["meta_info"]["output_top_logprobs"],
-                strict=True,
-            ):
-                if top[0][0] - top[1][0] < 0.1:
-                    break
-                assert mine == yours
-                compared += 1
-    assert compared >= len(prompts)
+    compared = 0
+    for length in (1, 31, 32, 33, 100, 300):
+        prompt = [rng.randrange(8, 4000) for _ in range(length)]
+        expected = generate(pair.url, prompt, 4, return_logprob=True, top_logprobs_num=2)
+        sure = [
+            best[0] - second[0] > SURE
+            for best, second in expected["meta_info"]["output_top_logprobs"]
+        ]
+        tokens = sure.index(False) if False in sure else len(sure)
+        assert output_ids(card.url, prompt, 4)[:tokens] == expected["output_ids"][:tokens]
+        compared += tokens
+    assert compared >= 12
 
 
-def test_a_cached_prefix_gives_the_same_tokens(pair: Pair) -> None:
+def test_a_cached_prefix_gives_the_same_tokens(card: Pair) -> None:
     rng = random.Random(7)
     prompt = [rng.randrange(8, 4000) for _ in range(200)]
-    cold = output_ids(pair.url, prompt, 6)
-    again = generate(pair.url, prompt, 6)
+    cold = output_ids(card.url, prompt, 6)
+    again = generate(card.url, prompt, 6)
     assert again["output_ids"] == cold
-    requests.post(f"{pair.prefill.url}/flush_cache", timeout=10).raise_for_status()
-    assert output_ids(pair.url, prompt, 6) == cold
-    assert_drained(pair.prefill, pair.decode)
+    requests.post(f"{card.prefill.url}/flush_cache", timeout=10).raise_for_status()
+    assert output_ids(card.url, prompt, 6) == cold
+    assert_drained(card.prefill, card.decode)
 
 
-def test_logprobs_of_the_prompt(pair: Pair) -> None:
+def test_logprobs_of_the_prompt(card: Pair) -> None:
     prompt = list(range(100, 170))
-    reply = generate(pair.url, prompt, 2, return_logprob=True, logprob_start_len=0)
+    reply = generate(card.url, prompt, 2, return_logprob=True, logprob_start_len=0)
     logprobs = reply["meta_info"]["input_token_logprobs"]
     assert [entry[1] for entry in logprobs] == prompt
     assert all(entry[0] < 0 for entry in logprobs[1:])
 
 
-def test_aborted_requests_leave_nothing(pair: Pair) -> None:
+def test_aborted_requests_leave_nothing(card: Pair) -> None:
     rng = random.Random(8)
     for patience in (0.05, 0.2, 0.4):
         prompt = [rng.randrange(8, 4000) for _ in range(1000)]
         with pytest.raises(requests.RequestException):
-            requests.post(f"{pair.url}/generate", json=payload(prompt, 4), timeout=patience)
-    assert_drained(pair.prefill, pair.decode)
+            requests.post(f"{card.url}/generate", json=payload(prompt, 4), timeout=patience)
+    assert_drained(card.prefill, card.decode)

@@ -1,5 +1,6 @@
 """Small random models and what transformers makes of them in float32."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hma_kernels import bfp8_unpack, reference
 from sglang_hma.prefill.ttnn.card import Card
 from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
 from sglang_hma.prefill.ttnn.readback import Readback
@@ -59,6 +61,19 @@ class Result:
 
     logits: torch.Tensor
     kv: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def with_packed_weights(model: Any) -> Any:
+    """Its linear weights through the numpy definition of the host packer, as W.T."""
+    rounded = copy.deepcopy(model)
+    rounded.lm_head.weight = torch.nn.Parameter(rounded.lm_head.weight.detach().clone())
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear):
+            packed = reference.pack(module.weight.detach().T.numpy(), "host")
+            rows, columns = module.weight.T.shape
+            unpacked = np.asarray(reference.unpack(packed), np.float32)[:rows, :columns]
+            module.weight.data = torch.from_numpy(unpacked.T.copy())
+    return rounded
 
 
 def by_transformers(model: Any, tokens: np.ndarray) -> Result:
@@ -117,3 +132,49 @@ def split(tokens: np.ndarray, cuts: list[int], pages: np.ndarray) -> list[Chunk]
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     """Pearson's."""
     return float(np.corrcoef(a.double().flatten().numpy(), b.double().flatten().numpy())[0, 1])
+
+
+# kind, layers, head_dim, tokens, where they are cut into chunks
+CASES = [
+    *(("qwen3", 2, 64, n, []) for n in (1, 31, 32, 33, 64, 100)),
+    ("qwen3", 4, 128, 100, []),
+    ("qwen3", 4, 128, 100, [64]),
+    ("qwen3", 2, 32, 200, [32, 96, 128]),
+    ("qwen2", 2, 64, 77, [32]),
+    ("llama", 2, 64, 130, [128]),
+]
+
+
+def check_agreement(
+    card: Card,
+    rng: np.random.Generator,
+    kind: str,
+    layers: int,
+    head_dim: int,
+    length: int,
+    cuts: list[int],
+) -> None:
+    """Logits, K and V against transformers in float32."""
+    hf = random_model(kind, layers=layers, head_dim=head_dim)
+    tokens = rng.integers(0, 512, length)
+    pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]
+    runtime = OnCard(card, hf)
+    parts = [runtime.prefill([chunk])[0] for chunk in split(tokens, cuts, pages)]
+    logits = torch.cat(parts).float()
+    used = torch.from_numpy(pages)
+
+    # Against the same weights, packed; and against the checkpoint's, which the format rounds.
+    for model, least, least_kv, clear in (
+        (with_packed_weights(hf), 0.9993, 0.999, 0.1),
+        (hf, 0.998, 0.9985, 0.25),
+    ):
+        expected = by_transformers(model, tokens)
+        assert correlation(logits, expected.logits) >= least
+        best = expected.logits[-1].topk(2).values
+        if best[0] - best[1] > clear * expected.logits.std():
+            assert logits[-1].argmax() == expected.logits[-1].argmax()
+        for layer, kv in enumerate(expected.kv):
+            for which, values in enumerate(kv):
+                got = bfp8_unpack(runtime.host[layer][which][used][:, :, None])
+                rows = got.transpose(0, 1).flatten(1, 2)[:, :length]
+                assert correlation(rows, values) >= least_kv

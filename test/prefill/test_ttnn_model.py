@@ -7,44 +7,18 @@ import torch
 from hma_kernels import bfp8_unpack
 from sglang_hma.prefill.ttnn.card import opened
 from sglang_hma.prefill.ttnn.model import Chunk
-from sglang_hma.prefill.ttnn.shape import pages_of
 
-from .models import OnCard, by_transformers, correlation, random_model, split
+from .models import CASES, OnCard, check_agreement, random_model, split
 
 pytestmark = pytest.mark.usefixtures("stand_in")
-
-CASES = [
-    *(("qwen3", 2, 64, n, []) for n in (1, 31, 32, 33, 64, 100)),
-    ("qwen3", 4, 128, 100, []),
-    ("qwen3", 4, 128, 100, [64]),
-    ("qwen3", 2, 32, 200, [32, 96, 128]),
-    ("qwen2", 2, 64, 77, [32]),
-    ("llama", 2, 64, 130, [128]),
-]
 
 
 @pytest.mark.parametrize(("kind", "layers", "head_dim", "length", "cuts"), CASES)
 def test_agrees_with_transformers(
     rng: np.random.Generator, kind: str, layers: int, head_dim: int, length: int, cuts: list[int]
 ) -> None:
-    hf = random_model(kind, layers=layers, head_dim=head_dim)
-    tokens = rng.integers(0, 512, length)
-    pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]
-    expected = by_transformers(hf, tokens)
     with opened() as card:
-        runtime = OnCard(card, hf)
-        parts = [runtime.prefill([chunk])[0] for chunk in split(tokens, cuts, pages)]
-    logits = torch.cat(parts).float()
-
-    assert correlation(logits, expected.logits) >= 0.998
-    best = expected.logits[-1].topk(2).values
-    if best[0] - best[1] > 0.05 * expected.logits.std():
-        assert logits[-1].argmax() == expected.logits[-1].argmax()
-    for layer, kv in enumerate(expected.kv):
-        for which, reference in enumerate(kv):
-            got = bfp8_unpack(runtime.host[layer][which][torch.from_numpy(pages)][:, :, None])
-            rows = got.transpose(0, 1).flatten(1, 2)[:, :length]
-            assert correlation(rows, reference) >= 0.999
+        check_agreement(card, rng, kind, layers, head_dim, length, cuts)
 
 
 def test_requests_in_one_batch_do_not_touch_each_other(rng: np.random.Generator) -> None:

@@ -89,8 +89,7 @@ def open_card(device_id: int = 0) -> Card:
         import ttnn
     except ImportError as error:
         raise CardError(
-            f"ttnn cannot be imported ({error}): pip install --no-deps -r "
-            "requirements/tenstorrent.txt"
+            f"ttnn cannot be imported ({error}): make venv installs it (requirements/cpu.txt)"
         ) from error
     try:
         device = ttnn.open_device(device_id=0, num_command_queues=QUEUES)
