@@ -11,6 +11,8 @@ import pytest
 from sglang_hma.config import CONFIG_ENV, HmaConfig
 from sglang_hma.launch_server import flag_value, parse
 
+PREFILL = ("--disaggregation-mode", "prefill")
+
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
@@ -44,6 +46,14 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["--hma-layers-per-send", "'0'", "auto, all nor a number"],
         ),
         (["--hma-kv-checksum", "maybe"], ["--hma-kv-checksum", "maybe", "on"]),
+        (["--hma-prefill-runtime", "ttnn"], ["--hma-prefill-runtime", "mode prefill"]),
+        (
+            ["--hma-prefill-runtime", "ttnn", *PREFILL, "--hma-kv-format", "native"],
+            ["--hma-prefill-runtime is ttnn", "--hma-kv-format bfp8"],
+        ),
+        (["--hma-prefill-runtime", "ttnn", *PREFILL], ["no Tenstorrent card", "tt-kmd"]),
+        (["--hma-device-ids", "1", *PREFILL], ["--hma-device-ids is 1", "ttnn"]),
+        (["--hma-device-ids", "0,1", *PREFILL], ["--hma-device-ids", "a server a card"]),
         (["--hma-trace", "/no/such/folder/t.json"], ["--hma-trace", "/no/such/folder", "folder"]),
     ],
 )
@@ -52,6 +62,25 @@ def test_contradicting_flags(
 ) -> None:
     message = refusal(argv, capsys)
     assert all(word in message for word in words), message
+
+
+def test_a_card_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1])
+    config, rest = parse([*PREFILL, "--hma-device-ids", "1"])
+    assert (config.prefill_runtime, config.device_id) == ("ttnn", 1)
+    assert flag_value(rest, "--device") == "cpu"
+    for others in (["--device", "cpu"], ["--hma-prefill-runtime", "reference"]):
+        assert parse([*PREFILL, *others])[0].prefill_runtime == "reference"
+    assert parse(["--disaggregation-mode", "decode"])[0].prefill_runtime == "reference"
+
+
+def test_a_card_serves_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0])
+    with pytest.raises(SystemExit):
+        parse([*PREFILL, "--tp-size", "2"])
+    assert "--tp-size is 2" in capsys.readouterr().err
 
 
 def test_native_leaves_sglangs_defaults() -> None:

@@ -141,9 +141,20 @@ def prefill_runtime(
 
         there = fits and device is None and visible_cards() and find_spec("ttnn") is not None
         chosen = "ttnn" if there else "reference"
+    if chosen == "ttnn":
+        check_card(device_id or 0)
     if chosen == "reference" and device_id is not None:
         fail(f"--hma-device-ids is {device_id}, but no card computes: --hma-prefill-runtime ttnn")
     return chosen, device_id or 0
+
+
+def check_card(device_id: int) -> None:
+    from sglang_hma.prefill.ttnn.card import CardError, require_card
+
+    try:
+        require_card(device_id)
+    except CardError as error:
+        fail(str(error))
 
 
 def default_device() -> str:
@@ -153,6 +164,10 @@ def default_device() -> str:
 
 
 def check_conflicts(config: HmaConfig, argv: list[str]) -> None:
+    if config.on_card:
+        for flag in ("--tp-size", "--tensor-parallel-size", "--tp"):
+            if flag_value(argv, flag) not in (None, "1"):
+                fail(f"{flag} is {flag_value(argv, flag)}: a Tenstorrent server has one card")
     if not config.packs_kv:
         if config.weight_format == "bfp8":
             fail(
@@ -247,6 +262,13 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
         fail(f"{name} has state-space layers, BFP8 pages need MHA/GQA in every layer: {remedy}")
     if getattr(model, "is_hybrid_swa", False):
         fail(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
+    if config.on_card:
+        from sglang_hma.prefill.ttnn.shape import ModelShape, UnsupportedModel
+
+        try:
+            ModelShape.of(model.hf_config)
+        except UnsupportedModel as error:
+            fail(f"{error}: serve it with --hma-prefill-runtime reference")
     for label, dim in (("head_dim", model.head_dim), ("v_head_dim", model.v_head_dim)):
         if dim % PAGE_TOKENS:
             fail(f"{name} has {label} {dim}, BFP8 tiles need a multiple of {PAGE_TOKENS}: {remedy}")

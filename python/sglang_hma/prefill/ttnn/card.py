@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,13 @@ def stands_in() -> bool:
     )
 
 
-def open_card(device_id: int = 0) -> Card:
-    """Raises CardError with the reason and the remedy."""
+def require_card(device_id: int) -> None:
+    """Raises CardError if this host has no such card or no ttnn; opens nothing."""
+    if find_spec("ttnn") is None:
+        raise CardError(
+            "--hma-prefill-runtime is ttnn, which is not installed: make venv installs it "
+            "(requirements/cpu.txt)"
+        )
     if not stands_in():
         cards = visible_cards()
         if not cards:
@@ -82,15 +88,16 @@ def open_card(device_id: int = 0) -> Card:
         if device_id not in cards:
             shown = ", ".join(map(str, cards))
             raise CardError(f"--hma-device-ids is {device_id}: this host has cards {shown}")
+
+
+def open_card(device_id: int = 0) -> Card:
+    """Raises CardError with the reason and the remedy."""
+    require_card(device_id)
     # ttnn numbers the cards that it may see from 0.
     if "TT_VISIBLE_DEVICES" not in os.environ and not stands_in():
         os.environ["TT_VISIBLE_DEVICES"] = str(device_id)
-    try:
-        import ttnn
-    except ImportError as error:
-        raise CardError(
-            f"ttnn cannot be imported ({error}): make venv installs it (requirements/cpu.txt)"
-        ) from error
+    import ttnn
+
     try:
         device = ttnn.open_device(device_id=0, num_command_queues=QUEUES)
     except RuntimeError as error:
