@@ -53,7 +53,6 @@ class Chunk:
 class _OnCard:
     """A chunk's inputs and its residual stream on the card."""
 
-    length: int
     x: Any
     cos: Any
     sin: Any
@@ -159,7 +158,6 @@ class PrefillModel:
         ids = self._tensor(torch.from_numpy(tokens), ttnn.uint32, row)
         x = ttnn.embedding(ids, self.weights["embedding"], layout=tile, dtype=ttnn.bfloat16)
         return _OnCard(
-            length=length,
             x=ttnn.reshape(x, (1, 1, length, self.shape.hidden)),
             cos=self._tensor(cos, ttnn.bfloat16, tile),
             sin=self._tensor(sin, ttnn.bfloat16, tile),
