@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from sglang_hma.config import CONFIG_ENV, HmaConfig
-from sglang_hma.launch_server import flag_value, parse
+from sglang_hma.launch_checks import flag_value
+from sglang_hma.launch_server import parse
 
 PREFILL = ("--disaggregation-mode", "prefill")
 

@@ -6,41 +6,17 @@ descriptor of one Blackhole card stands in for it. Pinned to one core.
 
 import os
 import sys
-import tempfile
 import time
+from pathlib import Path
 
-CLUSTER = """\
-arch: {0: blackhole}
-chips: {}
-chip_unique_ids: {0: 4476187513037}
-ethernet_connections: []
-ethernet_connections_to_remote_devices: []
-chips_with_mmio:
-  - 0: 0
-harvesting:
-  0:
-    noc_translation: true
-    harvest_mask: 0
-    dram_harvesting_mask: 0
-    eth_harvesting_mask: 288
-    pcie_harvesting_mask: 2
-    l2cpu_harvesting_mask: 0
-boards:
-  -
-    - board_id: 4476187513037
-    - board_type: p150
-    - chips: [0]
-"""
+CARD = Path(__file__).parents[2] / "test" / "data" / "blackhole_card.yaml"
 WIDTH = 4096
 
 
 def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as descriptor:
-        descriptor.write(CLUSTER)
-        descriptor.flush()
-        os.environ["TT_METAL_MOCK_CLUSTER_DESC_PATH"] = descriptor.name
-        serve(int(sys.argv[1]))
+    os.environ["TT_METAL_MOCK_CLUSTER_DESC_PATH"] = str(CARD)
+    serve(int(sys.argv[1]))
 
 
 def serve(elements: int) -> None:

@@ -14,7 +14,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from sglang_hma.launch_server import SHARE_ENV, flag_value
+from sglang_hma.launch_checks import flag_value
+from sglang_hma.launch_server import SHARE_ENV
 from sglang_hma.pd_args import LOOPBACK, Options, fail, parse
 from sglang_hma.supervisor import Fleet, FleetError, Program, direct
 
@@ -95,7 +96,8 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 flag_value(flags, name) is None for name in ("--dp-size", "--data-parallel-size")
             ):
                 command += ["--nccl-port", str(ports.take())]
-            command += [*flags, *own_trace(flags, f"{role}-{i}" if i else "")]
+            command += with_own_card(flags, i, number)
+            command += own_trace(flags, f"{role}-{i}" if i else "")
             servers.append(Program(f"{role}-{i}", command, f"{url}/health", share))
     router = [*commands.router, "--pd-disaggregation", "--policy", "random"]
     router += [*ROUTER_DEFAULTS, *routes]
@@ -107,6 +109,25 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     command = [*router, *options.router_args]
     # /readiness, unlike /health, waits until a prefill and a decode server are registered.
     return servers, Program("router", command, f"{router_url}/readiness", env)
+
+
+def with_own_card(flags: list[str], index: int, number: int) -> list[str]:
+    """Flags with the server's card of --hma-device-ids A,B,..., one a server."""
+    given = flag_value(flags, "--hma-device-ids")
+    if given is None or "," not in given:
+        return flags
+    cards = given.split(",")
+    if len(cards) != number or not all(card.isdecimal() for card in cards):
+        fail(
+            f"--hma-device-ids is {given}: it names a card for each prefill server, and there "
+            f"are {number}; use --prefill {len(cards)}"
+        )
+    joined = f"--hma-device-ids={given}"
+    flags = [f"--hma-device-ids={cards[index]}" if flag == joined else flag for flag in flags]
+    return [
+        cards[index] if before == "--hma-device-ids" else flag
+        for before, flag in zip(["", *flags], flags, strict=False)
+    ]
 
 
 def own_trace(flags: list[str], name: str) -> list[str]:

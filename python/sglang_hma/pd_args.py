@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sglang_hma.config import PAGE_TOKENS
-from sglang_hma.launch_server import flag_value
+from sglang_hma.launch_checks import flag_value
 
 LOOPBACK = "127.0.0.1"
 
@@ -32,6 +32,9 @@ examples:
   prefill on the CPU, decode on a GPU
     python -m sglang_hma.launch_pd --model-path ./model \\
       --prefill-args "--device cpu" --decode-args "--device cuda --mem-fraction-static 0.8"
+  two Tenstorrent cards, a prefill server each, decode on the CPU
+    python -m sglang_hma.launch_pd --model-path ./model --prefill 2 \\
+      --prefill-args "--hma-prefill-runtime ttnn --hma-device-ids 0,1"
   a GPU for each role
     python -m sglang_hma.launch_pd --model-path ./model --decode-args "--base-gpu-id 1"
   the same pair without BFP8, as a baseline

@@ -14,28 +14,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-CARD = """\
-arch: {0: blackhole}
-chips: {}
-chip_unique_ids: {0: 4476187513037}
-ethernet_connections: []
-ethernet_connections_to_remote_devices: []
-chips_with_mmio:
-  - 0: 0
-harvesting:
-  0:
-    noc_translation: true
-    harvest_mask: 0
-    dram_harvesting_mask: 0
-    eth_harvesting_mask: 288
-    pcie_harvesting_mask: 2
-    l2cpu_harvesting_mask: 0
-boards:
-  -
-    - board_id: 4476187513037
-    - board_type: p150
-    - chips: [0]
-"""
+CARD = Path(__file__).parents[1] / "data" / "blackhole_card.yaml"
 
 COMPILER = """\
 #!/bin/sh
@@ -97,10 +76,8 @@ def environment(folder: Path) -> dict[str, str]:
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
     (bin_folder / "empty.elf").write_bytes(empty_program())
-    card = folder / "card.yaml"
-    card.write_text(CARD)
     return {
-        "TT_METAL_MOCK_CLUSTER_DESC_PATH": str(card),
+        "TT_METAL_MOCK_CLUSTER_DESC_PATH": str(CARD),
         "TT_METAL_RUNTIME_ROOT": str(root),
         "TT_METAL_CACHE": str(folder / "kernels"),
         "TT_LOGGER_LEVEL": "fatal",

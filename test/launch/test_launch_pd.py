@@ -20,6 +20,7 @@ import pytest
 
 import sglang_hma
 from sglang_hma.guardian import kill_run, marked
+from sglang_hma.launch_checks import flag_value
 from sglang_hma.launch_pd import PORT_POOL, Commands, plan
 from sglang_hma.pd_args import parse
 
@@ -355,3 +356,18 @@ def test_sglang_and_the_router_take_the_flags(tmp_path: Path) -> None:
     assert routes.pd_disaggregation and routes.policy == "random" and routes.log_level == "warn"
     assert [port for _, port in routes.prefill_urls] == [ports[2], ports[5]]
     assert len(routes.decode_urls) == 2 and routes.port == options.port
+
+
+@pytest.mark.parametrize("given", ["--hma-device-ids 0,3", "--hma-device-ids=0,3"])
+def test_each_prefill_server_gets_its_card(given: str) -> None:
+    argv = ["--model-path", "a/b", "--port", str(free_port()), "--prefill", "2"]
+    servers, _ = plan(parse([*argv, "--prefill-args", given]), Commands())
+    cards = [flag_value(list(server.command), "--hma-device-ids") for server in servers]
+    assert cards == ["0", "3", None]
+
+
+def test_cards_and_prefill_servers_must_match(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model-path", "a/b", "--port", str(free_port())]
+    with pytest.raises(SystemExit):
+        plan(parse([*argv, "--prefill-args", "--hma-device-ids 0,1"]), Commands())
+    assert "use --prefill 2" in capsys.readouterr().err
