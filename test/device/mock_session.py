@@ -9,9 +9,10 @@ import ttnn
 
 from hma_kernels import bfp8_pack
 from sglang_hma.prefill.ttnn.card import opened
-from sglang_hma.prefill.ttnn.readback import tile_bytes
+from sglang_hma.prefill.ttnn.offline import split
 from sglang_hma.prefill.ttnn.shape import bucket, page_bucket, pages_of
-from test.prefill.models import OnCard, random_model, split
+from sglang_hma.prefill.ttnn.tiles import tile_bytes, tile_rows
+from test.prefill.models import on_card, random_model
 
 PAGES = 200
 
@@ -20,11 +21,14 @@ ttnn.wait_for_event = lambda queue, event: None
 
 
 def same_bytes(rng: np.random.Generator) -> bool:
-    """Whether ttnn packs a weight as hma_kernels does, and tile_bytes reads what it packed."""
+    """Whether ttnn packs a weight as hma_kernels does, and its tiles are read as it wrote them."""
     weight = torch.from_numpy(rng.standard_normal((96, 160), np.float32)).bfloat16()
     host = ttnn.from_torch(weight[None, None], dtype=ttnn.bfloat8_b, layout=ttnn.TILE_LAYOUT)
     packed = bfp8_pack(weight, rounding="host")
-    return torch.equal(tile_bytes(host, (1, 1, 96, 160))[0], packed)
+    plain = ttnn.from_torch(weight[None, None], dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT)
+    return torch.equal(tile_bytes(host, (1, 1, 96, 160))[0], packed) and torch.equal(
+        tile_rows(plain, 160, 1, 3), weight[32:]
+    )
 
 
 def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
@@ -32,7 +36,7 @@ def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
     hf = random_model(kind, head_dim=head_dim)
     with opened() as card:
         before = card.dram.free
-        runtime = OnCard(card, hf, pages=PAGES)
+        runtime = on_card(card, hf, pages=PAGES)
         taken = before - card.dram.free
         predicted = runtime.shape.weight_bytes(bfp8=True)
         predicted += PAGES * runtime.shape.page_bytes * runtime.shape.layers
@@ -49,8 +53,9 @@ def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
                     step //= 2
                 shape = (padded, page_bucket(chunk.start // 32 + pages_of(padded)), step)
                 programs = card.programs
-                logits = runtime.prefill([chunk])
-                assert logits[0].shape == (tokens, 512)
+                for last, rows in ((False, tokens), (True, 1)):
+                    logits = runtime.prefill([chunk], last=last)
+                    assert logits[0].shape == (rows, 512)
                 if shape in seen and card.programs > programs:
                     needless.append((tokens, chunk.start))
                 seen.add(shape)

@@ -17,10 +17,9 @@ from transformers import (
 
 from hma_kernels import bfp8_unpack, reference
 from sglang_hma.prefill.ttnn.card import Card
-from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
-from sglang_hma.prefill.ttnn.readback import Readback
-from sglang_hma.prefill.ttnn.shape import ModelShape, pages_of
-from sglang_hma.prefill.ttnn.weights import Weights
+from sglang_hma.prefill.ttnn.compare import correlation
+from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
+from sglang_hma.prefill.ttnn.shape import pages_of
 
 KINDS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -83,55 +82,8 @@ def by_transformers(model: Any, tokens: np.ndarray) -> Result:
     return Result(out.logits[0], [(layer.keys[0], layer.values[0]) for layer in layers])
 
 
-class OnCard:
-    """A model on a card, and a pool of host pages beside it."""
-
-    def __init__(self, card: Card, hf: Any, *, pages: int = 64) -> None:
-        self.card, self.shape = card, ModelShape.of(hf.config)
-        weights = Weights(self.shape, card.device, None, bfp8=True)
-        weights.load(hf.state_dict().items())
-        self.model = PrefillModel(card, self.shape, weights, rotary_embedding(hf.config))
-        self.cache = empty_cache(card, self.shape, pages)
-        size = (pages, self.shape.kv_heads, self.shape.head_dim // 32, 1088)
-        self.host = [
-            tuple(torch.zeros(size, dtype=torch.uint8) for _ in "kv")
-            for _ in range(self.shape.layers)
-        ]
-        self.stored: list[int] = []
-
-    def prefill(self, chunks: list[Chunk]) -> list[torch.Tensor]:
-        """Logits of each chunk's tokens."""
-        readback = Readback(self.card.device, self._store, self.stored.append)
-        own = [chunk.own_pages for chunk in chunks]
-        streams = self.model.forward(
-            chunks,
-            self.cache,
-            lambda layer, pairs: readback.submit(layer, list(zip(own, pairs, strict=True))),
-        )
-        logits = [
-            self.model.logits(self.model.hidden(stream, 0, len(chunk.tokens)))
-            for chunk, stream in zip(chunks, streams, strict=True)
-        ]
-        readback.drain()
-        readback.close()
-        return logits
-
-    def _store(self, layer: int, which: int, pages: Any, rows: torch.Tensor) -> None:
-        self.host[layer][which][torch.from_numpy(pages.astype(np.int64))] = rows
-
-
-def split(tokens: np.ndarray, cuts: list[int], pages: np.ndarray) -> list[Chunk]:
-    """Chunks of one request, cut at multiples of 32."""
-    ends = [*cuts, len(tokens)]
-    return [
-        Chunk(tokens[begin:end], begin, pages[: pages_of(end)])
-        for begin, end in zip([0, *cuts], ends, strict=True)
-    ]
-
-
-def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Pearson's."""
-    return float(np.corrcoef(a.double().flatten().numpy(), b.double().flatten().numpy())[0, 1])
+def on_card(card: Card, hf: Any, *, pages: int = 64) -> OfflinePrefill:
+    return OfflinePrefill(card, hf.config, hf.state_dict().items(), pages=pages)
 
 
 # kind, layers, head_dim, tokens, where they are cut into chunks
@@ -158,7 +110,7 @@ def check_agreement(
     hf = random_model(kind, layers=layers, head_dim=head_dim)
     tokens = rng.integers(0, 512, length)
     pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]
-    runtime = OnCard(card, hf)
+    runtime = on_card(card, hf)
     parts = [runtime.prefill([chunk])[0] for chunk in split(tokens, cuts, pages)]
     logits = torch.cat(parts).float()
     used = torch.from_numpy(pages)

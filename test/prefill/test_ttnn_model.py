@@ -7,8 +7,9 @@ import torch
 from hma_kernels import bfp8_unpack
 from sglang_hma.prefill.ttnn.card import opened
 from sglang_hma.prefill.ttnn.model import Chunk
+from sglang_hma.prefill.ttnn.offline import split
 
-from .models import CASES, OnCard, check_agreement, random_model, split
+from .models import CASES, check_agreement, on_card, random_model
 
 pytestmark = pytest.mark.usefixtures("stand_in")
 
@@ -27,7 +28,7 @@ def test_requests_in_one_batch_do_not_touch_each_other(rng: np.random.Generator)
     order = rng.permutation(np.arange(1, 20))
     pages = [order[:1], order[1:3], order[3:7]]
     with opened() as card:
-        together, alone = OnCard(card, hf), OnCard(card, hf)
+        together, alone = on_card(card, hf), on_card(card, hf)
         chunks = [Chunk(*pair) for pair in zip(prompts, (0, 0, 0), pages, strict=True)]
         logits = together.prefill(chunks)
         for chunk, answer in zip(chunks, logits, strict=True):
@@ -43,7 +44,7 @@ def test_card_and_host_have_the_same_bytes(rng: np.random.Generator) -> None:
     hf = random_model("llama")
     tokens, pages = rng.integers(0, 512, 90), np.array([9, 2, 5])
     with opened() as card:
-        runtime = OnCard(card, hf)
+        runtime = on_card(card, hf)
         for chunk in split(tokens, [64], pages):
             runtime.prefill([chunk])
         for layer, kv in enumerate(runtime.cache):
@@ -59,3 +60,13 @@ def test_card_and_host_have_the_same_bytes(rng: np.random.Generator) -> None:
 def test_impossible_chunks_are_refused(tokens: int, start: int, pages: int) -> None:
     with pytest.raises(ValueError, match=r"chunk starts|tokens from"):
         Chunk(np.zeros(tokens, np.int64), start, np.arange(pages))
+
+
+def test_the_last_token_alone(rng: np.random.Generator) -> None:
+    hf = random_model("qwen2")
+    with opened() as card:
+        runtime = on_card(card, hf)
+        for length in (1, 32, 33, 64, 150):
+            chunk = Chunk(rng.integers(0, 512, length), 0, np.arange(1, 6))
+            every, last = (runtime.prefill([chunk], last=alone)[0] for alone in (False, True))
+            assert torch.equal(every[-1:], last)

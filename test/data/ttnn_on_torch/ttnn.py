@@ -44,7 +44,11 @@ class Tensor:
         return Shape(self.value.shape)
 
     def host_buffer(self):
-        assert self.device is None and self.dtype == bfloat8_b
+        assert self.device is None and self.layout == TILE_LAYOUT
+        if self.dtype == bfloat16:
+            rows = self.value.bfloat16().unflatten(-2, (-1, 2, 16)).unflatten(-1, (-1, 2, 16))
+            faces = rows.movedim((-6, -3, -5, -2, -4, -1), (-6, -5, -4, -3, -2, -1))
+            return SimpleNamespace(get_shard=lambda _: faces.contiguous())
         if not hasattr(self, "bytes"):
             self.bytes = np.zeros(self.value.numel() // 1024 * 1088, np.uint8)
         return SimpleNamespace(get_shard=lambda _: torch.from_numpy(self.bytes))
@@ -103,6 +107,10 @@ def to_device(tensor, device, memory_config=None):
     return Tensor(tensor.value, tensor.dtype, tensor.layout, device)
 
 
+def from_device(tensor):
+    return Tensor(tensor.value, tensor.dtype, tensor.layout, None)
+
+
 def to_torch(tensor):
     return tensor.value.bfloat16()
 
@@ -137,11 +145,6 @@ def embedding(ids, table, *, layout, dtype):
 
 def reshape(x, shape):
     return _out(x.value.reshape(shape), x)
-
-
-def slice(x, begin, end):
-    assert begin[2] % 32 == end[2] % 32 == 0
-    return _out(x.value[:, :, begin[2] : end[2]], x)
 
 
 def rms_norm(x, *, epsilon, weight):

@@ -18,6 +18,7 @@ import torch
 from hma_kernels import PAGE, TILE
 from sglang_hma.prefill.ttnn.card import Card
 from sglang_hma.prefill.ttnn.shape import ModelShape, bucket, page_bucket, pages_of
+from sglang_hma.prefill.ttnn.tiles import tile_rows
 from sglang_hma.prefill.ttnn.weights import Weights
 
 LARGEST_ATTENTION_CHUNK = 128
@@ -124,11 +125,11 @@ class PrefillModel:
         """Normed rows first.. of a residual stream, BF16 [rows, hidden], on the host."""
         import ttnn
 
-        begin = first // TILE * TILE
-        end = -(-(first + rows) // TILE) * TILE
-        part = ttnn.slice(x, [0, 0, begin, 0], [1, 1, end, self.shape.hidden])
-        normed = self._norm(part, "norm")
-        return ttnn.to_torch(normed)[0, 0, first - begin : first - begin + rows]
+        # Cut on the host: on the card each place to cut at would be a program of its own.
+        normed = ttnn.from_device(self._norm(x, "norm"))
+        begin, end = first // TILE, -(-(first + rows) // TILE)
+        part = tile_rows(normed, self.shape.hidden, begin, end)
+        return part[first - begin * TILE :][:rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """BF16 [rows, hidden] -> [rows, vocab] through the LM head on the card."""

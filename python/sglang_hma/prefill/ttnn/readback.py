@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.prefill.ttnn.card import COMPUTE, COPY
+from sglang_hma.prefill.ttnn.tiles import tile_bytes
 
 LAYERS_IN_FLIGHT = 3
 
@@ -116,14 +116,3 @@ class Readback:
             self.store(layer.index, which, pages, slot.bytes[:, : len(pages)].transpose(0, 1))
             self.free[tuple(slot.tensor.shape)].append(slot)
         self.layer_stored(layer.index)
-
-
-def tile_bytes(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
-    """The bytes of a host tensor in BFP8 [1, heads, tokens, dim]: uint8 [heads, tokens / 32,
-    dim / 32, 1088], not a copy."""
-    import ttnn
-
-    _, heads, tokens, dim = shape
-    raw = tensor.host_buffer().get_shard(ttnn.MeshCoordinate(0, 0))
-    flat = torch.utils.dlpack.from_dlpack(raw)
-    return flat.view(torch.uint8).view(heads, tokens // PAGE, dim // TILE, TILE_BYTES)

@@ -1,0 +1,78 @@
+"""The runtime without a server: a model on a card, its cache, and host pages beside it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hma_kernels import TILE, TILE_BYTES
+from sglang_hma.prefill.ttnn.card import Card
+from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
+from sglang_hma.prefill.ttnn.readback import Readback
+from sglang_hma.prefill.ttnn.shape import ModelShape, pages_of
+from sglang_hma.prefill.ttnn.weights import Weights
+
+
+class OfflinePrefill:
+    """host[layer] is (K, V): uint8 [pages, kv_heads, head_dim / 32, 1088]; `stored` the layers that
+    have arrived there, in order. `pages` counts page 0, which takes padding."""
+
+    def __init__(
+        self,
+        card: Card,
+        config: Any,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        pages: int,
+        bfp8: bool = True,
+    ) -> None:
+        self.card, self.shape = card, ModelShape.of(config)
+        weights = Weights(self.shape, card.device, None, bfp8)
+        weights.load(tensors)
+        self.model = PrefillModel(card, self.shape, weights, rotary_embedding(config))
+        self.cache = empty_cache(card, self.shape, pages)
+        size = (pages, self.shape.kv_heads, self.shape.head_dim // TILE, TILE_BYTES)
+        self.host = [
+            (torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8))
+            for _ in range(self.shape.layers)
+        ]
+        self.stored: list[int] = []
+
+    def prefill(self, chunks: Sequence[Chunk], *, last: bool = False) -> list[torch.Tensor]:
+        """BF16 logits [n, vocab] of each chunk's tokens, or [1, vocab] of its last one; returns
+        when all pages are in `host`."""
+        readback = Readback(self.card.device, self._store, self.stored.append)
+        own = [chunk.own_pages for chunk in chunks]
+        try:
+            streams = self.model.forward(
+                chunks,
+                self.cache,
+                lambda layer, pairs: readback.submit(layer, list(zip(own, pairs, strict=True))),
+            )
+            logits = []
+            for chunk, stream in zip(chunks, streams, strict=True):
+                rows = 1 if last else len(chunk.tokens)
+                hidden = self.model.hidden(stream, len(chunk.tokens) - rows, rows)
+                logits.append(self.model.logits(hidden))
+            readback.drain()
+        finally:
+            readback.close()
+        return logits
+
+    def _store(
+        self, layer: int, which: int, pages: npt.NDArray[np.integer], rows: torch.Tensor
+    ) -> None:
+        self.host[layer][which][torch.from_numpy(pages.astype(np.int64))] = rows
+
+
+def split(
+    tokens: npt.NDArray[np.integer], cuts: Sequence[int], pages: npt.NDArray[np.integer]
+) -> list[Chunk]:
+    """Chunks of one request, cut at multiples of 32."""
+    ends = [*cuts, len(tokens)]
+    return [
+        Chunk(tokens[begin:end], begin, pages[: pages_of(end)])
+        for begin, end in zip([0, *cuts], ends, strict=True)
+    ]

@@ -1,0 +1,29 @@
+"""Bytes of ttnn's host tensors in tile layout, as torch tensors that share them."""
+
+from typing import Any
+
+import torch
+
+from hma_kernels import PAGE, TILE, TILE_BYTES
+
+FACE = 16  # a tile is 2 x 2 faces of 16 x 16 elements, each row by row
+
+
+def _raw(tensor: Any) -> torch.Tensor:
+    import ttnn
+
+    shard = tensor.host_buffer().get_shard(ttnn.MeshCoordinate(0, 0))
+    return torch.utils.dlpack.from_dlpack(shard).view(torch.uint8).flatten()
+
+
+def tile_bytes(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of a host tensor in BFP8 [1, heads, tokens, dim]: [heads, tokens / 32, dim / 32, 1088]."""
+    _, heads, tokens, dim = shape
+    return _raw(tensor).view(heads, tokens // PAGE, dim // TILE, TILE_BYTES)
+
+
+def tile_rows(tensor: Any, width: int, begin: int, end: int) -> torch.Tensor:
+    """Rows 32 * begin .. 32 * end of a host tensor in BF16 [1, 1, rows, width]: [rows, width]."""
+    tiles = width // TILE
+    values = _raw(tensor).view(torch.bfloat16).view(-1, tiles, 2, 2, FACE, FACE)[begin:end]
+    return values.permute(0, 2, 4, 1, 3, 5).reshape(-1, width)
