@@ -80,6 +80,7 @@ def environment(folder: Path) -> dict[str, str]:
         "TT_METAL_MOCK_CLUSTER_DESC_PATH": str(CARD),
         "TT_METAL_RUNTIME_ROOT": str(root),
         "TT_METAL_CACHE": str(folder / "kernels"),
+        "TT_METAL_LOGS_PATH": str(folder / "logs"),
         "TT_LOGGER_LEVEL": "fatal",
         "LOGURU_LEVEL": "ERROR",
     }

@@ -56,6 +56,11 @@ class Card:
         ttnn.close_device(self.device)
 
 
+def cache_folder() -> Path:
+    """Where the runtime keeps files of its own."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sglang_hma" / "ttnn"
+
+
 def visible_cards() -> list[int]:
     """Numbers of the cards that the kernel driver shows."""
     nodes = Path("/dev/tenstorrent")
@@ -96,6 +101,8 @@ def open_card(device_id: int = 0) -> Card:
     # ttnn numbers the cards that it may see from 0.
     if "TT_VISIBLE_DEVICES" not in os.environ and not stands_in():
         os.environ["TT_VISIBLE_DEVICES"] = str(device_id)
+    # Else ttnn writes a folder "generated" where the server was started.
+    os.environ.setdefault("TT_METAL_LOGS_PATH", str(cache_folder() / "logs"))
     import ttnn
 
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from hma_kernels import TILE
+from sglang_hma.prefill.ttnn.card import cache_folder
 from sglang_hma.prefill.ttnn.shape import ModelShape
 
 KEEP_MODELS = 4
@@ -92,7 +93,7 @@ class WeightCache:
 
     @classmethod
     def for_model(cls, model: Path, *, bfp8: bool) -> "WeightCache":
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sglang_hma/ttnn"
+        base = cache_folder() / "weights"
         said = f"{fingerprint(model)} {_ttnn_version()} {'bfp8' if bfp8 else 'bf16'}"
         cache = cls(base / hashlib.sha256(said.encode()).hexdigest()[:24])
         cache.folder.mkdir(parents=True, exist_ok=True)
