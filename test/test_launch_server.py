@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sglang_hma.config import CONFIG_ENV, HmaConfig
+from sglang_hma.config import CONFIG_ENV, HmaConfig, WeightFormats
 from sglang_hma.launch_checks import flag_value
 from sglang_hma.launch_server import parse
 
@@ -53,8 +53,13 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["--hma-prefill-runtime is ttnn", "--hma-kv-format bfp8"],
         ),
         (["--hma-prefill-runtime", "ttnn", *PREFILL], ["no Tenstorrent card", "tt-kmd"]),
-        (["--hma-device-ids", "1", *PREFILL], ["--hma-device-ids is 1", "ttnn"]),
-        (["--hma-device-ids", "0,1", *PREFILL], ["--hma-device-ids", "a server a card"]),
+        (["--hma-device-ids", "1", *PREFILL], ["--hma-device-ids is given", "ttnn"]),
+        (["--hma-mesh", "1x2", *PREFILL], ["--hma-mesh is given", "ttnn"]),
+        (["--hma-device-ids", "0,x", *PREFILL], ["--hma-device-ids", "'0,x'", "no card number"]),
+        (["--hma-device-ids", "1,1", *PREFILL], ["--hma-device-ids", "names a card twice"]),
+        (["--hma-mesh", "2x2"], ["--hma-mesh", "'2x2'", "1x1, 1x2, 1x4"]),
+        (["--hma-weight-format", "bf16"], ["--hma-weight-format", "'bf16'", "attention="]),
+        (["--hma-weight-format", "tail=bfp8"], ["--hma-weight-format", "'tail=bfp8'"]),
         (["--hma-trace", "/no/such/folder/t.json"], ["--hma-trace", "/no/such/folder", "folder"]),
     ],
 )
@@ -68,11 +73,51 @@ def test_contradicting_flags(
 def test_a_card_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1])
     config, rest = parse([*PREFILL, "--hma-device-ids", "1"])
-    assert (config.prefill_runtime, config.device_id) == ("ttnn", 1)
+    assert (config.prefill_runtime, config.device_ids, config.chips) == ("ttnn", (1,), 1)
     assert flag_value(rest, "--device") == "cpu"
     for others in (["--device", "cpu"], ["--hma-prefill-runtime", "reference"]):
         assert parse([*PREFILL, *others])[0].prefill_runtime == "reference"
     assert parse(["--disaggregation-mode", "decode"])[0].prefill_runtime == "reference"
+
+
+@pytest.mark.parametrize(
+    ("argv", "ids", "chips"),
+    [
+        (["--hma-device-ids", "3,1"], (3, 1), 2),
+        (["--hma-mesh", "1x2"], (0,), 2),
+        (["--hma-device-ids", "2,3", "--hma-mesh", "1x4"], (2, 3), 4),
+    ],
+)
+def test_chips_of_several_cards(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], ids: tuple[int, ...], chips: int
+) -> None:
+    monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1, 2, 3])
+    config, _ = parse([*PREFILL, *argv])
+    assert (config.prefill_runtime, config.device_ids, config.chips) == ("ttnn", ids, chips)
+    sent = config.environment()[CONFIG_ENV]
+    assert msgspec.json.decode(sent, type=HmaConfig) == config
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--hma-device-ids", "0,1,2"], ["--hma-device-ids", "0,1,2,3", "--hma-mesh", "1x2"]],
+)
+def test_impossible_meshes(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1, 2, 3])
+    argv = [*PREFILL, "--hma-prefill-runtime", "ttnn", *argv]
+    assert "1, 2 or 4 cards form a mesh" in refusal(argv, capsys)
+
+
+def test_weight_formats_by_group() -> None:
+    device = ["--device", "cpu"]
+    formats = parse([*device, "--hma-weight-format", "head=native"])[0].weight_formats
+    assert formats == WeightFormats(head="native")
+    assert [formats.packs(group) for group in ("attention", "mlp", "head")] == [True, True, False]
+    assert parse(device)[0].weight_formats == WeightFormats()
+    native = parse([*device, "--hma-weight-format=native"])[0]
+    assert not native.rounds_prefill_weights and str(native.weight_formats) == "native"
 
 
 def test_a_card_serves_one_rank(
@@ -86,7 +131,7 @@ def test_a_card_serves_one_rank(
 
 def test_native_leaves_sglangs_defaults() -> None:
     config, rest = parse(["--device", "cpu", "--hma-kv-format", "native", "--page-size", "16"])
-    assert config.weight_format == "native"
+    assert not config.weight_formats.packs_any
     assert flag_value(rest, "--page-size") == "16"
     assert flag_value(rest, "--attention-backend") == "torch_native"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_hma.config import HmaConfig
+from sglang_hma.config import HmaConfig, WeightFormats
 from sglang_hma.seams import SEAMS
 
 DOCS = Path(__file__).parent.parent / "docs" / "sglang-seams.md"
@@ -44,8 +44,13 @@ print("checked", len(active))
 @pytest.mark.parametrize(
     ("config", "active"),
     [
-        (HmaConfig(role="decode"), 6),
-        (HmaConfig(role="prefill", kv_format="native", weight_format="native"), 4),
+        (HmaConfig(role="decode"), 7),
+        (
+            HmaConfig(
+                role="prefill", kv_format="native", weight_formats=WeightFormats.all("native")
+            ),
+            5,
+        ),
     ],
 )
 def test_hooks_take_hold_and_their_loss_is_noticed(config: HmaConfig, active: int) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-CARD = Path(__file__).parents[2] / "test" / "data" / "blackhole_card.yaml"
+CARD = Path(__file__).parent / "blackhole_card.yaml"
 WIDTH = 4096
 
 

@@ -2,16 +2,20 @@
 
 import argparse
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 KVFormatName = Literal["bfp8", "native"]
 WeightFormatName = Literal["bfp8", "native"]
+WeightGroup = Literal["attention", "mlp", "head"]
 Role = Literal["prefill", "decode", "null"]
 PrefillRuntime = Literal["reference", "ttnn"]
 
 LayersPerSend = int | Literal["auto", "all"]
+
+# A mesh is a row of chips that are linked to each other.
+MESHES = {"1x1": 1, "1x2": 2, "1x4": 4}
 
 CONFIG_ENV = "SGLANG_HMA_CONFIG"
 PAGE_TOKENS = 32
@@ -21,6 +25,31 @@ _PLATFORM_CLASSES = {
     "cuda": "sglang_hma.platforms.cuda:HmaCudaPlatform",
     "cuda without sgl_kernel": "sglang_hma.platforms.cuda:HmaTorchCudaPlatform",
 }
+
+
+class WeightFormats(msgspec.Struct, frozen=True):
+    """Of the linear weights during prefill, by group; experts belong to the MLP."""
+
+    attention: WeightFormatName = "bfp8"
+    mlp: WeightFormatName = "bfp8"
+    head: WeightFormatName = "bfp8"
+
+    @classmethod
+    def all(cls, name: WeightFormatName) -> "WeightFormats":
+        return cls(name, name, name)
+
+    def packs(self, group: WeightGroup) -> bool:
+        return bool(getattr(self, group) == "bfp8")
+
+    @property
+    def packs_any(self) -> bool:
+        return "bfp8" in (self.attention, self.mlp, self.head)
+
+    def __str__(self) -> str:
+        values = msgspec.structs.asdict(self)
+        if len(set(values.values())) == 1:
+            return self.head
+        return ",".join(f"{group}={value}" for group, value in values.items())
 
 
 class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,12 +62,13 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     role: Role = "null"
     device: Literal["cpu", "cuda"] = "cpu"
     kv_format: KVFormatName = "bfp8"
-    weight_format: WeightFormatName = "bfp8"
+    weight_formats: WeightFormats = WeightFormats()
     layers_per_send: LayersPerSend = "auto"
     kv_checksum: bool = True
     trace: str | None = None
     prefill_runtime: PrefillRuntime = "reference"
-    device_id: int = 0  # of the Tenstorrent card
+    device_ids: tuple[int, ...] = (0,)  # of the Tenstorrent cards
+    chips: int = 1  # of those cards, in one mesh
     torch_ops: bool = False  # on a GPU: SGLang's layers do without sgl_kernel
 
     @property
@@ -72,7 +102,7 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rounds_prefill_weights(self) -> bool:
-        return self.weight_format == "bfp8" and self.role != "decode" and not self.on_card
+        return self.weight_formats.packs_any and self.role != "decode" and not self.on_card
 
     def environment(self) -> dict[str, str]:
         """What a process of this server needs in its environment."""
@@ -104,11 +134,38 @@ def layers_per_send(text: str) -> LayersPerSend:
     return int(text)
 
 
-def device_id(text: str) -> int:
+def weight_formats(text: str) -> WeightFormats:
+    """The value of --hma-weight-format; raises argparse.ArgumentTypeError."""
+    known = get_args(WeightFormatName)
+    if text in known:
+        return WeightFormats.all(text)  # type: ignore[arg-type]
+    chosen: dict[str, str] = {}
+    for part in text.split(","):
+        group, equals, value = part.partition("=")
+        if not equals or group not in WeightFormats.__struct_fields__ or value not in known:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is neither bfp8, native nor one of attention=, mlp=, head= with either"
+            )
+        chosen[group] = value
+    return WeightFormats(**chosen)  # type: ignore[arg-type]
+
+
+def device_ids(text: str) -> tuple[int, ...]:
     """The value of --hma-device-ids; raises argparse.ArgumentTypeError."""
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no card number: start a server a card")
-    return int(text)
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no card number, nor several with commas")
+    ids = tuple(map(int, parts))
+    if len(set(ids)) < len(ids):
+        raise argparse.ArgumentTypeError(f"{text!r} names a card twice")
+    return ids
+
+
+def mesh_chips(text: str) -> int:
+    """Chips of a --hma-mesh; raises argparse.ArgumentTypeError."""
+    if text not in MESHES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MESHES)}")
+    return MESHES[text]
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -125,10 +182,12 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--hma-weight-format",
-        choices=["bfp8", "native"],
+        type=weight_formats,
         default=None,
+        metavar="bfp8|native|GROUP=...",
         help="Linear weights during prefill: 'bfp8' rounds them as a Tenstorrent card holds them, "
-        "'native' keeps the checkpoint's. Decode always uses the checkpoint's. "
+        "'native' keeps the checkpoint's. By group, the others in bfp8: 'head=native', "
+        "'attention=native,mlp=bfp8'. Decode always uses the checkpoint's. "
         "Default: what --hma-kv-format says.",
     )
     group.add_argument(
@@ -141,11 +200,19 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--hma-device-ids",
-        type=device_id,
+        type=device_ids,
         default=None,
-        metavar="N",
-        help="On a prefill server with a Tenstorrent card: the card's number under "
-        "/dev/tenstorrent, one card a server. Default: 0.",
+        metavar="N[,N...]",
+        help="On a prefill server with Tenstorrent cards: their numbers under /dev/tenstorrent. "
+        "Several serve one model together, split over their chips. Default: 0.",
+    )
+    group.add_argument(
+        "--hma-mesh",
+        type=mesh_chips,
+        default=None,
+        metavar="|".join(MESHES),
+        help="Chips of those cards that share the model: heads and MLP are split over them. Cards "
+        "with two chips need it. Default: one of each card in --hma-device-ids.",
     )
     group.add_argument(
         "--hma-layers-per-send",

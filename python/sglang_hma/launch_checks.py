@@ -5,7 +5,7 @@ import sys
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from sglang_hma.config import PAGE_TOKENS, HmaConfig, PrefillRuntime
+from sglang_hma.config import MESHES, PAGE_TOKENS, HmaConfig, PrefillRuntime
 
 # flag: (the only value that works with BFP8 pages or None for "not at all", why)
 BFP8_CONFLICTS: dict[str, tuple[str | None, str]] = {
@@ -50,11 +50,9 @@ def flag_value(argv: list[str], flag: str) -> str | None:
     return found
 
 
-def prefill_runtime(
-    ours: argparse.Namespace, role: str, device: str | None
-) -> tuple[PrefillRuntime, int]:
-    """What computes, and on which card."""
-    chosen, device_id = ours.hma_prefill_runtime, ours.hma_device_ids
+def prefill_runtime(ours: argparse.Namespace, role: str, device: str | None) -> PrefillRuntime:
+    """What computes."""
+    chosen = ours.hma_prefill_runtime
     fits = role == "prefill" and ours.hma_kv_format == "bfp8" and device in (None, "cpu")
     if chosen == "ttnn" and not fits:
         fail(
@@ -66,29 +64,46 @@ def prefill_runtime(
 
         there = fits and device is None and visible_cards() and find_spec("ttnn") is not None
         chosen = "ttnn" if there else "reference"
-    if chosen == "ttnn":
-        check_card(device_id or 0)
-    if chosen == "reference" and device_id is not None:
-        fail(f"--hma-device-ids is {device_id}, but no card computes: --hma-prefill-runtime ttnn")
-    return chosen, device_id or 0
+    if chosen == "reference":
+        for flag, value in (
+            ("--hma-device-ids", ours.hma_device_ids),
+            ("--hma-mesh", ours.hma_mesh),
+        ):
+            if value is not None:
+                fail(f"{flag} is given, but no card computes: add --hma-prefill-runtime ttnn")
+    return chosen
 
 
-def check_card(device_id: int) -> None:
-    from sglang_hma.prefill.ttnn.card import CardError, require_card
+def cards(ours: argparse.Namespace, runtime: PrefillRuntime) -> tuple[tuple[int, ...], int]:
+    """Numbers of the cards and how many of their chips form a mesh."""
+    ids = ours.hma_device_ids or (0,)
+    chips = ours.hma_mesh or len(ids)
+    if chips < len(ids) or chips not in MESHES.values():
+        shown = ",".join(map(str, ids))
+        fail(
+            f"--hma-device-ids is {shown}: 1, 2 or 4 cards form a mesh, of one chip each or of the "
+            "number in --hma-mesh"
+        )
+    if runtime == "ttnn":
+        from sglang_hma.prefill.ttnn.card import CardError, require_cards
 
-    try:
-        require_card(device_id)
-    except CardError as error:
-        fail(str(error))
+        try:
+            require_cards(ids)
+        except CardError as error:
+            fail(str(error))
+    return ids, chips
 
 
 def check_conflicts(config: HmaConfig, argv: list[str]) -> None:
     if config.on_card:
         for flag in ("--tp-size", "--tensor-parallel-size", "--tp"):
             if flag_value(argv, flag) not in (None, "1"):
-                fail(f"{flag} is {flag_value(argv, flag)}: a Tenstorrent server has one card")
+                fail(
+                    f"{flag} is {flag_value(argv, flag)}: on Tenstorrent cards --hma-mesh splits "
+                    "the model, in one process"
+                )
     if not config.packs_kv:
-        if config.weight_format == "bfp8":
+        if config.weight_formats.packs_any:
             fail(
                 "--hma-weight-format is bfp8 but --hma-kv-format is native, which switches all "
                 "formats off: leave one of them out"
@@ -153,7 +168,7 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
         from sglang_hma.prefill.ttnn.shape import ModelShape, UnsupportedModel
 
         try:
-            ModelShape.of(model.hf_config)
+            ModelShape.of(model.hf_config).split(config.chips)
         except UnsupportedModel as error:
             fail(f"{error}: serve it with --hma-prefill-runtime reference")
     for label, dim in (("head_dim", model.head_dim), ("v_head_dim", model.v_head_dim)):

@@ -96,7 +96,7 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 flag_value(flags, name) is None for name in ("--dp-size", "--data-parallel-size")
             ):
                 command += ["--nccl-port", str(ports.take())]
-            command += with_own_card(flags, i, number)
+            command += with_own_cards(flags, i, number)
             command += own_trace(flags, f"{role}-{i}" if i else "")
             servers.append(Program(f"{role}-{i}", command, f"{url}/health", share))
     router = [*commands.router, "--pd-disaggregation", "--policy", "random"]
@@ -111,21 +111,23 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     return servers, Program("router", command, f"{router_url}/readiness", env)
 
 
-def with_own_card(flags: list[str], index: int, number: int) -> list[str]:
-    """Flags with the server's card of --hma-device-ids A,B,..., one a server."""
+def with_own_cards(flags: list[str], index: int, number: int) -> list[str]:
+    """Flags with the server's equal share of the cards in --hma-device-ids A,B,..."""
     given = flag_value(flags, "--hma-device-ids")
-    if given is None or "," not in given:
+    if given is None or number == 1:
         return flags
     cards = given.split(",")
-    if len(cards) != number or not all(card.isdecimal() for card in cards):
+    each = len(cards) // number
+    if len(cards) % number:
         fail(
-            f"--hma-device-ids is {given}: it names a card for each prefill server, and there "
-            f"are {number}; use --prefill {len(cards)}"
+            f"--hma-device-ids is {given}: {number} prefill servers cannot share {len(cards)} "
+            "cards evenly; change --prefill or the list"
         )
+    own = ",".join(cards[index * each :][:each])
     joined = f"--hma-device-ids={given}"
-    flags = [f"--hma-device-ids={cards[index]}" if flag == joined else flag for flag in flags]
+    flags = [f"--hma-device-ids={own}" if flag == joined else flag for flag in flags]
     return [
-        cards[index] if before == "--hma-device-ids" else flag
+        own if before == "--hma-device-ids" else flag
         for before, flag in zip(["", *flags], flags, strict=False)
     ]
 

@@ -15,8 +15,9 @@ import psutil
 
 from sglang_hma import config as hma_config
 from sglang_hma import torch_ops
-from sglang_hma.config import PAGE_TOKENS, HmaConfig
+from sglang_hma.config import PAGE_TOKENS, HmaConfig, WeightFormats
 from sglang_hma.launch_checks import (
+    cards,
     check_conflicts,
     check_model,
     fail,
@@ -68,19 +69,21 @@ def parse(argv: list[str]) -> tuple[HmaConfig, list[str]]:
     device = flag_value(rest, "--device") or default_device()
     if device not in ("cpu", "cuda"):
         fail(f"--device is {device}: sglang-hma serves on cpu and cuda")
-    runtime, device_id = prefill_runtime(ours, role, flag_value(rest, "--device"))
+    runtime = prefill_runtime(ours, role, flag_value(rest, "--device"))
+    ids, chips = cards(ours, runtime)
     if runtime == "ttnn":
         device = "cpu"
     config = HmaConfig(
         role=role,  # type: ignore[arg-type]
         device=device,  # type: ignore[arg-type]
         kv_format=ours.hma_kv_format,
-        weight_format=ours.hma_weight_format or ours.hma_kv_format,
+        weight_formats=ours.hma_weight_format or WeightFormats.all(ours.hma_kv_format),
         layers_per_send=ours.hma_layers_per_send,
         kv_checksum=ours.hma_kv_checksum == "on",
         trace=ours.hma_trace,
         prefill_runtime=runtime,
-        device_id=device_id,
+        device_ids=ids,
+        chips=chips,
         torch_ops=torch_ops.needed(device),
     )
     if config.trace and not Path(config.trace).resolve().parent.is_dir():

@@ -32,7 +32,7 @@ examples:
   prefill on the CPU, decode on a GPU
     python -m sglang_hma.launch_pd --model-path ./model \\
       --prefill-args "--device cpu" --decode-args "--device cuda --mem-fraction-static 0.8"
-  two Tenstorrent cards, a prefill server each, decode on the CPU
+  two Tenstorrent cards, a prefill server each (one server on both: without --prefill 2)
     python -m sglang_hma.launch_pd --model-path ./model --prefill 2 \\
       --prefill-args "--hma-prefill-runtime ttnn --hma-device-ids 0,1"
   a GPU for each role

@@ -76,6 +76,13 @@ SEAMS = (
         _from("transfer.decode_queues", "HmaDecodeTransferQueue"),
         lambda config: config.packs_kv and config.role == "decode",
     ),
+    Seam(
+        "sglang.srt.managers.scheduler_components.internal_state"
+        ".SchedulerInternalStateController.get_internal_state",
+        "formats, kernels and cards in /get_server_info",
+        _from("server_info", "get_internal_state"),
+        lambda config: True,
+    ),
 )
 
 

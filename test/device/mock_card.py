@@ -1,9 +1,9 @@
-"""Real ttnn on a described card without silicon: it checks every call, makes every program and
-counts the card's memory; nothing computes.
+"""Real ttnn on described cards without silicon: it checks every call, makes every program and
+counts the cards' memory; nothing computes.
 
 ttnn compiles its kernels with the vendor's RISC-V compiler (sfpi), which its wheel does not have. A
 card that runs nothing needs no code: in its place stands a script whose output is an empty program.
-`python -m test.device.mock_card FILE.py` runs FILE.py there.
+`python -m test.device.mock_card FILE.py` runs FILE.py there, with HMA_MOCK_CHIPS on so many cards.
 """
 
 import os
@@ -14,7 +14,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-CARD = Path(__file__).parents[1] / "data" / "blackhole_card.yaml"
+import yaml
 
 COMPILER = """\
 #!/bin/sh
@@ -61,8 +61,46 @@ def empty_program() -> bytes:
     return header + load + blob + b"".join(sections)
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """What ttnn needs to take the description for a card; `folder` gets files."""
+BOARDS = {"blackhole": "p150", "wormhole_b0": "n150"}
+
+
+def describe(chips: int, arch: str) -> dict[str, object]:
+    """Cards of a chip each for ttnn where there is none, a link of four lanes between neighbours,
+    the last and the first included."""
+    numbers = range(chips)
+    links = chips if chips > 2 else chips - 1
+    return {
+        "arch": dict.fromkeys(numbers, arch),
+        "chips": {chip: [chip, 0, 0, 0] for chip in numbers if arch == "wormhole_b0"},
+        "chip_unique_ids": {chip: 0x10000 + chip for chip in numbers},
+        "ethernet_connections": [
+            [{"chip": chip, "chan": 4 + lane}, {"chip": (chip + 1) % chips, "chan": 8 + lane}]
+            for chip in range(links)
+            for lane in range(4)
+        ],
+        "ethernet_connections_to_remote_devices": [],
+        "chips_with_mmio": [{chip: chip} for chip in numbers],
+        "harvesting": {
+            chip: {
+                "noc_translation": True,
+                "harvest_mask": int(arch == "wormhole_b0"),
+                "dram_harvesting_mask": 0,
+                "eth_harvesting_mask": 0x120 if arch == "blackhole" else 0,
+                "pcie_harvesting_mask": 2 if arch == "blackhole" else 0,
+                "l2cpu_harvesting_mask": 0,
+            }
+            for chip in numbers
+        },
+        "boards": [
+            [{"board_id": 0x41230000000 + chip}, {"board_type": BOARDS[arch]}, {"chips": [chip]}]
+            for chip in numbers
+        ],
+        "asic_locations": dict.fromkeys(numbers, 0),
+    }
+
+
+def environment(folder: Path, chips: int = 1, arch: str = "blackhole") -> dict[str, str]:
+    """What ttnn needs to take a description for cards; `folder` gets files."""
     spec = find_spec("ttnn")
     assert spec is not None and spec.origin is not None
     package, root = Path(spec.origin).parent, folder / "ttnn"
@@ -76,8 +114,10 @@ def environment(folder: Path) -> dict[str, str]:
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
     (bin_folder / "empty.elf").write_bytes(empty_program())
+    description = folder / "cards.yaml"
+    description.write_text(yaml.safe_dump(describe(chips, arch)))
     return {
-        "TT_METAL_MOCK_CLUSTER_DESC_PATH": str(CARD),
+        "TT_METAL_MOCK_CLUSTER_DESC_PATH": str(description),
         "TT_METAL_RUNTIME_ROOT": str(root),
         "TT_METAL_CACHE": str(folder / "kernels"),
         "TT_METAL_LOGS_PATH": str(folder / "logs"),
@@ -87,8 +127,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
+    chips = int(os.environ.get("HMA_MOCK_CHIPS", "1"))
     with tempfile.TemporaryDirectory(prefix="hma-mock-card-") as folder:
-        env = os.environ | environment(Path(folder))
+        env = os.environ | environment(Path(folder), chips)
         return subprocess.call([sys.executable, *sys.argv[1:]], env=env)
 
 

@@ -8,6 +8,7 @@ import torch
 import ttnn
 
 from hma_kernels import bfp8_pack
+from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import opened
 from sglang_hma.prefill.ttnn.offline import split
 from sglang_hma.prefill.ttnn.shape import bucket, page_bucket, pages_of
@@ -31,15 +32,16 @@ def same_bytes(rng: np.random.Generator) -> bool:
     )
 
 
-def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
+def session(kind: str, head_dim: int, chips: int, seed: int) -> dict[str, object]:
     rng = np.random.default_rng(seed)
-    hf = random_model(kind, head_dim=head_dim)
-    with opened() as card:
+    hf = random_model(kind, head_dim=head_dim, kv_heads=4)
+    with opened(range(chips), chips) as card:
         before = card.dram.free
         runtime = on_card(card, hf, pages=PAGES)
         taken = before - card.dram.free
-        predicted = runtime.shape.weight_bytes(bfp8=True)
-        predicted += PAGES * runtime.shape.page_bytes * runtime.shape.layers
+        part = runtime.shape.split(chips)
+        predicted = part.weight_bytes(WeightFormats())
+        predicted += PAGES * part.page_bytes * part.layers
 
         seen: set[tuple[int, int, int]] = set()
         needless = []
@@ -61,6 +63,7 @@ def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
                 seen.add(shape)
         return {
             "arch": card.arch,
+            "chips": card.chips,
             "taken": taken,
             "predicted": predicted,
             "programs": card.programs,
@@ -70,4 +73,4 @@ def session(kind: str, head_dim: int, seed: int) -> dict[str, object]:
         }
 
 
-print(json.dumps(session(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+print(json.dumps(session(sys.argv[1], *map(int, sys.argv[2:]))))

@@ -18,18 +18,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return environment(tmp_path_factory.mktemp("card"))
-
-
-@pytest.mark.parametrize(("kind", "head_dim"), [("qwen3", 128), ("qwen2", 64), ("llama", 64)])
-def test_real_ttnn_takes_every_call(card: dict[str, str], kind: str, head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "chips", "arch"),
+    [
+        ("qwen3", 128, 1, "blackhole"),
+        ("qwen2", 64, 1, "blackhole"),
+        ("llama", 64, 1, "wormhole_b0"),
+        ("qwen3", 64, 2, "blackhole"),
+        ("qwen2", 64, 4, "blackhole"),
+    ],
+)
+def test_real_ttnn_takes_every_call(
+    tmp_path: Path, kind: str, head_dim: int, chips: int, arch: str
+) -> None:
     seed = secrets.randbits(32)
     print(f"seed {seed}")
     done = subprocess.run(
-        [sys.executable, "-m", "test.device.mock_session", kind, str(head_dim), str(seed)],
-        env=os.environ | card,
+        [
+            sys.executable,
+            "-m",
+            "test.device.mock_session",
+            kind,
+            *map(str, (head_dim, chips, seed)),
+        ],
+        env=os.environ | environment(tmp_path, chips, arch),
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -37,7 +49,7 @@ def test_real_ttnn_takes_every_call(card: dict[str, str], kind: str, head_dim: i
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["arch"] == "blackhole"
+    assert (seen["arch"], seen["chips"]) == (arch, chips)
     assert seen["layers"] == [0, 1]
     assert seen["same_bytes"]
     assert abs(seen["predicted"] - seen["taken"]) <= 0.05 * seen["taken"], seen

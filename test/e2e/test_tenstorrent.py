@@ -96,6 +96,15 @@ def test_logprobs_of_the_prompt(card: Pair) -> None:
     assert all(entry[0] < 0 for entry in logprobs[1:])
 
 
+def test_server_info_tells_the_card(card: Pair) -> None:
+    info = card.prefill.info()["internal_states"][0]["hma"]
+    assert (info["kv_format"], info["prefill_runtime"]) == ("bfp8", "ttnn")
+    chips = info["tenstorrent"]
+    assert (chips["arch"], chips["chips"], chips["device_ids"]) == ("blackhole", 1, [0])
+    assert 0 < chips["weights"] < chips["dram_free"] <= chips["dram_total"]
+    assert "tenstorrent" not in card.decode.info()["internal_states"][0]["hma"]
+
+
 def test_aborted_requests_leave_nothing(card: Pair) -> None:
     rng = random.Random(8)
     for patience in (0.05, 0.2, 0.4):

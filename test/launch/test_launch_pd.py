@@ -366,8 +366,11 @@ def test_each_prefill_server_gets_its_card(given: str) -> None:
     assert cards == ["0", "3", None]
 
 
-def test_cards_and_prefill_servers_must_match(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--model-path", "a/b", "--port", str(free_port())]
+def test_prefill_servers_share_the_cards(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model-path", "a/b", "--port", str(free_port()), "--prefill", "2"]
+    servers, _ = plan(parse([*argv, "--prefill-args", "--hma-device-ids 0,3,5,6"]), Commands())
+    cards = [flag_value(list(server.command), "--hma-device-ids") for server in servers]
+    assert cards == ["0,3", "5,6", None]
     with pytest.raises(SystemExit):
-        plan(parse([*argv, "--prefill-args", "--hma-device-ids 0,1"]), Commands())
-    assert "use --prefill 2" in capsys.readouterr().err
+        plan(parse([*argv, "--prefill-args", "--hma-device-ids 0,1,2"]), Commands())
+    assert "2 prefill servers cannot share 3 cards" in capsys.readouterr().err

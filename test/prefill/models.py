@@ -28,17 +28,25 @@ KINDS = {
 }
 
 
-def random_model(kind: str, *, layers: int = 2, head_dim: int = 64, tied: bool = False) -> Any:
+def random_model(
+    kind: str,
+    *,
+    layers: int = 2,
+    head_dim: int = 64,
+    tied: bool = False,
+    kv_heads: int = 2,
+    vocab: int = 512,
+) -> Any:
     """Weights that BF16 holds, as float32; norms away from 1, biases away from 0."""
     make_config, make_model = KINDS[kind]
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": vocab}
     if kind == "qwen2":
         sizes["hidden_size"] = 4 * head_dim
     config = make_config(
         **sizes,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
@@ -107,7 +115,7 @@ def check_agreement(
     cuts: list[int],
 ) -> None:
     """Logits, K and V against transformers in float32."""
-    hf = random_model(kind, layers=layers, head_dim=head_dim)
+    hf = random_model(kind, layers=layers, head_dim=head_dim, kv_heads=max(2, card.chips))
     tokens = rng.integers(0, 512, length)
     pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]
     runtime = on_card(card, hf)

@@ -22,6 +22,36 @@ def test_agrees_with_transformers(
         check_agreement(card, rng, kind, layers, head_dim, length, cuts)
 
 
+@pytest.mark.parametrize("chips", [2, 4])
+@pytest.mark.parametrize(("kind", "layers", "head_dim", "length", "cuts"), CASES[-5:])
+def test_chips_together_agree_with_transformers(
+    rng: np.random.Generator,
+    kind: str,
+    layers: int,
+    head_dim: int,
+    length: int,
+    cuts: list[int],
+    chips: int,
+) -> None:
+    with opened(range(chips), chips) as card:
+        check_agreement(card, rng, kind, layers, head_dim, length, cuts)
+
+
+@pytest.mark.parametrize("chips", [2, 4])
+def test_pages_of_a_mesh_are_those_of_a_chip(rng: np.random.Generator, chips: int) -> None:
+    """Of the first layer, whose input no sum over chips has rounded, byte for byte."""
+    hf = random_model("qwen2", kv_heads=4, vocab=500)
+    chunk = Chunk(rng.integers(0, 500, 70), 0, rng.permutation(np.arange(1, 20))[:3])
+    with opened() as one, opened(range(chips), chips) as several:
+        alone, together = on_card(one, hf), on_card(several, hf)
+        logits = [runtime.prefill([chunk])[0] for runtime in (alone, together)]
+    assert logits[0].shape == logits[1].shape == (70, 500)
+    used = torch.from_numpy(chunk.pages)
+    for which in range(2):
+        pages = [runtime.host[0][which][used] for runtime in (alone, together)]
+        assert torch.equal(*pages) and pages[0].any()
+
+
 def test_requests_in_one_batch_do_not_touch_each_other(rng: np.random.Generator) -> None:
     hf = random_model("qwen3")
     prompts = [rng.integers(0, 512, n) for n in (5, 64, 100)]

@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn import card as cards
 from sglang_hma.prefill.ttnn.card import CardError, open_card, opened
 from sglang_hma.prefill.ttnn.shape import ModelShape, UnsupportedModel
-from sglang_hma.prefill.ttnn.weights import WeightCache, Weights, fingerprint
+from sglang_hma.prefill.ttnn.weights import (
+    WeightCache,
+    Weights,
+    checkpoint_folder,
+    fingerprint,
+)
 
 from .models import random_model
 
@@ -24,11 +30,11 @@ def test_second_start_reads_the_cache_alone(
     hf = random_model(kind, tied=tied)
     shape, cache = ModelShape.of(hf.config), WeightCache(tmp_path)
     with opened() as card:
-        first = Weights(shape, card.device, cache, bfp8=True)
+        first = Weights(shape, card, cache, WeightFormats())
         assert not first.load_cached()
         named = list(hf.state_dict().items())
         first.load(named[i] for i in rng.permutation(len(named)))
-        second = Weights(shape, card.device, cache, bfp8=True)
+        second = Weights(shape, card, cache, WeightFormats())
         assert second.load_cached()
     assert first.tensors.keys() == second.tensors.keys()
     for name, tensor in first.tensors.items():
@@ -37,20 +43,71 @@ def test_second_start_reads_the_cache_alone(
     assert not [file for file in tmp_path.iterdir() if str(os.getpid()) in file.name]
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("chips", [2, 4])
+def test_chips_share_the_weights(tmp_path: Path, kind: str, chips: int) -> None:
+    """Every chip's part of what one chip would hold; the cache keeps the parts."""
+    hf = random_model(kind, kv_heads=4, vocab=520)
+    shape, cache = ModelShape.of(hf.config), WeightCache(tmp_path)
+    heads, kv, dim = shape.heads // chips, shape.kv_heads // chips, shape.head_dim
+    with opened() as one, opened(range(chips), chips) as several:
+        whole = Weights(shape, one, None, WeightFormats())
+        Weights(shape, several, cache, WeightFormats()).load(hf.state_dict().items())
+        whole.load(hf.state_dict().items())
+        parts = Weights(shape, several, cache, WeightFormats())
+        assert parts.load_cached()
+    for name, tensor in whole.tensors.items():
+        expected, got = tensor.value, parts[name].values
+        assert len(got) == chips
+        kind_of = name.partition(".")[2] or name
+        if kind_of in ("wqkv", "qkv_bias"):
+            q, k, v = expected.split([n * dim for n in (shape.heads, *[shape.kv_heads] * 2)], -1)
+            for chip, part in enumerate(got):
+                columns = (
+                    x[..., chip * n * dim :][..., : n * dim]
+                    for x, n in ((q, heads), (k, kv), (v, kv))
+                )
+                assert torch.equal(part, torch.cat(list(columns), -1))
+        elif kind_of in ("wo", "down"):
+            assert torch.equal(torch.cat(got, -2), expected)
+        elif kind_of in ("gate", "up"):
+            assert torch.equal(torch.cat(got, -1), expected)
+        elif kind_of == "lm_head":
+            joined = torch.cat(got, -1)
+            assert torch.equal(joined[:, :520], expected[:, :520]) and not joined[:, 520:].any()
+        else:
+            assert all(torch.equal(part, expected) for part in got)
+
+
+def test_formats_by_group(rng: np.random.Generator) -> None:
+    hf = random_model("llama")
+    with opened() as card:
+        packed, some = (
+            Weights(ModelShape.of(hf.config), card, None, formats)
+            for formats in (WeightFormats(), WeightFormats(attention="native", head="native"))
+        )
+        for weights in (packed, some):
+            weights.load(hf.state_dict().items())
+    for name, tensor in packed.tensors.items():
+        kept = name == "lm_head" or name.endswith(("wqkv", "wo"))
+        assert (some[name].dtype == tensor.dtype) is not kept, name
+    assert torch.equal(some["lm_head"].value, hf.lm_head.weight.T)
+
+
 def test_interrupted_cache_is_not_used(tmp_path: Path) -> None:
     hf = random_model("llama")
     shape, cache = ModelShape.of(hf.config), WeightCache(tmp_path)
     with opened() as card:
-        Weights(shape, card.device, cache, bfp8=True).load(hf.state_dict().items())
+        Weights(shape, card, cache, WeightFormats()).load(hf.state_dict().items())
         sorted(tmp_path.iterdir())[0].unlink()
-        assert not Weights(shape, card.device, cache, bfp8=True).load_cached()
+        assert not Weights(shape, card, cache, WeightFormats()).load_cached()
 
 
 def test_missing_tensor_is_named() -> None:
     hf = random_model("qwen3")
     named = [pair for pair in hf.state_dict().items() if pair[0] != "model.norm.weight"]
     with opened() as card, pytest.raises(ValueError, match=r"has no model\.norm\.weight"):
-        Weights(ModelShape.of(hf.config), card.device, None, bfp8=True).load(named)
+        Weights(ModelShape.of(hf.config), card, None, WeightFormats()).load(named)
 
 
 def test_changed_checkpoint_has_another_cache(tmp_path: Path) -> None:
@@ -63,6 +120,25 @@ def test_changed_checkpoint_has_another_cache(tmp_path: Path) -> None:
     assert fingerprint(tmp_path) != before
 
 
+def test_checkpoint_of_a_hub_is_found(tmp_path: Path) -> None:
+    """In the hub library's own layout: a reference names a commit, whose files are links."""
+    repo, commit = tmp_path / "models--some--model", "0123456789abcdef0123456789abcdef01234567"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "blobs" / "one").write_bytes(b"weights")
+    (repo / "snapshots" / commit / "model.safetensors").symlink_to("../../blobs/one")
+    found = checkpoint_folder("some/model", None, str(tmp_path))
+    assert found == repo / "snapshots" / commit
+    assert checkpoint_folder(str(found), None, None) == found
+    before = fingerprint(found)
+    (repo / "blobs" / "one").write_bytes(b"other weights")
+    assert fingerprint(found) != before
+    assert checkpoint_folder("some/other", None, str(tmp_path)) is None
+    assert checkpoint_folder("no name/at all/", None, str(tmp_path)) is None
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -70,6 +146,8 @@ def test_changed_checkpoint_has_another_cache(tmp_path: Path) -> None:
         ({"head_dim": 96}, "head_dim is 96"),
         ({"intermediate_size": 500}, "intermediate size is 500"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ({"num_key_value_heads": 1}, "kv_heads of the model are 1, which 2 chips"),
+        ({"intermediate_size": 96}, "intermediate of the model are 96"),
     ],
 )
 def test_models_without_a_runtime_are_refused(change: dict[str, object], word: str) -> None:
@@ -77,7 +155,7 @@ def test_models_without_a_runtime_are_refused(change: dict[str, object], word: s
     for name, value in change.items():
         setattr(config, name, value)
     with pytest.raises(UnsupportedModel, match=word):
-        ModelShape.of(config)
+        ModelShape.of(config).split(2)
 
 
 @pytest.mark.parametrize(
@@ -89,4 +167,4 @@ def test_missing_cards_are_named(
     monkeypatch.delenv("TT_METAL_SIMULATOR")
     monkeypatch.setattr(cards, "visible_cards", lambda: there)
     with pytest.raises(CardError, match=word):
-        open_card(asked)
+        open_card([asked])

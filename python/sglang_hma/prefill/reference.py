@@ -22,7 +22,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from torch.nn import Module, Parameter
 
 from hma_kernels import bfp8_round
-from sglang_hma.config import HmaConfig
+from sglang_hma.config import HmaConfig, WeightGroup
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,11 @@ def prepare_model(model: Module) -> None:
     elif not exact:
         return
     rounded = 0
+    groups = weight_groups(model)
     for module, name in linear_weights(model):
         parameter = getattr(module, name)
         wide = exact and parameter.dtype == torch.float32 and isinstance(module, LinearBase)
-        if config.rounds_prefill_weights:
+        if config.rounds_prefill_weights and config.weight_formats.packs(groups[module]):
             rounded += 1
             for_prefill = round_weight(parameter.data)
             if config.role == "null":
@@ -113,6 +114,20 @@ def linear_weights(model: Module) -> list[tuple[Module, str]]:
     if lm_head is not None and all(lm_head is not module for module, _ in found):
         found.append((lm_head, "weight"))
     return found
+
+
+def weight_groups(model: Module) -> dict[Module, WeightGroup]:
+    """Of every module: "head" for the LM head, "attention" by its name, "mlp" for the others."""
+    groups: dict[Module, WeightGroup] = {}
+    for path, module in model.named_modules():
+        in_attention = any("attn" in part or "attention" in part for part in path.split("."))
+        groups[module] = "attention" if in_attention else "mlp"
+        if isinstance(module, ParallelLMHead):
+            groups[module] = "head"
+    lm_head = getattr(model, "lm_head", None)
+    if lm_head is not None:
+        groups[lm_head] = "head"
+    return groups
 
 
 def untie_lm_head(model: Module) -> None:

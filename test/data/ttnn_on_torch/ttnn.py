@@ -2,10 +2,12 @@
 
 It has the vendor's numerics where the project relies on them: BF16 between operations, both BFP8
 packers, attention over the packed pages. It refuses what ttnn refuses of the runtime's calls. A
-copy to the host happens when its event is waited for, and fails if the source was freed before.
+copy to the host happens when its event is waited for, and fails if the source was freed before. On
+a mesh each chip computes with its own part of every tensor, and only all_reduce looks at others'.
 """
 
 import enum
+import functools
 import os
 import time
 import weakref
@@ -23,8 +25,17 @@ MathFidelity = SimpleNamespace(HiFi2="HiFi2")
 UnaryOpType = SimpleNamespace(SILU="silu")
 
 
-def MeshCoordinate(*at):
-    return at
+FabricConfig = SimpleNamespace(DISABLED="off", FABRIC_1D="line")
+
+
+def MeshCoordinate(row, column):
+    assert row == 0
+    return column
+
+
+def MeshShape(rows, columns):
+    assert rows == 1
+    return columns
 
 
 class Arch(enum.Enum):
@@ -36,27 +47,82 @@ class Shape(tuple):
 
 
 class Tensor:
-    def __init__(self, value, dtype, layout, device):
-        self.value, self.dtype, self.layout, self.device = value, dtype, layout, device
+    """values: each chip's part."""
+
+    def __init__(self, values, dtype, layout, device):
+        self.values, self.dtype, self.layout, self.device = values, dtype, layout, device
+
+    @property
+    def value(self):
+        assert len(self.values) == 1
+        return self.values[0]
 
     @property
     def shape(self):
-        return Shape(self.value.shape)
+        return Shape(self.values[0].shape)
+
+    def on_chip(self, chip):
+        return Tensor([self.values[chip]], self.dtype, self.layout, self.device)
 
     def host_buffer(self):
         assert self.device is None and self.layout == TILE_LAYOUT
         if self.dtype == bfloat16:
-            rows = self.value.bfloat16().unflatten(-2, (-1, 2, 16)).unflatten(-1, (-1, 2, 16))
-            faces = rows.movedim((-6, -3, -5, -2, -4, -1), (-6, -5, -4, -3, -2, -1))
-            return SimpleNamespace(get_shard=lambda _: faces.contiguous())
+            return SimpleNamespace(get_shard=lambda chip: _faces(self.values[chip]))
         if not hasattr(self, "bytes"):
-            self.bytes = np.zeros(self.value.numel() // 1024 * 1088, np.uint8)
-        return SimpleNamespace(get_shard=lambda _: torch.from_numpy(self.bytes))
+            self.bytes = [np.zeros(v.numel() // 1024 * 1088, np.uint8) for v in self.values]
+        return SimpleNamespace(get_shard=lambda chip: torch.from_numpy(self.bytes[chip]))
+
+
+def _faces(value):
+    rows = value.bfloat16().unflatten(-2, (-1, 2, 16)).unflatten(-1, (-1, 2, 16))
+    return rows.movedim((-6, -3, -5, -2, -4, -1), (-6, -5, -4, -3, -2, -1)).contiguous()
+
+
+def _chips(arguments):
+    return {len(x.values) for x in arguments if isinstance(x, Tensor)}
+
+
+def on_each_chip(operation):
+    @functools.wraps(operation)
+    def on_all(*args, **options):
+        (chips,) = _chips([*args, *options.values()])
+        results = [
+            operation(
+                *(_part(x, chip) for x in args),
+                **{name: _part(x, chip) for name, x in options.items()},
+            )
+            for chip in range(chips)
+        ]
+        if isinstance(results[0], tuple):
+            return tuple(_together(parts) for parts in zip(*results, strict=True))
+        return _together(results)
+
+    return on_all
+
+
+def _part(x, chip):
+    return x.on_chip(chip) if isinstance(x, Tensor) else x
+
+
+def _together(parts):
+    if parts[0] is None:
+        return None
+    first = parts[0]
+    return Tensor([part.value for part in parts], first.dtype, first.layout, first.device)
 
 
 class Device:
+    def __init__(self, chips):
+        self.chips = chips
+
+    def get_num_devices(self):
+        return self.chips
+
     def arch(self):
         return Arch.BLACKHOLE
+
+    def num_program_cache_entries(self):
+        return 0
 
     def compute_with_storage_grid_size(self):
         return (13, 10)
@@ -70,13 +136,43 @@ class Event:
 _pending = []
 
 
-def open_device(*, device_id, num_command_queues):
-    assert device_id == 0 and num_command_queues == 2
-    return Device()
+_fabric = [FabricConfig.DISABLED]
 
 
-def close_device(device):
+def set_fabric_config(config):
+    _fabric[0] = config
+
+
+def open_mesh_device(chips, *, num_command_queues):
+    assert num_command_queues == 2
+    assert chips == 1 or _fabric[0] == FabricConfig.FABRIC_1D, "chips that are not linked"
+    if chips > 4:
+        raise RuntimeError(f"info:\nRequested mesh shape MeshShape([1, {chips}])")
+    return Device(chips)
+
+
+def close_mesh_device(device):
     pass
+
+
+def get_device_tensors(tensor):
+    return [tensor.on_chip(chip) for chip in range(len(tensor.values))]
+
+
+def ReplicateTensorToMesh(device):
+    return lambda value: [value] * device.chips
+
+
+def ShardTensorToMesh(device, *, dim):
+    def split(value):
+        assert device.chips == 1 or value.shape[dim] % (32 * device.chips) == 0, value.shape
+        return list(value.chunk(device.chips, dim))
+
+    return split
+
+
+def ConcatMeshToTensor(device, *, dim):
+    return lambda values: torch.cat(values, dim)
 
 
 def get_memory_view(device, kind):
@@ -94,33 +190,34 @@ def SDPAProgramConfig(**options):
     return SimpleNamespace(**options)
 
 
-def from_torch(value, *, dtype, layout, device=None):
-    if dtype == bfloat8_b:
-        rounded = bfp8_round(_padded(value.float()), rounding="host")
-        value = rounded[..., : value.shape[-1]]
-    elif dtype == bfloat16:
-        value = value.bfloat16().float()
-    return Tensor(value.clone(), dtype, layout, device)
+def from_torch(value, *, dtype, layout, mesh_mapper, device=None):
+    def stored(part):
+        if dtype == bfloat8_b:
+            return bfp8_round(_padded(part.float()), rounding="host")[..., : part.shape[-1]].clone()
+        return part.bfloat16().float() if dtype == bfloat16 else part.clone()
+
+    return Tensor([stored(part) for part in mesh_mapper(value)], dtype, layout, device)
 
 
 def to_device(tensor, device, memory_config=None):
-    return Tensor(tensor.value, tensor.dtype, tensor.layout, device)
+    return Tensor(tensor.values, tensor.dtype, tensor.layout, device)
 
 
 def from_device(tensor):
-    return Tensor(tensor.value, tensor.dtype, tensor.layout, None)
+    return Tensor(tensor.values, tensor.dtype, tensor.layout, None)
 
 
-def to_torch(tensor):
-    return tensor.value.bfloat16()
+def to_torch(tensor, *, mesh_composer):
+    return mesh_composer(tensor.values).bfloat16()
 
 
 def zeros(shape, *, dtype, layout, device, memory_config):
-    return Tensor(torch.zeros(tuple(shape)), dtype, layout, device)
+    values = [torch.zeros(tuple(shape)) for _ in range(device.chips)]
+    return Tensor(values, dtype, layout, device)
 
 
 def dump_tensor(path, tensor):
-    torch.save((tensor.value, tensor.dtype, tensor.layout), path)
+    torch.save((tensor.values, tensor.dtype, tensor.layout), path)
 
 
 def load_tensor(path, *, device):
@@ -135,18 +232,21 @@ def _padded(value):
 def _out(value, *sources):
     for source in sources:
         assert source.device is not None, "an operand is on the host"
-    return Tensor(value.bfloat16().float(), bfloat16, TILE_LAYOUT, sources[0].device)
+    return Tensor([value.bfloat16().float()], bfloat16, TILE_LAYOUT, sources[0].device)
 
 
+@on_each_chip
 def embedding(ids, table, *, layout, dtype):
     assert ids.dtype == uint32 and table.layout == ROW_MAJOR_LAYOUT
     return _out(table.value[ids.value.long()], ids, table)
 
 
+@on_each_chip
 def reshape(x, shape):
     return _out(x.value.reshape(shape), x)
 
 
+@on_each_chip
 def rms_norm(x, *, epsilon, weight):
     assert weight.layout == ROW_MAJOR_LAYOUT and weight.shape[-1] == 32
     wide = x.value.double()
@@ -154,28 +254,38 @@ def rms_norm(x, *, epsilon, weight):
     return _out(wide * scale * weight.value.reshape(-1).double(), x, weight)
 
 
+@on_each_chip
 def linear(x, weight, *, bias=None, dtype, compute_kernel_config):
     assert dtype == bfloat16 and weight.layout == TILE_LAYOUT
     y = x.value.double() @ weight.value.double()
     return _out(y if bias is None else y + bias.value.double(), x, weight)
 
 
+@on_each_chip
 def add(a, b):
     return _out(a.value + b.value, a, b)
 
 
+@on_each_chip
 def mul(a, b, *, input_tensor_a_activations):
     assert input_tensor_a_activations == [UnaryOpType.SILU]
     return _out(torch.nn.functional.silu(a.value.double()) * b.value.double(), a, b)
 
 
+def all_reduce(x):
+    assert x.device.chips > 1 and x.dtype == bfloat16
+    total = functools.reduce(lambda a, b: (a + b).bfloat16().float(), x.values)
+    return Tensor([total] * len(x.values), x.dtype, x.layout, x.device)
+
+
+@on_each_chip
 def typecast(x, dtype):
     assert dtype == bfloat8_b and x.dtype == bfloat16
-    return Tensor(
-        bfp8_round(x.value.bfloat16(), rounding="device").float(), dtype, x.layout, x.device
-    )
+    rounded = bfp8_round(x.value.bfloat16(), rounding="device").float()
+    return Tensor([rounded], dtype, x.layout, x.device)
 
 
+@on_each_chip
 def _create_qkv_heads(qkv, *, num_heads, num_kv_heads, transpose_k_heads):
     assert not transpose_k_heads
     heads = qkv.value[0, 0].unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(0, 1)[None]
@@ -184,6 +294,7 @@ def _create_qkv_heads(qkv, *, num_heads, num_kv_heads, transpose_k_heads):
     )
 
 
+@on_each_chip
 def _rotary_embedding_hf(x, cos, sin, *, is_decode_mode):
     assert not is_decode_mode and (x.shape[-1] == 32 or x.shape[-1] % 64 == 0)
     assert cos.shape == (1, 1, *x.shape[2:]), (cos.shape, x.shape)
@@ -192,6 +303,7 @@ def _rotary_embedding_hf(x, cos, sin, *, is_decode_mode):
     return _out(x.value.double() * cos.value + turned * sin.value, x, cos, sin)
 
 
+@on_each_chip
 def _paged_fill_cache(cache, new, table, *, batch_idx):
     assert cache.dtype == new.dtype == bfloat8_b and table.dtype == int32 and batch_idx == 0
     pages = table.value[0].long()
@@ -200,10 +312,12 @@ def _paged_fill_cache(cache, new, table, *, batch_idx):
     cache.value[pages] = rows
 
 
+@on_each_chip
 def _nlp_concat_heads(x):
     return _out(x.value.transpose(1, 2).flatten(2)[:, None], x)
 
 
+@on_each_chip
 def _chunked_attention(
     q, keys, values, table, *, chunk_start_idx_tensor, scale, program_config, compute_kernel_config
 ):
@@ -234,7 +348,7 @@ transformer = SimpleNamespace(chunked_scaled_dot_product_attention=_chunked_atte
 
 
 def allocate_tensor_on_host(shape, dtype, layout, device):
-    return Tensor(torch.zeros(tuple(shape)), dtype, layout, None)
+    return Tensor([torch.zeros(tuple(shape))] * device.chips, dtype, layout, None)
 
 
 def copy_device_to_host_tensor(source, target, *, blocking, cq_id):
@@ -258,7 +372,7 @@ def event_synchronize(event):
     for source, target in event.copies:
         alive = source()
         assert alive is not None, "a tensor was freed before it was copied"
-        target.host_buffer().get_shard(None).copy_(
-            bfp8_pack(alive.value, rounding="device").flatten()
-        )
+        for chip, value in enumerate(alive.values):
+            packed = bfp8_pack(value, rounding="device").flatten()
+            target.host_buffer().get_shard(chip).copy_(packed)
     event.copies.clear()

@@ -1,8 +1,8 @@
-"""One Tenstorrent card: opening, closing, its memory, and what is wrong if there is none."""
+"""Tenstorrent cards: opening, closing, their memory, and what is wrong if there is none."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ class CardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Dram:
-    """Bytes of the card's memory, all banks together."""
+    """Bytes of one chip's memory, all banks together."""
 
     total: int
     free: int
@@ -26,9 +26,13 @@ class Dram:
 
 @dataclass
 class Card:
-    """An open device with a command queue for compute and one for copies."""
+    """An open mesh, a row of chips, with a command queue for compute and one for copies."""
 
     device: Any
+
+    @property
+    def chips(self) -> int:
+        return int(self.device.get_num_devices())
 
     @property
     def arch(self) -> str:
@@ -53,7 +57,10 @@ class Card:
     def close(self) -> None:
         import ttnn
 
-        ttnn.close_device(self.device)
+        linked = self.chips > 1
+        ttnn.close_mesh_device(self.device)
+        if linked:
+            ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)
 
 
 def cache_folder() -> Path:
@@ -76,8 +83,8 @@ def stands_in() -> bool:
     )
 
 
-def require_card(device_id: int) -> None:
-    """Raises CardError if this host has no such card or no ttnn; opens nothing."""
+def require_cards(device_ids: Sequence[int]) -> None:
+    """Raises CardError if this host lacks one of the cards or ttnn; opens nothing."""
     if find_spec("ttnn") is None:
         raise CardError(
             "--hma-prefill-runtime is ttnn, which is not installed: make venv installs it "
@@ -90,25 +97,30 @@ def require_card(device_id: int) -> None:
                 "no Tenstorrent card: /dev/tenstorrent is empty; is the card in, and its kernel "
                 "driver (tt-kmd) loaded?"
             )
-        if device_id not in cards:
+        lacking = sorted(set(device_ids) - set(cards))
+        if lacking:
             shown = ", ".join(map(str, cards))
-            raise CardError(f"--hma-device-ids is {device_id}: this host has cards {shown}")
+            raise CardError(f"--hma-device-ids has {lacking[0]}: this host has cards {shown}")
 
 
-def open_card(device_id: int = 0) -> Card:
-    """Raises CardError with the reason and the remedy."""
-    require_card(device_id)
+def open_card(device_ids: Sequence[int] = (0,), chips: int = 1) -> Card:
+    """A mesh of `chips` chips of these cards. Raises CardError with the reason and the remedy."""
+    require_cards(device_ids)
+    numbers = ",".join(map(str, device_ids))
     # ttnn numbers the cards that it may see from 0.
     if "TT_VISIBLE_DEVICES" not in os.environ and not stands_in():
-        os.environ["TT_VISIBLE_DEVICES"] = str(device_id)
+        os.environ["TT_VISIBLE_DEVICES"] = numbers
     # Else ttnn writes a folder "generated" where the server was started.
     os.environ.setdefault("TT_METAL_LOGS_PATH", str(cache_folder() / "logs"))
     import ttnn
 
     try:
-        device = ttnn.open_device(device_id=0, num_command_queues=QUEUES)
+        if chips > 1:
+            ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D)
+        device = ttnn.open_mesh_device(ttnn.MeshShape(1, chips), num_command_queues=QUEUES)
     except RuntimeError as error:
-        raise CardError(f"card {device_id} does not open: {reason(error)}") from error
+        mesh = f" as a mesh of {chips} chips" if chips > 1 else ""
+        raise CardError(f"card {numbers} does not open{mesh}: {reason(error)}") from error
     return Card(device)
 
 
@@ -123,8 +135,8 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def opened(device_id: int = 0) -> Iterator[Card]:
-    card = open_card(device_id)
+def opened(device_ids: Sequence[int] = (0,), chips: int = 1) -> Iterator[Card]:
+    card = open_card(device_ids, chips)
     try:
         yield card
     finally:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hma_kernels import PAGE, bfp8_pack, bfp8_round, bfp8_unpack
+from sglang_hma.config import device_ids, mesh_chips
 from sglang_hma.prefill.ttnn.card import CardError, opened
 from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
 from sglang_hma.prefill.ttnn.shape import UnsupportedModel, pages_of
@@ -112,7 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=100, help="length of the prompt (100)")
     parser.add_argument("--chunk", type=int, default=64, help="tokens a chunk, times 32 (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompt (0)")
-    parser.add_argument("--device-id", type=int, default=0, help="the card's number (0)")
+    parser.add_argument(
+        "--device-ids", type=device_ids, default=(0,), help="the cards' numbers, with commas (0)"
+    )
+    parser.add_argument(
+        "--mesh", type=mesh_chips, help="1x2 or 1x4: chips that share the model (1 a card)"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(argv)
     if args.tokens < 1 or args.chunk < PAGE or args.chunk % PAGE:
@@ -124,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     model = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32).eval()
     tokens = np.random.default_rng(args.seed).integers(0, model.config.vocab_size, args.tokens)
     try:
-        with opened(args.device_id) as card:
+        with opened(args.device_ids, args.mesh or len(args.device_ids)) as card:
             pages = 1 + pages_of(args.tokens)
             named = model.state_dict().items()
             runtime = OfflinePrefill(card, model.config, named, pages=pages)

@@ -5,6 +5,9 @@ are packed by `typecast`, which is the device packer; attention reads only what 
 keep BF16. Rotary embeddings are in Hugging Face's order, so K's bytes are what a GPU expects.
 
 Layers go over all requests before the next layer starts: a layer's pages are final together.
+
+On a mesh each chip attends with its own heads over its own pages and has its columns of the MLP;
+the residual stream is on all of them, and the two projections that return to it are summed.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,11 +66,12 @@ class _OnCard:
     attention: Any
 
 
-# (layer, one (K, V) pair a chunk): packed tensors [1, kv_heads, padded length, head_dim]
+# (layer, one (K, V) pair a chunk): packed tensors [1, a chip's kv_heads, padded length, head_dim]
 Stored = Callable[[int, list[tuple[Any, Any]]], None]
 
 
-# K and V of each layer: BFP8 [pages, kv_heads, 32, head_dim]; page 0 takes what padding writes
+# K and V of each layer: BFP8 [pages, a chip's kv_heads, 32, head_dim]; page 0 takes what padding
+# writes
 Cache = Sequence[tuple[Any, Any]]
 
 
@@ -75,9 +79,11 @@ def empty_cache(card: Card, shape: ModelShape, pages: int) -> Cache:
     """Zeros on the card."""
     import ttnn
 
+    heads = shape.split(card.chips).kv_heads
+
     def one() -> Any:
         return ttnn.zeros(
-            ttnn.Shape([pages, shape.kv_heads, PAGE, shape.head_dim]),
+            ttnn.Shape([pages, heads, PAGE, shape.head_dim]),
             dtype=ttnn.bfloat8_b,
             layout=ttnn.TILE_LAYOUT,
             device=card.device,
@@ -101,6 +107,7 @@ class PrefillModel:
         import ttnn
 
         self.card, self.shape, self.weights, self.rotary = card, shape, weights, rotary
+        self.part = shape.split(card.chips)
         # ttnn takes a float that float32 holds exactly, and no other.
         self.scale = float(np.float32(shape.head_dim**-0.5))
         self.compute = ttnn.init_device_compute_kernel_config(
@@ -126,7 +133,7 @@ class PrefillModel:
         import ttnn
 
         # Cut on the host: on the card each place to cut at would be a program of its own.
-        normed = ttnn.from_device(self._norm(x, "norm"))
+        normed = ttnn.from_device(ttnn.get_device_tensors(self._norm(x, "norm"))[0])
         begin, end = first // TILE, -(-(first + rows) // TILE)
         part = tile_rows(normed, self.shape.hidden, begin, end)
         return part[first - begin * TILE :][:rows]
@@ -139,7 +146,9 @@ class PrefillModel:
         padded = hidden.new_zeros(bucket(rows), self.shape.hidden)
         padded[:rows] = hidden
         x = self._tensor(padded[None, None].bfloat16(), ttnn.bfloat16, ttnn.TILE_LAYOUT)
-        return ttnn.to_torch(self._linear(x, "lm_head"))[0, 0, :rows]
+        parts = ttnn.ConcatMeshToTensor(self.card.device, dim=-1)
+        logits = ttnn.to_torch(self._linear(x, "lm_head"), mesh_composer=parts)
+        return logits[0, 0, :rows, : self.shape.vocab]
 
     def _upload(self, chunk: Chunk) -> _OnCard:
         import ttnn
@@ -185,7 +194,7 @@ class PrefillModel:
     def _layer(self, layer: int, chunk: _OnCard, keys: Any, values: Any) -> tuple[Any, Any]:
         import ttnn
 
-        shape = self.shape
+        shape = self.part
         bias = f"{layer}.qkv_bias" if shape.qkv_bias else None
         qkv = self._linear(self._norm(chunk.x, f"{layer}.attention_norm"), f"{layer}.wqkv", bias)
         q, k, v = ttnn.experimental.nlp_create_qkv_heads(
@@ -208,14 +217,14 @@ class PrefillModel:
             compute_kernel_config=self.compute,
         )
         joined = ttnn.experimental.nlp_concat_heads(attended)
-        x = ttnn.add(chunk.x, self._linear(joined, f"{layer}.wo"))
+        x = ttnn.add(chunk.x, self._summed(self._linear(joined, f"{layer}.wo")))
         h = self._norm(x, f"{layer}.mlp_norm")
         gated = ttnn.mul(
             self._linear(h, f"{layer}.gate"),
             self._linear(h, f"{layer}.up"),
             input_tensor_a_activations=[ttnn.UnaryOpType.SILU],
         )
-        chunk.x = ttnn.add(x, self._linear(gated, f"{layer}.down"))
+        chunk.x = ttnn.add(x, self._summed(self._linear(gated, f"{layer}.down")))
         return k8, v8
 
     def _linear(self, x: Any, name: str, bias: str | None = None) -> Any:
@@ -229,6 +238,12 @@ class PrefillModel:
             compute_kernel_config=self.compute,
         )
 
+    def _summed(self, x: Any) -> Any:
+        """Over the chips, each of which has a part of every value."""
+        import ttnn
+
+        return x if self.card.chips == 1 else ttnn.all_reduce(x)
+
     def _norm(self, x: Any, name: str) -> Any:
         import ttnn
 
@@ -237,4 +252,8 @@ class PrefillModel:
     def _tensor(self, value: torch.Tensor, dtype: Any, layout: Any) -> Any:
         import ttnn
 
-        return ttnn.from_torch(value, dtype=dtype, layout=layout, device=self.card.device)
+        device = self.card.device
+        everywhere = ttnn.ReplicateTensorToMesh(device)
+        return ttnn.from_torch(
+            value, dtype=dtype, layout=layout, device=device, mesh_mapper=everywhere
+        )

@@ -8,11 +8,14 @@ import numpy.typing as npt
 import torch
 
 from hma_kernels import TILE, TILE_BYTES
+from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import Card
 from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
-from sglang_hma.prefill.ttnn.readback import Readback
+from sglang_hma.prefill.ttnn.readback import Readback, store_pages
 from sglang_hma.prefill.ttnn.shape import ModelShape, pages_of
 from sglang_hma.prefill.ttnn.weights import Weights
+
+ALL_BFP8 = WeightFormats()
 
 
 class OfflinePrefill:
@@ -26,10 +29,10 @@ class OfflinePrefill:
         tensors: Iterable[tuple[str, torch.Tensor]],
         *,
         pages: int,
-        bfp8: bool = True,
+        formats: WeightFormats = ALL_BFP8,
     ) -> None:
         self.card, self.shape = card, ModelShape.of(config)
-        weights = Weights(self.shape, card.device, None, bfp8)
+        weights = Weights(self.shape, card, None, formats)
         weights.load(tensors)
         self.model = PrefillModel(card, self.shape, weights, rotary_embedding(config))
         self.cache = empty_cache(card, self.shape, pages)
@@ -43,7 +46,7 @@ class OfflinePrefill:
     def prefill(self, chunks: Sequence[Chunk], *, last: bool = False) -> list[torch.Tensor]:
         """BF16 logits [n, vocab] of each chunk's tokens, or [1, vocab] of its last one; returns
         when all pages are in `host`."""
-        readback = Readback(self.card.device, self._store, self.stored.append)
+        readback = Readback(self.card, self._store, self.stored.append)
         own = [chunk.own_pages for chunk in chunks]
         try:
             streams = self.model.forward(
@@ -62,9 +65,9 @@ class OfflinePrefill:
         return logits
 
     def _store(
-        self, layer: int, which: int, pages: npt.NDArray[np.integer], rows: torch.Tensor
+        self, layer: int, which: int, pages: npt.NDArray[np.integer], head: int, rows: torch.Tensor
     ) -> None:
-        self.host[layer][which][torch.from_numpy(pages.astype(np.int64))] = rows
+        store_pages(self.host[layer][which], pages, head, rows)
 
 
 def split(

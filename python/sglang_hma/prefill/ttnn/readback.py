@@ -15,19 +15,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_hma.prefill.ttnn.card import COMPUTE, COPY
+from sglang_hma.prefill.ttnn.card import COMPUTE, COPY, Card
 from sglang_hma.prefill.ttnn.tiles import tile_bytes
 
 LAYERS_IN_FLIGHT = 3
 
-# (layer, K or V: 0 or 1, page ids [n], bytes [n, kv_heads, head_dim / 32, 1088])
-Store = Callable[[int, int, npt.NDArray[np.integer], torch.Tensor], None]
+# (layer, K or V: 0 or 1, page ids [n], first KV head, bytes [n, kv_heads, head_dim / 32, 1088])
+Store = Callable[[int, int, npt.NDArray[np.integer], int, torch.Tensor], None]
+
+
+def store_pages(
+    buffer: torch.Tensor, pages: npt.NDArray[np.integer], head: int, rows: torch.Tensor
+) -> None:
+    """buffer: uint8 [pages, kv_heads, head_dim / 32, 1088]; rows: [n, h, head_dim / 32, 1088], the
+    heads from `head` on of pages `pages`."""
+    buffer[torch.from_numpy(pages.astype(np.int64)), head : head + rows.shape[1]] = rows
 
 
 @dataclass
 class _Slot:
     tensor: Any
-    bytes: torch.Tensor
+    bytes: list[torch.Tensor]  # of each chip
 
 
 @dataclass
@@ -41,8 +49,9 @@ class _Layer:
 class Readback:
     """`store` and `layer_stored` are called on a thread of this object's."""
 
-    def __init__(self, device: Any, store: Store, layer_stored: Callable[[int], None]) -> None:
-        self.device, self.store, self.layer_stored = device, store, layer_stored
+    def __init__(self, card: Card, store: Store, layer_stored: Callable[[int], None]) -> None:
+        self.device, self.chips = card.device, card.chips
+        self.store, self.layer_stored = store, layer_stored
         self.free: dict[tuple[int, ...], list[_Slot]] = {}
         self.room = threading.BoundedSemaphore(LAYERS_IN_FLIGHT)
         self.pending: queue.Queue[_Layer | None] = queue.Queue()
@@ -55,7 +64,8 @@ class Readback:
         layer: int,
         chunks: Sequence[tuple[npt.NDArray[np.integer], tuple[Any, Any]]],
     ) -> None:
-        """chunks: (page ids, (K, V)) with K, V BFP8 [1, kv_heads, tokens, head_dim] on the card."""
+        """chunks: (page ids, (K, V)) with K, V BFP8 [1, kv_heads, tokens, head_dim] on each
+        chip."""
         import ttnn
 
         self.room.acquire()
@@ -94,7 +104,7 @@ class Readback:
         tensor = ttnn.allocate_tensor_on_host(
             ttnn.Shape(shape), ttnn.bfloat8_b, ttnn.TILE_LAYOUT, self.device
         )
-        return _Slot(tensor, tile_bytes(tensor, shape))
+        return _Slot(tensor, [tile_bytes(tensor, shape, chip) for chip in range(self.chips)])
 
     def _run(self) -> None:
         while (layer := self.pending.get()) is not None:
@@ -113,6 +123,9 @@ class Readback:
         ttnn.event_synchronize(layer.arrived)
         layer.sources.clear()
         for which, pages, slot in layer.copies:
-            self.store(layer.index, which, pages, slot.bytes[:, : len(pages)].transpose(0, 1))
+            for chip, rows in enumerate(slot.bytes):
+                first = chip * len(rows)
+                of_pages = rows[:, : len(pages)].transpose(0, 1)
+                self.store(layer.index, which, pages, first, of_pages)
             self.free[tuple(slot.tensor.shape)].append(slot)
         self.layer_stored(layer.index)

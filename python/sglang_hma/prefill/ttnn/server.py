@@ -6,9 +6,9 @@ a radix hit finds its prefix on the card, a transfer finds it on the host, and a
 in both.
 """
 
+import itertools
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,9 +23,9 @@ from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.pool import Bfp8KVPool
 from sglang_hma.prefill.ttnn.card import Card, open_card
 from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
-from sglang_hma.prefill.ttnn.readback import Readback
+from sglang_hma.prefill.ttnn.readback import Readback, store_pages
 from sglang_hma.prefill.ttnn.shape import ModelShape
-from sglang_hma.prefill.ttnn.weights import WeightCache, Weights
+from sglang_hma.prefill.ttnn.weights import WeightCache, Weights, checkpoint_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,30 +57,37 @@ class CardCausalLM(torch.nn.Module):
         self.config = config
         self.shape = ModelShape.of(config)
         self.start_layer, self.end_layer = 0, self.shape.layers
-        self.card: Card = open_card(HmaConfig.require().device_id)
+        ours = HmaConfig.require()
+        self.card: Card = open_card(ours.device_ids, ours.chips)
+        self.part = self.shape.split(ours.chips)
         self.logits_processor = LogitsProcessor(config)
         self.readback: Readback | None = None
         CardCausalLM.serving = self
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        bfp8 = HmaConfig.require().weight_format == "bfp8"
-        dram = self.card.dram
-        needed = self.shape.weight_bytes(bfp8=bfp8)
+        formats, dram = HmaConfig.require().weight_formats, self.card.dram
+        needed = self.part.weight_bytes(formats)
         if needed > dram.free:
             raise RuntimeError(
-                f"the model's weights take {needed / 1e9:.1f} GB of the card's "
-                f"{dram.free / 1e9:.1f} GB: use a smaller model, or --hma-weight-format bfp8"
+                f"the model's weights take {needed / 1e9:.1f} GB of a chip's "
+                f"{dram.free / 1e9:.1f} GB: use a smaller model, --hma-weight-format bfp8, or "
+                "share it between more chips with --hma-mesh"
             )
-        folder = Path(get_model().model_path)
-        cache = WeightCache.for_model(folder, bfp8=bfp8) if folder.is_dir() else None
-        weights = Weights(self.shape, self.card.device, cache, bfp8)
+        # A checkpoint from a hub is on disk once its first tensor is here.
+        tensors = iter(tensors)
+        first = list(itertools.islice(tensors, 1))
+        source, chips = get_model(), self.card.chips
+        folder = checkpoint_folder(source.model_path, source.revision, source.download_dir)
+        cache = WeightCache.for_model(folder, formats, chips) if folder else None
+        weights = Weights(self.shape, self.card, cache, formats)
         if not weights.load_cached():
-            weights.load(tensors)
+            weights.load(itertools.chain(first, tensors))
         self.model = PrefillModel(self.card, self.shape, weights, rotary_embedding(self.config))
         self.head = _CardHead(self.model)
         logger.info(
-            "Tenstorrent %s: weights take %.2f of %.2f GB",
+            "Tenstorrent %s, %d chips: weights take %.2f of %.2f GB of each",
             self.card.arch,
+            chips,
             (dram.free - self.card.dram.free) / 1e9,
             dram.total / 1e9,
         )
@@ -89,7 +96,7 @@ class CardCausalLM(torch.nn.Module):
         """At most `wanted` KV tokens beside a forward of `chunk` tokens and page 0; RuntimeError
         if not even one chunk fits."""
         free = self.card.dram.free
-        room = (self.shape.pages_in(free, chunk) - 1) * PAGE
+        room = (self.part.pages_in(free, chunk) - 1) * PAGE
         if room < chunk:
             raise RuntimeError(
                 f"{free / 1e9:.2f} GB of the card are left for K and V of a chunk of {chunk} "
@@ -99,13 +106,26 @@ class CardCausalLM(torch.nn.Module):
             logger.warning("KV capacity is %d tokens, not %d: the card is full", room, wanted)
         return min(wanted, room)
 
+    def facts(self, config: HmaConfig) -> dict[str, Any]:
+        """For /get_server_info; memory in bytes, of each chip."""
+        dram = self.card.dram
+        return {
+            "arch": self.card.arch,
+            "device_ids": list(config.device_ids),
+            "chips": self.card.chips,
+            "dram_total": dram.total,
+            "dram_free": dram.free,
+            "weights": self.part.weight_bytes(config.weight_formats),
+            "programs": self.card.programs,
+        }
+
     @torch.no_grad()
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Any, **_: Any
     ) -> LogitsProcessorOutput:
         pool = get_token_to_kv_pool()
         if self.readback is None:
-            self.readback = Readback(self.card.device, pool.store_pages, pool.layer_stored)
+            self.readback = Readback(self.card, pool.store_pages, pool.layer_stored)
         chunks = chunks_of(input_ids, batch, get_req_to_token_pool().req_to_token)
         own = [chunk.own_pages for chunk in chunks]
         readback = self.readback
@@ -149,8 +169,7 @@ class CardKVPool(Bfp8KVPool):
         self.card_cache = empty_cache(model.card, model.shape, self.num_pages)
 
     def store_pages(
-        self, layer: int, which: int, pages: npt.NDArray[np.integer], rows: torch.Tensor
+        self, layer: int, which: int, pages: npt.NDArray[np.integer], head: int, rows: torch.Tensor
     ) -> None:
-        """rows: uint8 [pages, kv_heads, head_dim / 32, 1088], a K (0) or V (1) page each."""
-        buffer = (self.k_buffer, self.v_buffer)[which][layer]
-        buffer[torch.from_numpy(pages.astype(np.int64))] = rows
+        """rows: uint8 [pages, heads, head_dim / 32, 1088], of K (0) or V (1) from `head` on."""
+        store_pages((self.k_buffer, self.v_buffer)[which][layer], pages, head, rows)

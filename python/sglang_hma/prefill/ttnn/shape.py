@@ -1,9 +1,10 @@
 """What a model looks like to the runtime, and how many bytes of a card it takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hma_kernels import PAGE, TILE, TILE_BYTES
+from sglang_hma.config import WeightFormats, WeightGroup
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 BF16 = 2
@@ -15,7 +16,8 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Of a dense decoder with rotary embeddings and grouped-query attention."""
+    """Of a dense decoder with rotary embeddings and grouped-query attention, or of a chip's part
+    of it: its heads, its columns of the MLP, its `logits` of the vocabulary's."""
 
     layers: int
     hidden: int
@@ -24,6 +26,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    logits: int
     eps: float
     qk_norm: bool
     qkv_bias: bool
@@ -45,6 +48,7 @@ class ModelShape:
             kv_heads=config.num_key_value_heads,
             head_dim=head_dim or config.hidden_size // config.num_attention_heads,
             vocab=config.vocab_size,
+            logits=config.vocab_size,
             eps=config.rms_norm_eps,
             qk_norm=name == "Qwen3ForCausalLM",
             qkv_bias=name == "Qwen2ForCausalLM" or bool(getattr(config, "attention_bias", False)),
@@ -68,6 +72,24 @@ class ModelShape:
         if getattr(config, "mlp_bias", False):
             raise UnsupportedModel("mlp_bias is set: the runtime has no bias there")
 
+    def split(self, chips: int) -> "ModelShape":
+        """What each of `chips` chips holds. Raises UnsupportedModel."""
+        if chips == 1:
+            return self
+        for name, unit in (("heads", 1), ("kv_heads", 1), ("intermediate", TILE)):
+            if getattr(self, name) % (chips * unit):
+                raise UnsupportedModel(
+                    f"{name} of the model are {getattr(self, name)}, which {chips} chips cannot "
+                    "share evenly"
+                )
+        return replace(
+            self,
+            heads=self.heads // chips,
+            kv_heads=self.kv_heads // chips,
+            intermediate=self.intermediate // chips,
+            logits=-(-self.vocab // (chips * TILE)) * TILE,
+        )
+
     @property
     def qkv_width(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -77,21 +99,25 @@ class ModelShape:
         """K and V of 32 tokens in one layer."""
         return 2 * self.kv_heads * (self.head_dim // TILE) * TILE_BYTES
 
-    def weight_bytes(self, *, bfp8: bool) -> int:
-        """On the card: tiles of linear weights, rows of BF16 embedding and norms."""
-        tile = TILE_BYTES if bfp8 else TILE * TILE * BF16
-        layer = [
-            (self.hidden, self.qkv_width),
-            (self.heads * self.head_dim, self.hidden),
-            *[(self.hidden, self.intermediate)] * 2,
-            (self.intermediate, self.hidden),
-        ]
-        tiles = self.layers * sum(tiles_of(*pair) for pair in layer)
-        tiles += tiles_of(self.hidden, self.vocab)
+    def weight_bytes(self, formats: WeightFormats) -> int:
+        """On a chip: tiles of linear weights, rows of BF16 embedding and norms."""
+        attention = tiles_of(self.hidden, self.qkv_width)
+        attention += tiles_of(self.heads * self.head_dim, self.hidden)
+        mlp = 2 * tiles_of(self.hidden, self.intermediate)
+        mlp += tiles_of(self.intermediate, self.hidden)
+        tiles: dict[WeightGroup, int] = {
+            "attention": self.layers * attention,
+            "mlp": self.layers * mlp,
+            "head": tiles_of(self.hidden, self.logits),
+        }
+        linear = sum(
+            number * (TILE_BYTES if formats.packs(group) else TILE * TILE * BF16)
+            for group, number in tiles.items()
+        )
         norms = self.layers * (2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0))
         biases = self.layers * tiles_of(1, self.qkv_width) * TILE * TILE if self.qkv_bias else 0
         plain = self.vocab * self.hidden + norms + self.hidden + biases
-        return tiles * tile + plain * BF16
+        return linear + plain * BF16
 
     def activation_bytes(self, tokens: int) -> int:
         """The most that lives at once in a forward of `tokens` tokens, beside the weights."""

@@ -1,8 +1,10 @@
 """From Hugging Face tensors to tensors on the card, one at a time, with a cache on disk.
 
 A linear weight goes to the card as W.T, packed to BFP8 by the vendor's host packer (the same bytes
-as prefill/reference.py rounds through); embedding, norms and biases stay BF16. Each finished tensor
-is kept on disk in ttnn's own format, so that the next start reads no checkpoint.
+as prefill/reference.py rounds through); embedding, norms and biases stay BF16. On a mesh each chip
+has its heads of attention, its columns of the MLP and its part of the vocabulary in the LM head; a
+packed group of 16 values is never divided. Each finished tensor is kept on disk in ttnn's own
+format, so that the next start reads no checkpoint.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ from typing import Any
 import torch
 
 from hma_kernels import TILE
-from sglang_hma.prefill.ttnn.card import cache_folder
+from sglang_hma.config import WeightFormats, WeightGroup
+from sglang_hma.prefill.ttnn.card import Card, cache_folder
 from sglang_hma.prefill.ttnn.shape import ModelShape
 
 KEEP_MODELS = 4
@@ -26,39 +30,44 @@ KEEP_MODELS = 4
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor on the card, made of checkpoint tensors `sources` by `build` (torch to torch)."""
+    """One tensor on the card, made of checkpoint tensors `sources` by `build` (torch to torch).
+
+    `group` is that of a linear weight's format; `split` the dimension that chips share, None if
+    each has it whole.
+    """
 
     name: str
     sources: tuple[str, ...]
     build: Callable[..., torch.Tensor]
-    linear: bool = False
+    group: WeightGroup | None = None
+    split: int | None = None
     tiled: bool = False
 
 
-def pieces(shape: ModelShape) -> Iterator[Piece]:
+def pieces(shape: ModelShape, chips: int) -> Iterator[Piece]:
     """In the order of a checkpoint. Linear weights are [in, out], norms [1, 1, dim/32, 32]."""
     yield Piece("embedding", ("model.embed_tokens.weight",), _as_is)
     for index in range(shape.layers):
-        yield from _layer_pieces(shape, f"model.layers.{index}.", f"{index}.")
+        yield from _layer_pieces(shape, chips, f"model.layers.{index}.", f"{index}.")
     yield Piece("norm", ("model.norm.weight",), _norm)
     head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
-    yield Piece("lm_head", (head,), _linear, linear=True, tiled=True)
+    columns = chips * shape.split(chips).logits
+    yield Piece("lm_head", (head,), partial(_head, columns), "head", split=-1, tiled=True)
 
 
-def _layer_pieces(shape: ModelShape, source: str, name: str) -> Iterator[Piece]:
-    def linear(target: str, *modules: str) -> Piece:
-        sources = tuple(f"{source}{module}.weight" for module in modules)
-        return Piece(name + target, sources, _linear, linear=True, tiled=True)
+def _layer_pieces(shape: ModelShape, chips: int, source: str, name: str) -> Iterator[Piece]:
+    def linear(target: str, module: str, group: WeightGroup, split: int) -> Piece:
+        return Piece(name + target, (f"{source}{module}.weight",), _linear, group, split, True)
 
-    qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
-    yield linear("wqkv", *qkv)
-    yield linear("wo", "self_attn.o_proj")
-    yield linear("gate", "mlp.gate_proj")
-    yield linear("up", "mlp.up_proj")
-    yield linear("down", "mlp.down_proj")
+    qkv = tuple(f"{source}self_attn.{x}_proj" for x in "qkv")
+    weights, biases = (tuple(f"{module}.{x}" for module in qkv) for x in ("weight", "bias"))
+    yield Piece(name + "wqkv", weights, partial(_qkv, chips), "attention", -1, True)
     if shape.qkv_bias:
-        biases = tuple(f"{source}{module}.bias" for module in qkv)
-        yield Piece(name + "qkv_bias", biases, _bias, tiled=True)
+        yield Piece(name + "qkv_bias", biases, partial(_bias, chips), split=-1, tiled=True)
+    yield linear("wo", "self_attn.o_proj", "attention", -2)
+    yield linear("gate", "mlp.gate_proj", "mlp", -1)
+    yield linear("up", "mlp.up_proj", "mlp", -1)
+    yield linear("down", "mlp.down_proj", "mlp", -2)
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if shape.qk_norm:
         norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
@@ -70,12 +79,27 @@ def _as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _linear(*weights: torch.Tensor) -> torch.Tensor:
-    return torch.cat(weights).t().contiguous()
+def _linear(weight: torch.Tensor) -> torch.Tensor:
+    return weight.t().contiguous()
 
 
-def _bias(*biases: torch.Tensor) -> torch.Tensor:
-    return torch.cat(biases).view(1, 1, 1, -1)
+def _joined(chips: int, *parts: torch.Tensor) -> torch.Tensor:
+    """Rows of Q, K and V: those of the first chip's heads, then the second's."""
+    shares = zip(*(part.chunk(chips) for part in parts), strict=True)
+    return torch.cat([rows for share in shares for rows in share])
+
+
+def _qkv(chips: int, *weights: torch.Tensor) -> torch.Tensor:
+    return _linear(_joined(chips, *weights))
+
+
+def _bias(chips: int, *biases: torch.Tensor) -> torch.Tensor:
+    return _joined(chips, *biases).view(1, 1, 1, -1)
+
+
+def _head(columns: int, weight: torch.Tensor) -> torch.Tensor:
+    """Zeros where the vocabulary does not fill the last chip's part."""
+    return _linear(torch.nn.functional.pad(weight, (0, 0, 0, columns - len(weight))))
 
 
 def _norm(weight: torch.Tensor) -> torch.Tensor:
@@ -83,7 +107,7 @@ def _norm(weight: torch.Tensor) -> torch.Tensor:
 
 
 class WeightCache:
-    """A folder of finished tensors for one checkpoint, weight format and ttnn version.
+    """A folder of finished tensors for one checkpoint, its formats, a mesh and a ttnn version.
 
     A tensor is written under another name and renamed, so a file that is there is whole.
     """
@@ -92,9 +116,9 @@ class WeightCache:
         self.folder = folder
 
     @classmethod
-    def for_model(cls, model: Path, *, bfp8: bool) -> "WeightCache":
+    def for_model(cls, model: Path, formats: WeightFormats, chips: int) -> "WeightCache":
         base = cache_folder() / "weights"
-        said = f"{fingerprint(model)} {_ttnn_version()} {'bfp8' if bfp8 else 'bf16'}"
+        said = f"{fingerprint(model)} {_ttnn_version()} {formats} {chips}"
         cache = cls(base / hashlib.sha256(said.encode()).hexdigest()[:24])
         cache.folder.mkdir(parents=True, exist_ok=True)
         os.utime(cache.folder)
@@ -116,6 +140,22 @@ class WeightCache:
             unfinished.replace(self.path(piece))
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def checkpoint_folder(model: str, revision: str | None, download: str | None) -> Path | None:
+    """Where a checkpoint lies: `model` itself, or what was fetched from the hub under that name."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            model, revision=revision, cache_dir=download, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return Path(folder)
 
 
 def fingerprint(model: Path) -> str:
@@ -147,9 +187,11 @@ def _forget_old(base: Path) -> None:
 class Weights:
     """Tensors on the card by piece name."""
 
-    def __init__(self, shape: ModelShape, device: Any, cache: WeightCache | None, bfp8: bool):
-        self.device, self.cache, self.bfp8 = device, cache, bfp8
-        self.plan = list(pieces(shape))
+    def __init__(
+        self, shape: ModelShape, card: Card, cache: WeightCache | None, formats: WeightFormats
+    ) -> None:
+        self.device, self.cache, self.formats = card.device, cache, formats
+        self.plan = list(pieces(shape, card.chips))
         self.tensors: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -194,11 +236,14 @@ class Weights:
     def _place(self, piece: Piece, sources: list[torch.Tensor]) -> None:
         import ttnn
 
-        packed = piece.linear and self.bfp8
+        packed = piece.group is not None and self.formats.packs(piece.group)
         host = ttnn.from_torch(
             piece.build(*(source.detach().bfloat16() for source in sources)),
             dtype=ttnn.bfloat8_b if packed else ttnn.bfloat16,
             layout=ttnn.TILE_LAYOUT if piece.tiled else ttnn.ROW_MAJOR_LAYOUT,
+            mesh_mapper=ttnn.ReplicateTensorToMesh(self.device)
+            if piece.split is None
+            else ttnn.ShardTensorToMesh(self.device, dim=piece.split),
         )
         if self.cache is not None:
             self.cache.store(piece, host)

@@ -1,0 +1,36 @@
+"""What /get_server_info tells beyond stock SGLang: formats, kernels and cards, under `hma`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import sglang_hma
+from hma_kernels import describe
+from sglang_hma.config import HmaConfig
+
+
+def get_internal_state(original: Callable[..., Any], controller: Any, request: Any) -> Any:
+    """SGLang's answer of a scheduler, with ours in it."""
+    answer = original(controller, request)
+    answer.internal_state["hma"] = facts(HmaConfig.require())
+    return answer
+
+
+def facts(config: HmaConfig) -> dict[str, Any]:
+    """Plain values only: they travel between processes."""
+    told: dict[str, Any] = {"version": sglang_hma.__version__, "kv_format": config.kv_format}
+    if config.packs_kv:
+        told["kernels"] = describe(torch.device(config.device)).removeprefix("kernels: ")
+    if config.role != "decode":
+        told["weight_format"] = str(config.weight_formats)
+    if config.role == "prefill":
+        told["prefill_runtime"] = config.prefill_runtime
+        told["layers_per_send"] = config.layers_per_send
+    if config.role != "prefill":
+        told["kv_checksum"] = config.kv_checksum
+    if config.on_card:
+        from sglang_hma.prefill.ttnn.server import CardCausalLM
+
+        told["tenstorrent"] = CardCausalLM.serving.facts(config)
+    return told
