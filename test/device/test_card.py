@@ -4,19 +4,28 @@ import os
 import secrets
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from hma_kernels import bfp8_pack
+from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import Card, opened, visible_cards
+from sglang_hma.prefill.ttnn.model import Chunk
+from sglang_hma.prefill.ttnn.offline import split
+from sglang_hma.prefill.ttnn.shape import pages_of
 
-from ..prefill.models import CASES, check_agreement
+from ..prefill.models import CASES, check_agreement, on_card, random_model
 
-pytestmark = pytest.mark.skipif(
+needs_a_card = pytest.mark.skipif(
     find_spec("ttnn") is None or not (visible_cards() or os.environ.get("TT_METAL_SIMULATOR")),
     reason="no Tenstorrent card, and TT_METAL_SIMULATOR names no simulator",
 )
+
+
+pytestmark = [needs_a_card, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +34,70 @@ def card() -> Iterator[Card]:
         yield device
 
 
-@pytest.mark.parametrize(("kind", "layers", "head_dim", "length", "cuts"), CASES)
-def test_agrees_with_transformers(
-    card: Card, kind: str, layers: int, head_dim: int, length: int, cuts: list[int]
-) -> None:
+@pytest.fixture
+def rng() -> np.random.Generator:
     seed = secrets.randbits(32)
     print(f"seed {seed}")
     torch.manual_seed(seed)
-    check_agreement(card, np.random.default_rng(seed), kind, layers, head_dim, length, cuts)
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize(("kind", "layers", "head_dim", "length", "cuts"), CASES)
+def test_agrees_with_transformers(
+    card: Card,
+    rng: np.random.Generator,
+    kind: str,
+    layers: int,
+    head_dim: int,
+    length: int,
+    cuts: list[int],
+) -> None:
+    check_agreement(card, rng, kind, layers, head_dim, length, cuts)
+
+
+@pytest.mark.parametrize(("length", "cuts"), [(33, []), (100, [64])])
+def test_pages_hold_what_the_device_rule_packs(
+    card: Card,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    cuts: list[int],
+) -> None:
+    """Every byte that arrives on the host, of every layer, from the BF16 K and V on the card."""
+    import ttnn
+
+    unpacked: list[torch.Tensor] = []
+    typecast = ttnn.typecast
+
+    def recorded(x: Any, dtype: Any) -> Any:
+        unpacked.append(ttnn.to_torch(x)[0])
+        return typecast(x, dtype)
+
+    monkeypatch.setattr(ttnn, "typecast", recorded)
+    runtime = on_card(card, random_model("qwen3", head_dim=128))
+    tokens = rng.integers(0, 512, length)
+    pages = rng.permutation(np.arange(1, 20))[: pages_of(length)]
+    for chunk in split(tokens, cuts, pages):
+        runtime.prefill([chunk])
+        used = torch.from_numpy(chunk.own_pages)
+        for layer in range(runtime.shape.layers):
+            for which in range(2):
+                packed = bfp8_pack(unpacked.pop(0).contiguous(), rounding="device")
+                expected = packed.transpose(0, 1)[: len(used)]
+                assert torch.equal(runtime.host[layer][which][used], expected)
+    assert not unpacked
+
+
+def test_memory_is_as_predicted_and_a_bucket_compiles_once(card: Card) -> None:
+    before = card.dram.free
+    runtime = on_card(card, random_model("qwen3"), pages=200)
+    taken = before - card.dram.free
+    shape = runtime.shape
+    predicted = shape.weight_bytes(WeightFormats()) + 200 * shape.page_bytes * shape.layers
+    print(f"DRAM: {taken} bytes taken, {predicted} predicted")
+    assert abs(predicted - taken) <= 0.05 * taken
+    programs = []
+    for length in (40, 33, 64, 50):
+        runtime.prefill([Chunk(np.arange(length), 0, np.arange(1, 3))], last=True)
+        programs.append(card.programs)
+    assert programs[0] > 0 and len(set(programs)) == 1, programs

@@ -1,0 +1,76 @@
+"""Prefill by a card, or the vendor's simulator, decode on the CPU, a real router."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_hma.demo_model import make_demo_model
+
+from ..e2e.harness import Pair, Server, launch, output_ids, running, running_pair
+from ..e2e.test_load import assert_drained
+from ..e2e.test_tenstorrent import sent_during_forwards, sure_tokens
+from .test_card import needs_a_card
+
+pytestmark = [needs_a_card, pytest.mark.timeout(3600)]
+
+# A simulator takes seconds a forward and minutes for the first of a shape, so nothing that SGLang
+# sends by itself may come between.
+PATIENT = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
+FLAGS = ("--skip-server-warmup", "--watchdog-timeout", "3000", "--max-total-tokens", "2048")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("card")
+    make_demo_model(path / "model", layers=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def card(folder: Path) -> Iterator[Pair]:
+    env = PATIENT | {"XDG_CACHE_HOME": str(folder / "cache")}
+    prefill = ("--hma-prefill-runtime", "ttnn", "--chunked-prefill-size", "64")
+    prefill += ("--hma-trace", str(folder / "trace.json"))
+    with running_pair(
+        *(folder / "model", folder, "--dtype", "bfloat16", *FLAGS),
+        prefill_flags=prefill,
+        name="card",
+        env=env,
+    ) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Iterator[Server]:
+    flags = ("--dtype", "float32", *FLAGS)
+    server = launch("reference", folder / "model", folder, *flags, env=PATIENT)
+    with running(server):
+        yield server
+
+
+def test_tokens_are_those_of_the_reference_runtime(card: Pair, reference: Server) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    compared = 0
+    for length in (1, 31, 33, 64, 100):
+        prompt = [rng.randrange(8, 4000) for _ in range(length)]
+        expected = sure_tokens(reference.url, prompt, 4)
+        assert output_ids(card.url, prompt, 4)[: len(expected)] == expected
+        compared += len(expected)
+    print(f"{compared} tokens compared")
+    assert compared >= 5
+
+
+def test_layers_leave_during_the_forward(card: Pair, folder: Path) -> None:
+    output_ids(card.url, list(range(200, 296)), 2)
+    assert sent_during_forwards(folder / "trace.json")
+
+
+def test_a_cached_prefix_gives_the_same_tokens(card: Pair) -> None:
+    prompt = list(range(500, 600))
+    cold = output_ids(card.url, prompt, 4)
+    assert output_ids(card.url, prompt, 4) == cold
+    assert_drained(card.prefill, card.decode)
