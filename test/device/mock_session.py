@@ -45,7 +45,7 @@ def session(kind: str, head_dim: int, chips: int, seed: int) -> dict[str, object
 
         seen: set[tuple[int, int, int]] = set()
         needless = []
-        for length in [1, 31, 32, 33, 64, 100, *rng.integers(1, 200, 12).tolist()]:
+        for length in [1, 31, 32, 33, 64, 100, *rng.integers(1, 200, 6).tolist()]:
             cut = int(rng.integers(0, length)) // 32 * 32
             for chunk in split(np.zeros(length, np.int64), [cut] if cut else [], np.arange(1, 9)):
                 tokens = len(chunk.tokens)

@@ -113,8 +113,10 @@ def check_agreement(
     head_dim: int,
     length: int,
     cuts: list[int],
+    least: float = 0.9993,
 ) -> None:
-    """Logits, K and V against transformers in float32."""
+    """Logits, K and V against transformers in float32; `least` is for logits with packed weights,
+    where only the operations differ."""
     hf = random_model(kind, layers=layers, head_dim=head_dim, kv_heads=max(2, card.chips))
     tokens = rng.integers(0, 512, length)
     pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]
@@ -124,8 +126,8 @@ def check_agreement(
     used = torch.from_numpy(pages)
 
     # Against the same weights, packed; and against the checkpoint's, which the format rounds.
-    for model, weights, least, least_kv, clear in (
-        (with_packed_weights(hf), "packed", 0.9993, 0.999, 0.1),
+    for model, weights, least_logits, least_kv, clear in (
+        (with_packed_weights(hf), "packed", least, 0.999, 0.1),
         (hf, "unrounded", 0.998, 0.9985, 0.25),
     ):
         expected = by_transformers(model, tokens)
@@ -140,5 +142,5 @@ def check_agreement(
                 found.append(correlation(rows, values))
         shown = " ".join(f"{value:.5f}" for value in found)
         print(f"weights {weights}: correlation of logits, K and V of each layer: {shown}")
-        assert found[0] >= least
+        assert found[0] >= least_logits
         assert min(found[1:]) >= least_kv
