@@ -45,6 +45,10 @@ test: venv ## Lint, then run the tests (PYTEST_ARGS=)
 test-gpu: venv ## On a machine with a GPU: the kernels' tests on it
 	$(RUN) -m pytest test/gpu $(PYTEST_ARGS)
 
+.PHONY: test-card
+test-card: venv ## On a machine with a Tenstorrent card, or its simulator: the prefill runtime on it
+	$(RUN) -m pytest -o timeout=0 -s test/device/test_card.py test/device/test_card_serves.py $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: venv ## Check style and types
 	$(RUN) -m ruff check .

@@ -17,7 +17,7 @@ from sglang_hma.prefill.ttnn.model import Chunk
 from sglang_hma.prefill.ttnn.offline import split
 from sglang_hma.prefill.ttnn.shape import pages_of
 
-from ..prefill.models import CASES, check_agreement, on_card, random_model
+from ..prefill.models import CASES, Bounds, check_agreement, on_card, random_model
 
 needs_a_card = pytest.mark.skipif(
     find_spec("ttnn") is None or not (visible_cards() or os.environ.get("TT_METAL_SIMULATOR")),
@@ -68,7 +68,11 @@ def test_agrees_with_transformers(
     length: int,
     cuts: list[int],
 ) -> None:
-    check_agreement(card, rng, kind, layers, head_dim, length, cuts, least=0.999)
+    # What the rounding of the weights alone costs grows with depth.
+    shallow = Bounds(0.998, 0.999, 0.998, 0.999)
+    deep = Bounds(0.998, 0.999, 0.997, 0.998)
+    least = deep if layers > 2 else shallow
+    check_agreement(card, rng, kind, layers, head_dim, length, cuts, least)
 
 
 @pytest.mark.parametrize(("length", "cuts"), [(33, []), (100, [64])])
