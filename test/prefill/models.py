@@ -124,7 +124,7 @@ def check_agreement(
     head_dim: int,
     length: int,
     cuts: list[int],
-    least: Bounds = Bounds(0.9993, 0.999, 0.998, 0.9985),  # noqa: B008, it is frozen
+    least: Bounds = Bounds(0.9993, 0.999, 0.998, 0.9985),
 ) -> None:
     """Logits, K and V against transformers in float32."""
     hf = random_model(kind, layers=layers, head_dim=head_dim, kv_heads=max(2, card.chips))
