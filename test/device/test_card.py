@@ -17,7 +17,7 @@ from sglang_hma.prefill.ttnn.model import Chunk
 from sglang_hma.prefill.ttnn.offline import split
 from sglang_hma.prefill.ttnn.shape import pages_of
 
-from ..prefill.models import CASES, Bounds, check_agreement, on_card, random_model
+from ..prefill.models import CASES, Bounds, Case, check_agreement, on_card, random_model
 
 needs_a_card = pytest.mark.skipif(
     find_spec("ttnn") is None or not (visible_cards() or os.environ.get("TT_METAL_SIMULATOR")),
@@ -42,37 +42,28 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-GRID: list[tuple[str, int, int, int, list[int]]] = [
+GRID = [
     *(
-        ("qwen3", layers, head_dim, length, cuts)
+        Case("qwen3", layers, head_dim, length, cuts)
         for layers in (2, 4)
         for head_dim in (64, 128)
         for length, cuts in (
-            *((n, []) for n in (1, 31, 32, 33, 64, 100)),
-            (64, [32]),
-            (100, [64]),
-            (100, [32, 64]),
+            *((n, ()) for n in (1, 31, 32, 33, 64, 100)),
+            (64, (32,)),
+            (100, (64,)),
+            (100, (32, 64)),
         )
     ),
-    *(case for case in CASES if case[0] != "qwen3"),
+    *(case for case in CASES if case.kind != "qwen3"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "layers", "head_dim", "length", "cuts"), GRID)
-def test_agrees_with_transformers(
-    card: Card,
-    rng: np.random.Generator,
-    kind: str,
-    layers: int,
-    head_dim: int,
-    length: int,
-    cuts: list[int],
-) -> None:
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_agrees_with_transformers(card: Card, rng: np.random.Generator, case: Case) -> None:
     # What the rounding of the weights alone costs grows with depth.
     shallow = Bounds(0.998, 0.999, 0.998, 0.999)
     deep = Bounds(0.998, 0.999, 0.997, 0.998)
-    least = deep if layers > 2 else shallow
-    check_agreement(card, rng, kind, layers, head_dim, length, cuts, least)
+    check_agreement(card, rng, case, deep if case.layers > 2 else shallow)
 
 
 @pytest.mark.parametrize(("length", "cuts"), [(33, []), (100, [64])])

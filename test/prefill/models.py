@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,14 +94,23 @@ def on_card(card: Card, hf: Any, *, pages: int = 64) -> OfflinePrefill:
     return OfflinePrefill(card, hf.config, hf.state_dict().items(), pages=pages)
 
 
-# kind, layers, head_dim, tokens, where they are cut into chunks
+class Case(NamedTuple):
+    """A model and a prompt of `length` tokens, cut into chunks at `cuts`."""
+
+    kind: str
+    layers: int
+    head_dim: int
+    length: int
+    cuts: tuple[int, ...] = ()
+
+
 CASES = [
-    *(("qwen3", 2, 64, n, []) for n in (1, 31, 32, 33, 64, 100)),
-    ("qwen3", 4, 128, 100, []),
-    ("qwen3", 4, 128, 100, [64]),
-    ("qwen3", 2, 32, 200, [32, 96, 128]),
-    ("qwen2", 2, 64, 77, [32]),
-    ("llama", 2, 64, 130, [128]),
+    *(Case("qwen3", 2, 64, n) for n in (1, 31, 32, 33, 64, 100)),
+    Case("qwen3", 4, 128, 100),
+    Case("qwen3", 4, 128, 100, (64,)),
+    Case("qwen3", 2, 32, 200, (32, 96, 128)),
+    Case("qwen2", 2, 64, 77, (32,)),
+    Case("llama", 2, 64, 130, (128,)),
 ]
 
 
@@ -119,14 +128,11 @@ class Bounds:
 def check_agreement(
     card: Card,
     rng: np.random.Generator,
-    kind: str,
-    layers: int,
-    head_dim: int,
-    length: int,
-    cuts: list[int],
+    case: Case,
     least: Bounds = Bounds(0.9993, 0.999, 0.998, 0.9985),
 ) -> None:
     """Logits, K and V against transformers in float32."""
+    kind, layers, head_dim, length, cuts = case
     hf = random_model(kind, layers=layers, head_dim=head_dim, kv_heads=max(2, card.chips))
     tokens = rng.integers(0, 512, length)
     pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]

@@ -9,32 +9,24 @@ from sglang_hma.prefill.ttnn.card import opened
 from sglang_hma.prefill.ttnn.model import Chunk
 from sglang_hma.prefill.ttnn.offline import split
 
-from .models import CASES, check_agreement, on_card, random_model
+from .models import CASES, Case, check_agreement, on_card, random_model
 
 pytestmark = pytest.mark.usefixtures("stand_in")
 
 
-@pytest.mark.parametrize(("kind", "layers", "head_dim", "length", "cuts"), CASES)
-def test_agrees_with_transformers(
-    rng: np.random.Generator, kind: str, layers: int, head_dim: int, length: int, cuts: list[int]
-) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_transformers(rng: np.random.Generator, case: Case) -> None:
     with opened() as card:
-        check_agreement(card, rng, kind, layers, head_dim, length, cuts)
+        check_agreement(card, rng, case)
 
 
 @pytest.mark.parametrize("chips", [2, 4])
-@pytest.mark.parametrize(("kind", "layers", "head_dim", "length", "cuts"), CASES[-5:])
+@pytest.mark.parametrize("case", CASES[-5:], ids=str)
 def test_chips_together_agree_with_transformers(
-    rng: np.random.Generator,
-    kind: str,
-    layers: int,
-    head_dim: int,
-    length: int,
-    cuts: list[int],
-    chips: int,
+    rng: np.random.Generator, case: Case, chips: int
 ) -> None:
     with opened(range(chips), chips) as card:
-        check_agreement(card, rng, kind, layers, head_dim, length, cuts)
+        check_agreement(card, rng, case)
 
 
 @pytest.mark.parametrize("chips", [2, 4])
