@@ -17,7 +17,7 @@ from sglang_hma.prefill.ttnn.model import Chunk
 from sglang_hma.prefill.ttnn.offline import split
 from sglang_hma.prefill.ttnn.shape import pages_of
 
-from ..prefill.models import CASES, Bounds, Case, check_agreement, on_card, random_model
+from ..prefill.models import CASES, Case, check_agreement, on_card, random_model
 
 needs_a_card = pytest.mark.skipif(
     find_spec("ttnn") is None or not (visible_cards() or os.environ.get("TT_METAL_SIMULATOR")),
@@ -60,10 +60,7 @@ GRID = [
 
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_agrees_with_transformers(card: Card, rng: np.random.Generator, case: Case) -> None:
-    # What the rounding of the weights alone costs grows with depth.
-    shallow = Bounds(0.998, 0.999, 0.998, 0.999)
-    deep = Bounds(0.998, 0.999, 0.997, 0.998)
-    check_agreement(card, rng, case, deep if case.layers > 2 else shallow)
+    check_agreement(card, rng, case)
 
 
 @pytest.mark.parametrize(("length", "cuts"), [(33, []), (100, [64])])
