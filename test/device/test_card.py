@@ -44,7 +44,8 @@ def rng() -> np.random.Generator:
 
 GRID = [
     *(
-        Case("qwen3", layers, head_dim, length, cuts)
+        Case("qwen3", layers, head_dim, length, cuts, spread)
+        for spread in (False, True)
         for layers in (2, 4)
         for head_dim in (64, 128)
         for length, cuts in (

@@ -36,8 +36,13 @@ def random_model(
     tied: bool = False,
     kv_heads: int = 2,
     vocab: int = 512,
+    spread: bool = True,
 ) -> Any:
-    """Weights that BF16 holds, as float32; norms away from 1, biases away from 0."""
+    """Weights that BF16 holds, as float32: as transformers initializes them, or spread.
+
+    Spread: norms away from 1, biases away from 0, all others three times as large. No weight is
+    without effect then, and a layer adds more than it was given, so that errors are not diluted.
+    """
     make_config, make_model = KINDS[kind]
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": vocab}
     if kind == "qwen2":
@@ -50,14 +55,14 @@ def random_model(
         head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
-        initializer_range=0.06,
+        initializer_range=0.06 if spread else 0.02,
         architectures=[make_model.__name__],
     )
     model = make_model(config).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if spread and "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
-        elif name.endswith("bias"):
+        elif spread and name.endswith("bias"):
             parameter.data.normal_(0, 0.2)
     return model.bfloat16().float()
 
@@ -102,22 +107,40 @@ class Case(NamedTuple):
     head_dim: int
     length: int
     cuts: tuple[int, ...] = ()
+    spread: bool = True
 
 
 CASES = [
     *(Case("qwen3", 2, 64, n) for n in (1, 31, 32, 33, 64, 100)),
     Case("qwen3", 4, 128, 100),
     Case("qwen3", 4, 128, 100, (64,)),
+    Case("qwen3", 4, 64, 100, (64,), spread=False),
     Case("qwen3", 2, 32, 200, (32, 96, 128)),
     Case("qwen2", 2, 64, 77, (32,)),
     Case("llama", 2, 64, 130, (128,)),
 ]
 
 
+class Bounds(NamedTuple):
+    """Least correlation of logits, of K and V; a best id leading by `clear` deviations is kept."""
+
+    logits: float
+    kv: float
+    clear: float
+
+
+# Packing the weights of a spread model of four layers alone leaves K and V at 0.9992.
+BOUNDS = {
+    True: {"packed": Bounds(0.9993, 0.999, 0.1), "unrounded": Bounds(0.998, 0.9985, 0.25)},
+    False: {"packed": Bounds(0.9995, 0.9995, 0.1), "unrounded": Bounds(0.999, 0.999, 0.2)},
+}
+
+
 def check_agreement(card: Card, rng: np.random.Generator, case: Case) -> None:
     """Logits, K and V against transformers in float32."""
-    kind, layers, head_dim, length, cuts = case
-    hf = random_model(kind, layers=layers, head_dim=head_dim, kv_heads=max(2, card.chips))
+    kind, layers, head_dim, length, cuts, spread = case
+    heads = max(2, card.chips)
+    hf = random_model(kind, layers=layers, head_dim=head_dim, kv_heads=heads, spread=spread)
     tokens = rng.integers(0, 512, length)
     pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]
     runtime = on_card(card, hf)
@@ -126,14 +149,12 @@ def check_agreement(card: Card, rng: np.random.Generator, case: Case) -> None:
     used = torch.from_numpy(pages)
 
     # Against the same weights, packed; and against the checkpoint's, which the format rounds.
-    for model, weights, least, least_kv, clear in (
-        (with_packed_weights(hf), "packed", 0.9993, 0.999, 0.1),
-        (hf, "unrounded", 0.998, 0.9985, 0.25),
-    ):
+    for model, weights in ((with_packed_weights(hf), "packed"), (hf, "unrounded")):
+        least = BOUNDS[spread][weights]
         expected = by_transformers(model, tokens)
         found = [correlation(logits, expected.logits)]
         best = expected.logits[-1].topk(2).values
-        if best[0] - best[1] > clear * expected.logits.std():
+        if best[0] - best[1] > least.clear * expected.logits.std():
             assert logits[-1].argmax() == expected.logits[-1].argmax()
         for layer, kv in enumerate(expected.kv):
             for which, values in enumerate(kv):
@@ -142,5 +163,5 @@ def check_agreement(card: Card, rng: np.random.Generator, case: Case) -> None:
                 found.append(correlation(rows, values))
         shown = " ".join(f"{value:.5f}" for value in found)
         print(f"weights {weights}: correlation of logits, K and V of each layer: {shown}")
-        assert found[0] >= least
-        assert min(found[1:]) >= least_kv
+        assert found[0] >= least.logits
+        assert min(found[1:]) >= least.kv
