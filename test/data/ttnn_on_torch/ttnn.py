@@ -249,7 +249,7 @@ def reshape(x, shape):
 @on_each_chip
 def rms_norm(x, *, epsilon, weight, compute_kernel_config):
     assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi4
-    assert weight.layout == ROW_MAJOR_LAYOUT and weight.shape[-1] == 32
+    assert weight.layout == TILE_LAYOUT and weight.shape == (1, 1, 1, x.shape[-1])
     wide = x.value.double()
     scale = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     return _out(wide * scale * weight.value.reshape(-1).double(), x, weight)

@@ -100,7 +100,7 @@ class ModelShape:
         return 2 * self.kv_heads * (self.head_dim // TILE) * TILE_BYTES
 
     def weight_bytes(self, formats: WeightFormats) -> int:
-        """On a chip: tiles of linear weights, rows of BF16 embedding and norms."""
+        """On a chip: tiles of linear weights, norms and biases, rows of the BF16 embedding."""
         attention = tiles_of(self.hidden, self.qkv_width)
         attention += tiles_of(self.heads * self.head_dim, self.hidden)
         mlp = 2 * tiles_of(self.hidden, self.intermediate)
@@ -114,10 +114,12 @@ class ModelShape:
             number * (TILE_BYTES if formats.packs(group) else TILE * TILE * BF16)
             for group, number in tiles.items()
         )
-        norms = self.layers * (2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0))
-        biases = self.layers * tiles_of(1, self.qkv_width) * TILE * TILE if self.qkv_bias else 0
-        plain = self.vocab * self.hidden + norms + self.hidden + biases
-        return linear + plain * BF16
+        rows = (2 * self.layers + 1) * tiles_of(1, self.hidden)
+        if self.qk_norm:
+            rows += 2 * self.layers * tiles_of(1, self.head_dim)
+        if self.qkv_bias:
+            rows += self.layers * tiles_of(1, self.qkv_width)
+        return linear + (self.vocab * self.hidden + rows * TILE * TILE) * BF16
 
     def activation_bytes(self, tokens: int) -> int:
         """The most that lives at once in a forward of `tokens` tokens, beside the weights."""

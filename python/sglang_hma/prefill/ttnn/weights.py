@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from hma_kernels import TILE
 from sglang_hma.config import WeightFormats, WeightGroup
 from sglang_hma.prefill.ttnn.card import Card, cache_folder
 from sglang_hma.prefill.ttnn.shape import ModelShape
 
 KEEP_MODELS = 4
+# Raised whenever the same checkpoint and formats make other tensors.
+LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Piece:
 
 
 def pieces(shape: ModelShape, chips: int) -> Iterator[Piece]:
-    """In the order of a checkpoint. Linear weights are [in, out], norms [1, 1, dim/32, 32]."""
+    """In the order of a checkpoint. Linear weights are [in, out], norms [1, 1, 1, dim]."""
     yield Piece("embedding", ("model.embed_tokens.weight",), _as_is)
     for index in range(shape.layers):
         yield from _layer_pieces(shape, chips, f"model.layers.{index}.", f"{index}.")
-    yield Piece("norm", ("model.norm.weight",), _norm)
+    yield Piece("norm", ("model.norm.weight",), _norm, tiled=True)
     head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
     columns = chips * shape.split(chips).logits
     yield Piece("lm_head", (head,), partial(_head, columns), "head", split=-1, tiled=True)
@@ -72,7 +73,7 @@ def _layer_pieces(shape: ModelShape, chips: int, source: str, name: str) -> Iter
     if shape.qk_norm:
         norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
     for target, module in norms.items():
-        yield Piece(name + target, (f"{source}{module}.weight",), _norm)
+        yield Piece(name + target, (f"{source}{module}.weight",), _norm, tiled=True)
 
 
 def _as_is(weight: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,8 @@ def _head(columns: int, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(weight: torch.Tensor) -> torch.Tensor:
-    return weight.view(1, 1, -1, TILE)
+    """For tiles: with rows of 32, ttnn's norm holds a whole row of a wide model in L1, or fails."""
+    return weight.view(1, 1, 1, -1)
 
 
 class WeightCache:
@@ -118,7 +120,7 @@ class WeightCache:
     @classmethod
     def for_model(cls, model: Path, formats: WeightFormats, chips: int) -> "WeightCache":
         base = cache_folder() / "weights"
-        said = f"{fingerprint(model)} {_ttnn_version()} {formats} {chips}"
+        said = f"{fingerprint(model)} {_ttnn_version()} {LAYOUT} {formats} {chips}"
         cache = cls(base / hashlib.sha256(said.encode()).hexdigest()[:24])
         cache.folder.mkdir(parents=True, exist_ok=True)
         os.utime(cache.folder)
