@@ -36,6 +36,7 @@ def random_model(
     tied: bool = False,
     kv_heads: int = 2,
     vocab: int = 512,
+    hidden: int = 256,
     spread: bool = True,
 ) -> Any:
     """Weights that BF16 holds, as float32: as transformers initializes them, or spread.
@@ -44,7 +45,7 @@ def random_model(
     without effect then, and a layer adds more than it was given, so that errors are not diluted.
     """
     make_config, make_model = KINDS[kind]
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": vocab}
+    sizes = {"hidden_size": hidden, "intermediate_size": 512, "vocab_size": vocab}
     if kind == "qwen2":
         sizes["hidden_size"] = 4 * head_dim
     config = make_config(
@@ -108,6 +109,7 @@ class Case(NamedTuple):
     length: int
     cuts: tuple[int, ...] = ()
     spread: bool = True
+    hidden: int = 256
 
 
 CASES = [
@@ -118,6 +120,7 @@ CASES = [
     Case("qwen3", 2, 32, 200, (32, 96, 128)),
     Case("qwen2", 2, 64, 77, (32,)),
     Case("llama", 2, 64, 130, (128,)),
+    Case("llama", 1, 64, 33, spread=False, hidden=8192),
 ]
 
 
@@ -138,9 +141,15 @@ BOUNDS = {
 
 def check_agreement(card: Card, rng: np.random.Generator, case: Case) -> None:
     """Logits, K and V against transformers in float32."""
-    kind, layers, head_dim, length, cuts, spread = case
-    heads = max(2, card.chips)
-    hf = random_model(kind, layers=layers, head_dim=head_dim, kv_heads=heads, spread=spread)
+    kind, layers, head_dim, length, cuts, spread, hidden = case
+    hf = random_model(
+        kind,
+        layers=layers,
+        head_dim=head_dim,
+        kv_heads=max(2, card.chips),
+        hidden=hidden,
+        spread=spread,
+    )
     tokens = rng.integers(0, 512, length)
     pages = rng.permutation(np.arange(1, 40))[: pages_of(length)]
     runtime = on_card(card, hf)
