@@ -21,7 +21,7 @@ from hma_kernels import bfp8_pack, bfp8_round
 bfloat8_b, bfloat16, uint32, int32 = "bfloat8_b", "bfloat16", "uint32", "int32"
 TILE_LAYOUT, ROW_MAJOR_LAYOUT, DRAM_MEMORY_CONFIG = "tile", "row major", "dram"
 BufferType = SimpleNamespace(DRAM="dram")
-MathFidelity = SimpleNamespace(HiFi2="HiFi2", HiFi4="HiFi4")
+MathFidelity = SimpleNamespace(HiFi2="HiFi2", HiFi3="HiFi3")
 UnaryOpType = SimpleNamespace(SILU="silu")
 
 
@@ -248,7 +248,7 @@ def reshape(x, shape):
 
 @on_each_chip
 def rms_norm(x, *, epsilon, weight, compute_kernel_config):
-    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi4
+    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
     assert weight.layout == TILE_LAYOUT and weight.shape == (1, 1, 1, x.shape[-1])
     wide = x.value.double()
     scale = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
@@ -297,7 +297,7 @@ def _create_qkv_heads(qkv, *, num_heads, num_kv_heads, transpose_k_heads):
 
 @on_each_chip
 def _rotary_embedding_hf(x, cos, sin, *, is_decode_mode, compute_kernel_config):
-    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi4
+    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
     assert not is_decode_mode and (x.shape[-1] == 32 or x.shape[-1] % 64 == 0)
     assert cos.shape == (1, 1, *x.shape[2:]), (cos.shape, x.shape)
     first, second = x.value.double().chunk(2, -1)
@@ -323,7 +323,7 @@ def _nlp_concat_heads(x):
 def _chunked_attention(
     q, keys, values, table, *, chunk_start_idx_tensor, scale, program_config, compute_kernel_config
 ):
-    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi4
+    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
     start, length = int(chunk_start_idx_tensor.value), q.shape[2]
     size = program_config.q_chunk_size
     assert start % size == length % size == 0 and size == program_config.k_chunk_size
