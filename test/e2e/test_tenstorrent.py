@@ -56,11 +56,11 @@ def sent_during_forwards(trace: Path) -> list[dict[str, Any]]:
     ]
 
 
-def sure_tokens(url: str, prompt: list[int], tokens: int) -> list[int]:
-    """The first of a server's tokens, as long as it is sure of them by more than BF16's noise."""
+def sure_tokens(url: str, prompt: list[int], tokens: int, sure_by: float = SURE) -> list[int]:
+    """The first of a server's tokens, as long as each leads the second best by `sure_by`."""
     reply = generate(url, prompt, tokens, return_logprob=True, top_logprobs_num=2)
     margins = [
-        best[0] - second[0] > SURE for best, second in reply["meta_info"]["output_top_logprobs"]
+        best[0] - second[0] > sure_by for best, second in reply["meta_info"]["output_top_logprobs"]
     ]
     sure = margins.index(False) if False in margins else tokens
     return list(reply["output_ids"][:sure])
