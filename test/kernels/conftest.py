@@ -29,7 +29,11 @@ if extension := os.environ.get("HMA_TEST_EXTENSION"):
 SEED = int(os.environ.get("HMA_TEST_SEED") or secrets.randbits(32))
 
 hypothesis.settings.register_profile("fresh", database=None, deadline=None, max_examples=60)
-hypothesis.settings.load_profile("fresh")
+
+
+def pytest_runtest_setup() -> None:
+    """At each test: one loaded on import alone was gone by then in a run of all tests."""
+    hypothesis.settings.load_profile("fresh")
 
 
 def pytest_report_header() -> str:
