@@ -50,10 +50,11 @@ test-card: venv ## On a machine with a Tenstorrent card, or its simulator: the p
 	$(RUN) -m pytest -o timeout=0 -s test/device/test_card.py test/device/test_card_serves.py $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: venv ## Check style and types
+lint: venv ## Check style, types and who imports whom
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 .PHONY: format
 format: venv ## Fix style in place

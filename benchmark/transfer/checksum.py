@@ -20,11 +20,12 @@ import numpy as np
 from benchmark.common import Figure, Timing, console, finish, interleave, parser, table
 from benchmark.transfer.link import DECODE_IP, PREFILL_IP, link, run
 from hma_kernels import PAGE, TILE, TILE_BYTES
-from sglang_hma.transfer.gates import LayerGate
-from sglang_hma.transfer.grouping import GroupSizer, Piece, runs
-from sglang_hma.transfer.integrity import Area, Buffers, HostMemory, Verifier, digests
+from sglang_hma.kvcache.layer_gate import LayerGate
+from sglang_hma.transfer.integrity import Buffers, HostMemory, Verifier, digests
 from sglang_hma.transfer.messages import Group
-from sglang_hma.transfer.pump import Job, MooncakeLink, Part, Pump, Sending
+from sglang_hma.transfer.page_slices import Area, Piece, runs
+from sglang_hma.transfer.prefill.link_model import GroupSizer
+from sglang_hma.transfer.prefill.send_thread import Job, MooncakeLink, Part, Pump, Sending
 
 LAYERS, KV_HEADS, HEAD_DIM = 36, 8, 128
 PAGE_BYTES = KV_HEADS * HEAD_DIM // TILE * TILE_BYTES

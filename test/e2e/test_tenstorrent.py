@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import requests
 
-from sglang_hma.transfer.trace import COMPUTE, SEND
+from sglang_hma.transfer.prefill.trace import COMPUTE, SEND
 
 from .harness import Pair, generate, output_ids, payload, running_pair
 from .test_load import assert_drained

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hma.transfer.grouping import GroupSizer, LinkModel, Piece, Run, runs
+from sglang_hma.transfer.page_slices import Piece, Run, runs
+from sglang_hma.transfer.prefill.link_model import GroupSizer, LinkModel
 
 pairs = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=30)
 

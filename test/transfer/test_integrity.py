@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.integrity import (
     MAX_RESENDS,
-    Area,
     Buffers,
     CorruptPages,
     HostMemory,
     Verifier,
     digests,
 )
+from sglang_hma.transfer.page_slices import Area
 
 LAYERS, PAGES, SIZE = 3, 12, 288
 

@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_hma.transfer.gates import LayerGate
-from sglang_hma.transfer.grouping import GroupSizer, Piece, runs
-from sglang_hma.transfer.pump import RETRIES, WINDOW, Job, MooncakeLink, Part, Pump, Sending
+from sglang_hma.kvcache.layer_gate import LayerGate
+from sglang_hma.transfer.page_slices import Piece, runs
+from sglang_hma.transfer.prefill.link_model import GroupSizer
+from sglang_hma.transfer.prefill.send_thread import (
+    RETRIES,
+    WINDOW,
+    Job,
+    MooncakeLink,
+    Part,
+    Pump,
+    Sending,
+)
 
 LAYERS, PAGE_BYTES, PAGES = 6, 24, 40
 EXTRA_BYTES = 8

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from hma_kernels import TILE_BYTES
 from sglang_hma.kvcache.format import KVFormat
-from sglang_hma.transfer.grouping import runs
-from sglang_hma.transfer.tensor_parallel import check_page_bytes, piece, unsupported
+from sglang_hma.transfer.page_slices import check_page_bytes, piece, runs, unsupported
 
 FORMAT = KVFormat.bfp8(kv_heads=8, head_dim=128, v_head_dim=128, layers=36)
 NATIVE = KVFormat.native(

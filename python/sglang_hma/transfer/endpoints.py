@@ -5,8 +5,8 @@ from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
 
-from sglang_hma.transfer.gates import LayerGate
-from sglang_hma.transfer.grouping import Pages
+from sglang_hma.kvcache.layer_gate import LayerGate
+from sglang_hma.transfer.page_slices import Pages
 
 
 class HmaKVSender(MooncakeKVSender):

@@ -11,7 +11,7 @@ from typing import Any
 from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
 
 from sglang_hma.kvcache.format import KVFormat, mismatch
-from sglang_hma.transfer.tensor_parallel import check_page_bytes, unsupported
+from sglang_hma.transfer.page_slices import check_page_bytes, unsupported
 
 FORMAT_FRAME = b"HMA-KV"
 

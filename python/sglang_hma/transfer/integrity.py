@@ -9,8 +9,9 @@ every page of every layer was compared.
 
 import ctypes
 import secrets
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,8 @@ import torch
 import xxhash
 
 from hma_kernels.xxh3 import suits, xxh3_64
-from sglang_hma.transfer.grouping import Pages
 from sglang_hma.transfer.messages import Group, Resend
+from sglang_hma.transfer.page_slices import Area, Pages
 
 MAX_RESENDS = 2
 
@@ -44,7 +45,7 @@ class HostMemory:
         blocks = [self.read(address, length) for address in addresses.tolist()]
         return np.array([xxhash.xxh3_64_intdigest(block) for block in blocks], dtype=np.uint64)
 
-    def read(self, address: int, length: int) -> Buffer:
+    def read(self, address: int, length: int) -> Any:
         return (ctypes.c_char * length).from_address(address)
 
 
@@ -59,7 +60,7 @@ class DeviceMemory(HostMemory):
         with torch.cuda.stream(self.stream):
             return super().hashes(addresses, length)
 
-    def read(self, address: int, length: int) -> Buffer:
+    def read(self, address: int, length: int) -> Any:
         class View:
             __cuda_array_interface__ = {
                 "shape": (length,),
@@ -68,22 +69,11 @@ class DeviceMemory(HostMemory):
                 "version": 3,
             }
 
-        copy: Buffer = torch.as_tensor(View(), device=self.device).cpu().numpy()
-        return copy
+        return torch.as_tensor(View(), device=self.device).cpu().numpy()
 
 
 def memory_of(device: str) -> HostMemory:
     return HostMemory() if device == "cpu" else DeviceMemory(device)
-
-
-@dataclass(frozen=True, slots=True)
-class Area:
-    """A part of every page of one registered buffer: where it starts in page 0, how far it is to
-    the next page's, how long it is."""
-
-    base: int
-    stride: int
-    length: int
 
 
 def digests(memory: HostMemory, areas: Sequence[Area], pages: Pages) -> list[int]:

@@ -19,16 +19,16 @@ from sglang.srt.utils.network import NetworkAddress
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat
 from sglang_hma.transfer import messages
-from sglang_hma.transfer.grouping import GroupSizer, Pages
+from sglang_hma.transfer.decode.receiver import Inbox
+from sglang_hma.transfer.decode.refusal import abort_at_prefill, fetch_route
 from sglang_hma.transfer.handshake import Handshake
-from sglang_hma.transfer.inbox import Inbox
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.leases import Tenant
 from sglang_hma.transfer.liveness import Address
-from sglang_hma.transfer.outbox import Destination, Outbox
-from sglang_hma.transfer.pump import MooncakeLink
-from sglang_hma.transfer.refusal import abort_at_prefill, fetch_route
-from sglang_hma.transfer.tensor_parallel import piece
+from sglang_hma.transfer.page_slices import Pages, piece
+from sglang_hma.transfer.prefill.link_model import GroupSizer
+from sglang_hma.transfer.prefill.send_thread import MooncakeLink
+from sglang_hma.transfer.prefill.sender import Destination, Outbox
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from sglang_hma.transfer.pump import Sending
-
 PREFIX = "sglang_hma:kv_"
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
@@ -50,13 +48,12 @@ class PrefillMetrics:
             multiprocess_mode="mostrecent",
         )
 
-    def sent(self, sending: Sending, now_s: float) -> None:
-        if sending.failed:
-            return
-        self.bytes.inc(sending.bytes)
-        self.seconds.inc(now_s - sending.started_s)
+    def sent(self, size: int, seconds: float, retries: int) -> None:
+        """A group of `size` bytes was acknowledged."""
+        self.bytes.inc(size)
+        self.seconds.inc(seconds)
         self.groups.inc()
-        self.retries.inc(sending.retries)
+        self.retries.inc(retries)
 
     def request(self, total: int, early: int, tail_s: float) -> None:
         if total:

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sglang_hma.kvcache.gated import GatedPool
 from sglang_hma.kvcache.holds import HoldingAllocator
-from sglang_hma.transfer.gates import LayerGate
+from sglang_hma.kvcache.layer_gate import GatedPool, LayerGate
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any) -> Any:

@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hma_kernels import PAGE
-from sglang_hma.kvcache.arena import IDS_PER_SLAB
-from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB
+from hma_kernels.layout import PAGE
+from hma_kernels.triton.pages import bf16_index
 
 
 @triton.jit
@@ -26,13 +25,11 @@ def _store(
     DIM_PADDED: tl.constexpr,
     V_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
-    SLAB: tl.constexpr,
-    SLAB16: tl.constexpr,
 ):
     token, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + token).to(tl.int64)
     page = slot // PAGE
-    row = ((page // SLAB * SLAB16 + page % SLAB) * HEADS + head) * PAGE + slot % PAGE
+    row = (bf16_index(page) * HEADS + head) * PAGE + slot % PAGE
     column = tl.arange(0, DIM_PADDED)
     values = tl.load(k + token * k_stride + head * k_head_stride + column, mask=column < DIM)
     tl.store(k_pages + row * DIM + column, values, mask=column < DIM)
@@ -62,6 +59,4 @@ def store_generated(
             DIM_PADDED=triton.next_power_of_2(dim),
             V_PADDED=triton.next_power_of_2(v_dim),
             PAGE=PAGE,
-            SLAB=IDS_PER_SLAB,
-            SLAB16=BF16_PAGES_PER_SLAB,
         )

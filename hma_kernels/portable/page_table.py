@@ -2,9 +2,8 @@
 
 import torch
 
-from hma_kernels import PAGE, PageTable
-from sglang_hma.kvcache.arena import IDS_PER_SLAB
-from sglang_hma.kvcache.pool import bf16_index
+from hma_kernels.layout import IDS_PER_SLAB, PAGE, bf16_index
+from hma_kernels.paged import PageTable
 
 
 def page_table(

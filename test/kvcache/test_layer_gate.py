@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hma.transfer.gates import LayerGate
+from sglang_hma.kvcache.layer_gate import LayerGate
 
 
 @given(st.integers(1, 40), st.data())

@@ -18,9 +18,9 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from sglang_hma.guardian import KILL_TIMEOUT_S, Guardian, kill_run, marked
+from sglang_hma.launch.guardian import KILL_TIMEOUT_S, Guardian, kill_run, marked
 
 GRACE_S = 15.0
 ROUTER_GRACE_S = 5.0
@@ -32,6 +32,9 @@ SAME_SIGNAL_S = 0.5
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+T = TypeVar("T")
 
 
 class FleetError(Exception):
@@ -268,7 +271,7 @@ class Fleet:
             self._guardian.close()
 
 
-def _background[T](call: Callable[[], T]) -> "Future[T]":
+def _background(call: Callable[[], T]) -> "Future[T]":
     """Run `call` on a thread that does not keep the process alive."""
     future: Future[T] = Future()
 

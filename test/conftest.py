@@ -1,3 +1,5 @@
+"""What every test may use."""
+
 import random
 
 import pytest

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from hma_kernels import PAGE
-from sglang_hma.kvcache import pool
-from sglang_hma.kvcache.arena import IDS_PER_SLAB
-from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB
-from sglang_hma.kvcache.generated import store_generated
+from hma_kernels.layout import BF16_PAGES_PER_SLAB, IDS_PER_SLAB
+from hma_kernels.portable import store
+from hma_kernels.triton.store import store_generated
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -38,7 +37,7 @@ def test_equals_torch(
         )
     )
     expected = [page.clone() for page in pages]
-    pool.store_generated(slots, k, v, *expected)
+    store.store_generated(slots, k, v, *expected)
     store_generated(slots, k, v, *pages)
     for got, wanted in zip(pages, expected, strict=True):
         assert torch.equal(got.view(torch.int16), wanted.view(torch.int16))

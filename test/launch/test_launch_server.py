@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from sglang_hma.config import CONFIG_ENV, HmaConfig, WeightFormats
-from sglang_hma.launch_checks import flag_value
+from sglang_hma.launch.checks import flag_value
 from sglang_hma.launch_server import parse
 
 PREFILL = ("--disaggregation-mode", "prefill")

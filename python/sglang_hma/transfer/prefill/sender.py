@@ -17,15 +17,16 @@ from sglang.srt.disaggregation.base import KVPoll
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.holds import PageHolds
+from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer import messages
-from sglang_hma.transfer.gates import LayerGate
-from sglang_hma.transfer.grouping import GroupSizer, Pages, Piece, runs
-from sglang_hma.transfer.integrity import Area, Buffers, HostMemory, digests
+from sglang_hma.transfer.integrity import Buffers, HostMemory, digests
 from sglang_hma.transfer.leases import Claims
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.metrics import PrefillMetrics
-from sglang_hma.transfer.pump import Job, Link, Part, Pump, Sending
-from sglang_hma.transfer.trace import Trace
+from sglang_hma.transfer.page_slices import Area, Pages, Piece, runs
+from sglang_hma.transfer.prefill.link_model import GroupSizer
+from sglang_hma.transfer.prefill.send_thread import Job, Link, Part, Pump, Sending
+from sglang_hma.transfer.prefill.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,8 @@ class Outbox:
         )
 
     def sent(self, sending: Sending, now_s: float) -> None:
-        self.metrics.sent(sending, now_s)
+        if not sending.failed:
+            self.metrics.sent(sending.bytes, now_s - sending.started_s, sending.retries)
         self.trace.sending(sending, now_s)
 
     def arrived(self, part: Part) -> None:

@@ -4,7 +4,7 @@ Every child carries SGLANG_HMA_RUN_ID=<run id> in its environment, and its desce
 inherit it whatever sessions they make and whoever becomes their parent. So the processes
 of a run are exactly those whose /proc/PID/environ shows its id, and only those are killed.
 
-`python -m sglang_hma.guardian RUN_ID` is the guardian: it outlives a killed launcher for
+`python -m sglang_hma.launch.guardian RUN_ID` is the guardian: it outlives a killed launcher for
 as long as it takes to kill the rest of the run. Standard library only, so it starts at once.
 """
 
@@ -66,7 +66,7 @@ class Guardian:
 
     def __init__(self, run_id: str) -> None:
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "sglang_hma.guardian", run_id],
+            [sys.executable, "-m", "sglang_hma.launch.guardian", run_id],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sglang_hma.transfer.gates import LayerGate
-from sglang_hma.transfer.grouping import GroupSizer, LinkModel, Piece, Run
+from sglang_hma.kvcache.layer_gate import LayerGate
+from sglang_hma.transfer.page_slices import Piece, Run
+from sglang_hma.transfer.prefill.link_model import GroupSizer, LinkModel
 
 logger = logging.getLogger(__name__)
 

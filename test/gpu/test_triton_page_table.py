@@ -7,10 +7,10 @@ from kernel_cases import Spec, random_cache
 from test_triton_decode import to
 
 from hma_kernels import PAGE, PagedKV, PageTable
+from hma_kernels.layout import IDS_PER_SLAB
+from hma_kernels.portable.page_table import page_table
 from hma_kernels.triton.decode import DecodePlan
-from sglang_hma.attention.static_tables import StaticPageTables
-from sglang_hma.attention.tables import page_table
-from sglang_hma.kvcache.arena import IDS_PER_SLAB
+from hma_kernels.triton.page_table import StaticPageTables
 
 MAX_BATCH, MAX_TOKENS = 6, 9000
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sglang_hma.config import PAGE_TOKENS
-from sglang_hma.launch_checks import flag_value
+from sglang_hma.launch.checks import flag_value
 
 LOOPBACK = "127.0.0.1"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hma.config import HmaConfig
-from sglang_hma.transfer.gates import LayerGate
-from sglang_hma.transfer.pump import Sending
+from sglang_hma.kvcache.layer_gate import LayerGate
+from sglang_hma.transfer.prefill.send_thread import Sending
 
 FLUSH_S = 1.0
 COMPUTE, SEND = 1, 2

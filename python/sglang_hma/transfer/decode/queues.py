@@ -18,9 +18,8 @@ from sglang.srt.disaggregation.decode import (
 )
 from sglang.srt.disaggregation.utils import is_aborted, prepare_abort
 
-from hma_kernels import PAGE
+from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.kvcache.allocator import SlabPageAllocator
-from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB
 from sglang_hma.transfer.liveness import Obituaries
 
 IDLE_POLL_S = 0.5e-3

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hma_kernels import PAGE, PageTable
-from sglang_hma.kvcache.arena import IDS_PER_SLAB
-from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB
+from hma_kernels.layout import IDS_PER_SLAB, PAGE
+from hma_kernels.paged import PageTable
+from hma_kernels.triton.pages import bf16_index
 
 BLOCK = 128
 
@@ -67,7 +67,6 @@ def _place(
     batch,
     PAGE: tl.constexpr,
     SLAB: tl.constexpr,
-    SLAB16: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -94,7 +93,7 @@ def _place(
         position = index.to(tl.int64) * PAGE
         tl.store(ids8 + to8, page, mask=is8 != 0)
         tl.store(pos8 + to8, position, mask=is8 != 0)
-        tl.store(ids16 + to16, page // SLAB * SLAB16 + page % SLAB, mask=is16 != 0)
+        tl.store(ids16 + to16, bf16_index(page), mask=is16 != 0)
         tl.store(pos16 + to16, position, mask=is16 != 0)
         at8 += tl.sum(is8, 0)
         at16 += tl.sum(is16, 0)
@@ -153,7 +152,6 @@ class StaticPageTables:
             *(slots.stride(0), batch),
             PAGE=PAGE,
             SLAB=IDS_PER_SLAB,
-            SLAB16=BF16_PAGES_PER_SLAB,
             BATCH=triton.next_power_of_2(batch),
             BLOCK=BLOCK,
         )

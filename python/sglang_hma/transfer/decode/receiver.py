@@ -10,7 +10,6 @@ from typing import Any
 from sglang.srt.disaggregation.base import KVPoll
 
 from sglang_hma.transfer import messages
-from sglang_hma.transfer.grouping import Pages
 from sglang_hma.transfer.integrity import (
     Buffers,
     CorruptPages,
@@ -19,6 +18,7 @@ from sglang_hma.transfer.integrity import (
     new_generation,
 )
 from sglang_hma.transfer.metrics import DecodeMetrics
+from sglang_hma.transfer.page_slices import Pages
 
 logger = logging.getLogger(__name__)
 
