@@ -13,11 +13,12 @@ REQUIREMENTS=${REQUIREMENTS:-cpu} PYTHON=${PYTHON:-} VENV=${VENV:-.venv}
 [[ $VENV == /* ]] || VENV=$ROOT/$VENV
 LOG=$VENV/setup.log STAMP=$VENV/setup.stamp INCOMPLETE=$VENV/setup.incomplete BOOTSTRAP=$VENV/bootstrap
 LISTS=("requirements/$REQUIREMENTS.txt" requirements/build.txt requirements/dev.txt)
-VERSIONS=(3.12 3.13 3.11) # ttnn has a wheel for the first only
 NEED_GB=8
 LIBRARIES=(libibverbs.so.1 libnuma.so.1 libcurl.so.4) # what Mooncake's engine links to
 LIBRARY_PACKAGES='libibverbs1 libnuma1 libcurl4'
 NETWORK="check the network, the proxy and pip's index-url"
+# shellcheck source=scripts/uv.sh
+source scripts/uv.sh
 
 die() {
     printf 'setup: %s\n' "$*" >&2
@@ -26,7 +27,7 @@ die() {
 
 fingerprint() {
     { echo "$ROOT $REQUIREMENTS" && cat "${LISTS[@]}" pyproject.toml CMakeLists.txt hma_kernels/cpu/src/* \
-        scripts/{setup.sh,uv_settings.py}; } | sha256sum
+        scripts/{setup.sh,uv.sh,uv_settings.py}; } | sha256sum
 }
 
 # Whether the environment was once finished, with the PYTHON= that is asked for, and not changed by halves since.
@@ -99,34 +100,15 @@ pip_install_uv() {
         "$BOOTSTRAP/bin/python" -m pip install --no-input --retries 1 "$(grep ^uv= requirements/build.txt)"
 }
 
-# Exports what uv should do as pip is configured to: the environment's pip, the one that got uv, or the system's.
-use_pip_settings() {
-    local pip setting
-    for pip in "$VENV/bin/python" "$BOOTSTRAP/bin/python" python3; do
-        "$pip" -m pip --version >/dev/null 2>&1 || continue
-        while read -r setting; do export "${setting?}"; done < <("$pip" -m pip config list | "$pip" scripts/uv_settings.py)
-        break
-    done
-    export UV_INDEX_STRATEGY=unsafe-best-match UV_NO_PROGRESS=1 UV_CACHE_DIR=${UV_CACHE_DIR:-$VENV/cache}
-}
-
 # Sets `python`: what the environment is made with.
 ensure_python() {
-    # uv stops at a version manager's shim that does not run, and does not know pyenv's folder.
-    PATH=$(tr : '\n' <<<"$PATH" | grep -v '/shims$' | paste -sd :)
-    PATH+=$(printf ':%s' "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[123].*/bin)
-    find_python || { can_apt && apt_install python3-venv && find_python; } ||
-        { step "downloading Python ${PYTHON:-3.12}" "$uv" python install "${PYTHON:-3.12}" && find_python; } ||
+    local wanted=("${VERSIONS[@]}")
+    [[ -z $PYTHON ]] || wanted=("$PYTHON")
+    find_python "$uv" "${wanted[@]}" ||
+        { can_apt && apt_install python3-venv && find_python "$uv" "${wanted[@]}"; } ||
+        { step "downloading Python ${wanted[0]}" "$uv" python install "${wanted[0]}" && find_python "$uv" "${wanted[0]}"; } ||
         failed "no Python ${PYTHON:-3.11, 3.12 or 3.13} is installed, and its download" \
             'install one, or name it with PYTHON=/path/to/python'
-}
-
-find_python() {
-    local version
-    for version in ${PYTHON:-"${VERSIONS[@]}"}; do
-        ! python=$("$uv" python find --system --no-project --no-python-downloads "$version" 2>/dev/null) || return 0
-    done
-    return 1
 }
 
 missing_packages() {
@@ -200,7 +182,8 @@ if [[ -e $INCOMPLETE ]]; then
         ! -path "$INCOMPLETE" -exec rm -rf {} +
 fi
 ensure_uv
-use_pip_settings
+use_pip_settings "$VENV/bin/python" "$BOOTSTRAP/bin/python" python3
+export UV_CACHE_DIR=${UV_CACHE_DIR:-$VENV/cache}
 [[ ! -e $INCOMPLETE ]] || ensure_python
 ensure_system
 if [[ -e $INCOMPLETE ]]; then
