@@ -50,10 +50,11 @@ test-card: venv ## On a machine with a Tenstorrent card, or its simulator: the p
 	$(RUN) -m pytest -o timeout=0 -s test/device/test_card.py test/device/test_card_serves.py $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: venv ## Check style and types
+lint: venv ## Check style, types and who imports whom
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 .PHONY: format
 format: venv ## Fix style in place
@@ -88,6 +89,14 @@ soak: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead 
 .PHONY: sanitize
 sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan
 	@VENV='$(VENV)' scripts/sanitize.sh
+
+.PHONY: wheel
+wheel: venv ## Build the wheel of .venv's Python into dist/
+	$(VENV)/bin/uv build --wheel --no-build-isolation --python $(RUN) --out-dir dist
+
+.PHONY: wheels
+wheels: venv ## Build a wheel for each supported Python of this machine into dist/, and load its kernels
+	@VENV='$(VENV)' scripts/wheels.sh
 
 .PHONY: clean
 clean: ## Remove what was built, the demo model and the tools' caches; .venv stays

@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 
 from hma_kernels import portable
+from hma_kernels.base import ExtendCall, Plan
 from hma_kernels.cuda import decode as cuda_decode
-from hma_kernels.implementation import ExtendCall, Plan, wanted
+from hma_kernels.implementation import wanted
 from hma_kernels.paged import PagedKV, PageTable
 from hma_kernels.triton import codec, decode, prefill
 from hma_kernels.triton.codec import pack, round_values, write_rows

@@ -2,7 +2,8 @@
 
 import torch
 
-from hma_kernels.implementation import ExtendCall, implementation_for
+from hma_kernels.base import ExtendCall
+from hma_kernels.implementation import implementation_for
 from hma_kernels.layout import GROUP, TILE, TILE_BYTES, Rounding, padded
 from hma_kernels.paged import PagedKV, PageTable
 

@@ -6,7 +6,7 @@ Source of the codec rules: the host packer (ttnn.Tensor with bfloat8_b) and the 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from hma_kernels.layout import (
     padded,
 )
 
-type Array = np.ndarray[Any, Any]
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def pack(x: Array, rounding: Rounding) -> Array:

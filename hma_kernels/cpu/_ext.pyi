@@ -1,14 +1,14 @@
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-type Int64s = np.ndarray[Any, np.dtype[np.int64]]
-type Words = np.ndarray[Any, np.dtype[np.uint64]]
-type Matrix = tuple[int, int, int, int, int, int, int]
-type Query = tuple[int, int, int, int]
-type Pages = tuple[int, int, int, int]
-type PageList = tuple[Int64s, Int64s, Int64s, int]
-type Heads = tuple[int, int, int, int]
+Int64s: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
+Matrix: TypeAlias = tuple[int, int, int, int, int, int, int]
+Query: TypeAlias = tuple[int, int, int, int]
+Pages: TypeAlias = tuple[int, int, int, int]
+PageList: TypeAlias = tuple[Int64s, Int64s, Int64s, int]
+Heads: TypeAlias = tuple[int, int, int, int]
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -1,16 +1,18 @@
 """Tensors to the extension's attention; arguments are those of hma_kernels.ops, checked there."""
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 
+from hma_kernels.base import ExtendCall
 from hma_kernels.cpu import _ext
 from hma_kernels.cpu.codec import TYPES
-from hma_kernels.implementation import ExtendCall
 from hma_kernels.paged import PagedKV, PageTable
 
-type Query = tuple[int, int, int, int]
-type Pages = tuple[int, int, int, int]
-type PageList = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+Query: TypeAlias = tuple[int, int, int, int]
+Pages: TypeAlias = tuple[int, int, int, int]
+PageList: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 
 def _query(x: torch.Tensor) -> Query:

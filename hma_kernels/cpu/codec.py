@@ -1,5 +1,7 @@
 """Tensors to the extension's codec; arguments are those of hma_kernels.ops, checked there."""
 
+from typing import TypeAlias
+
 import torch
 
 from hma_kernels.cpu import _ext
@@ -7,7 +9,7 @@ from hma_kernels.layout import Rounding
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-type Matrix = tuple[int, int, int, int, int, int, int]
+Matrix: TypeAlias = tuple[int, int, int, int, int, int, int]
 
 
 def matrix(x: torch.Tensor) -> tuple[Matrix, torch.Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from hma_kernels import portable
-from hma_kernels.implementation import Plan
+from hma_kernels.base import Plan
 from hma_kernels.layout import PAGE, TILE, TILE_BYTES
 from hma_kernels.paged import PagedKV, PageTable
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hma_kernels.implementation import ExtendCall
+from hma_kernels.base import ExtendCall
 from hma_kernels.layout import PAGE
 from hma_kernels.portable.attention import compute_dtype, load_pages, soft_cap
 

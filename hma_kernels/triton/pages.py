@@ -7,7 +7,17 @@ that depends on the column.
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(16)
+from hma_kernels import layout
+
+GROUP = tl.constexpr(layout.GROUP)
+IDS_PER_SLAB = tl.constexpr(layout.IDS_PER_SLAB)
+BF16_PAGES_PER_SLAB = tl.constexpr(layout.BF16_PAGES_PER_SLAB)
+
+
+@triton.jit
+def bf16_index(page):
+    """layout.bf16_index, for page ids in registers."""
+    return page // IDS_PER_SLAB * BF16_PAGES_PER_SLAB + page % IDS_PER_SLAB
 
 
 @triton.jit

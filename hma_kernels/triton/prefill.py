@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hma_kernels.implementation import ExtendCall
+from hma_kernels.base import ExtendCall
 from hma_kernels.triton.pages import load_tile
 from hma_kernels.triton.softmax import attend, empty_state, mma_type, split_query
 

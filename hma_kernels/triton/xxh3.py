@@ -1,4 +1,4 @@
-"""The accumulators of XXH3 over blocks of GPU memory; hma_kernels/xxh3.py has the algorithm.
+"""The accumulators of XXH3 over blocks of GPU memory; the algorithm is in portable/xxh3.py.
 
 A block's chunks depend on each other, so blocks run in parallel: one warp takes BLOCKS_A_WARP of
 them, 8 lanes each.
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hma_kernels.xxh3 import KEYS, START, Addresses, Words
+from hma_kernels.portable.xxh3 import KEYS, START, Addresses, Words
 
 BLOCKS_A_WARP = 4
 

@@ -18,7 +18,8 @@ LayersPerSend = int | Literal["auto", "all"]
 MESHES = {"1x1": 1, "1x2": 2, "1x4": 4}
 
 CONFIG_ENV = "SGLANG_HMA_CONFIG"
-PAGE_TOKENS = 32
+SHARE_ENV = "SGLANG_HMA_SHARE"  # how many servers share this box
+PAGE_TOKENS = 32  # hma_kernels.layout.PAGE, for launchers that do not import torch
 
 _PLATFORM_CLASSES = {
     "cpu": "sglang_hma.platforms.cpu:HmaCpuPlatform",

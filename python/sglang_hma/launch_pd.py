@@ -14,10 +14,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from sglang_hma.launch_checks import flag_value
-from sglang_hma.launch_server import SHARE_ENV
-from sglang_hma.pd_args import LOOPBACK, Options, fail, parse
-from sglang_hma.supervisor import Fleet, FleetError, Program, direct
+from sglang_hma.config import SHARE_ENV
+from sglang_hma.launch.checks import flag_value
+from sglang_hma.launch.pd_args import LOOPBACK, Options, fail, parse
+from sglang_hma.launch.supervisor import Fleet, FleetError, Program, direct
 
 # Below the ports that the kernel gives to outgoing connections (32768 and up), above those
 # that Mooncake draws from (15000-17000) and below SGLang's own random choice (22000-29999).

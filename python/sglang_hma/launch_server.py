@@ -15,8 +15,8 @@ import psutil
 
 from sglang_hma import config as hma_config
 from sglang_hma import torch_ops
-from sglang_hma.config import PAGE_TOKENS, HmaConfig, WeightFormats
-from sglang_hma.launch_checks import (
+from sglang_hma.config import PAGE_TOKENS, SHARE_ENV, HmaConfig, WeightFormats
+from sglang_hma.launch.checks import (
     cards,
     check_conflicts,
     check_model,
@@ -26,7 +26,6 @@ from sglang_hma.launch_checks import (
 )
 
 CPU_KV_SHARE_OF_MEMORY = 0.2
-SHARE_ENV = "SGLANG_HMA_SHARE"
 
 # docs/transfer.md has the reasons. Mooncake: larger slices are faster, a peer that restarts on
 # the same port is found again, a write that makes no progress ends before SGLang would drop it.

@@ -37,7 +37,13 @@ SEAMS = (
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator",
         "capacity from BFP8's true bytes a token, in whole slabs",
         _from("kvcache.sizing", "HmaPoolConfigurator"),
-        lambda config: config.packs_kv,
+        lambda config: config.packs_kv and not config.on_card,
+    ),
+    Seam(
+        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator",
+        "capacity from the card's memory",
+        _from("prefill.ttnn.pool", "CardPoolConfigurator"),
+        lambda config: config.on_card,
     ),
     Seam(
         "sglang.srt.managers.scheduler_components.invariant_checker"
@@ -53,9 +59,15 @@ SEAMS = (
         lambda config: config.role != "null",
     ),
     Seam(
+        "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue",
+        "tells the sender of the allocator's page holds",
+        _from("transfer.prefill.queue", "HmaPrefillBootstrapQueue"),
+        lambda config: config.sends_early,
+    ),
+    Seam(
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         "opens the gate behind which a prefill batch's pages leave layer by layer",
-        _from("transfer.early", "run_batch"),
+        _from("transfer.prefill.run_batch", "run_batch"),
         lambda config: config.gates_forwards,
     ),
     Seam(
@@ -67,13 +79,13 @@ SEAMS = (
     Seam(
         "sglang.srt.disaggregation.decode.DecodePreallocQueue",
         "reserves pages by format and publishes the landing page",
-        _from("transfer.decode_queues", "HmaDecodePreallocQueue"),
+        _from("transfer.decode.queues", "HmaDecodePreallocQueue"),
         lambda config: config.packs_kv and config.role == "decode",
     ),
     Seam(
         "sglang.srt.disaggregation.decode.DecodeTransferQueue",
         "unpacks the landed last page when a transfer commits",
-        _from("transfer.decode_queues", "HmaDecodeTransferQueue"),
+        _from("transfer.decode.queues", "HmaDecodeTransferQueue"),
         lambda config: config.packs_kv and config.role == "decode",
     ),
     Seam(

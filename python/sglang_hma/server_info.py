@@ -1,11 +1,11 @@
 """What /get_server_info tells beyond stock SGLang: formats, kernels and cards, under `hma`."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
-import sglang_hma
 from hma_kernels import describe
 from sglang_hma.config import HmaConfig
 
@@ -19,7 +19,7 @@ def get_internal_state(original: Callable[..., Any], controller: Any, request: A
 
 def facts(config: HmaConfig) -> dict[str, Any]:
     """Plain values only: they travel between processes."""
-    told: dict[str, Any] = {"version": sglang_hma.__version__, "kv_format": config.kv_format}
+    told: dict[str, Any] = {"version": version("sglang-hma"), "kv_format": config.kv_format}
     if config.packs_kv:
         told["kernels"] = describe(torch.device(config.device)).removeprefix("kernels: ")
     if config.role != "decode":

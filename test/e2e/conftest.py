@@ -1,6 +1,5 @@
 """Servers shared by the end-to-end tests. All run on CPU, fp32, with a random tiny model."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,14 +58,6 @@ def single(model: Path, logs: Path) -> Iterator[Server]:
     server = launch("single", model, logs, *COMMON, "--max-total-tokens", "16384")
     with running(server):
         yield server
-
-
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """Fresh every run; shown when the test fails."""
-    value = random.SystemRandom().randrange(2**32)
-    print(f"seed {value}")
-    return value
 
 
 def flush(server: Server) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import requests
 
-from sglang_hma.guardian import kill_run, marked
+from sglang_hma.launch.guardian import kill_run, marked
 from sglang_hma.launch_pd import ROUTER_DEFAULTS
 
 START_TIMEOUT_S = 240

@@ -8,7 +8,7 @@ from kernel_cases import Spec, random_cache
 from test_triton_decode import to
 
 from hma_kernels import PAGE, bfp8_round, reference
-from hma_kernels.implementation import ExtendCall
+from hma_kernels.base import ExtendCall
 from hma_kernels.triton import prefill
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 import xxhash
 
+from hma_kernels.portable.xxh3 import merge
 from hma_kernels.triton.xxh3 import accumulate
-from hma_kernels.xxh3 import merge
 
 
 @pytest.mark.parametrize(("count", "length"), [(1, 248), (5, 1088), (6, 2 * 1088), (4, 2048)])

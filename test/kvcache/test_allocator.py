@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hma_kernels import PAGE, bfp8_pack, bfp8_round, bfp8_unpack
+from hma_kernels.layout import bf16_index
 from sglang_hma.kvcache.allocator import SlabPageAllocator
-from sglang_hma.kvcache.pool import MixedKVPool, bf16_index
+from sglang_hma.kvcache.pool import MixedKVPool
 
 HEADS, DIM, LAYERS = 2, 32, 2
 
@@ -148,7 +149,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocator = AllocatorMachine.TestCase
-TestAllocator.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestAllocator.settings = settings(max_examples=40, stateful_step_count=25)
 
 
 def test_continuing_inside_a_page() -> None:

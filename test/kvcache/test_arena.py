@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from sglang_hma.kvcache.arena import CAPACITY, IDS_PER_SLAB, PageFormat, SlabArena, longest_run
+from hma_kernels.layout import IDS_PER_SLAB
+from sglang_hma.kvcache.arena import CAPACITY, PageFormat, SlabArena, longest_run
 
 BFP8, BF16 = PageFormat.BFP8, PageFormat.BF16
 # One BFP8 page is 17 units of memory, one BF16 page 32: both fill a slab of 544.
@@ -97,7 +98,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArena = ArenaMachine.TestCase
-TestArena.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestArena.settings = settings(max_examples=60, stateful_step_count=25)
 
 
 @given(st.integers(0, 2**32 - 1))

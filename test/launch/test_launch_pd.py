@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 import sglang_hma
-from sglang_hma.guardian import kill_run, marked
-from sglang_hma.launch_checks import flag_value
+from sglang_hma.launch.checks import flag_value
+from sglang_hma.launch.guardian import kill_run, marked
+from sglang_hma.launch.pd_args import parse
 from sglang_hma.launch_pd import PORT_POOL, Commands, plan
-from sglang_hma.pd_args import parse
 
 FAKE = Path(__file__).with_name("fake_server.py")
 MARK = "SGLANG_HMA_TEST_RUN"
@@ -162,9 +162,9 @@ def test_killed_launcher_leaves_nothing(launch: Launch) -> None:
     run = launch("--decode-args", "--fake-orphans --fake-deaf")
     run.wait_for("sglang-hma ready")
     until(lambda: len(run.pids("fake::scheduler")) == 2)
-    (guardian,) = run.pids("sglang_hma.guardian")
+    (guardian,) = run.pids("sglang_hma.launch.guardian")
     os.kill(guardian, signal.SIGKILL)
-    until(lambda: run.pids("sglang_hma.guardian") not in ([], [guardian]))
+    until(lambda: run.pids("sglang_hma.launch.guardian") not in ([], [guardian]))
     run.popen.kill()
     assert run.popen.wait(5) == -signal.SIGKILL
     print(f"all gone after {until(lambda: carrying(run.mark) == {}, 5):.2f} s")

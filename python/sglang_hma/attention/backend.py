@@ -9,9 +9,9 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hma_kernels import DecodePlan, PageTable, describe, extend_attention
-from sglang_hma.attention.tables import page_table
+from hma_kernels.portable.page_table import page_table
 from sglang_hma.kvcache.pool import Bfp8KVPool, MixedKVPool
-from sglang_hma.prefill import reference
+from sglang_hma.prefill import phase
 
 BACKEND_NAME = "hma"
 
@@ -46,7 +46,7 @@ class HmaAttnBackend(AttentionBackend):
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
-        reference.enter_phase(prefill=not mode.is_decode())
+        phase.weights.enter(prefill=not mode.is_decode())
         rows = forward_batch.req_pool_indices
         if mode.is_decode():
             self.forward_metadata = self._page_table(rows, forward_batch.seq_lens)
@@ -57,7 +57,7 @@ class HmaAttnBackend(AttentionBackend):
             self.q_indptr = lens.cumsum(0)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        from sglang_hma.attention.static_tables import StaticPageTables
+        from hma_kernels.triton.page_table import StaticPageTables
 
         assert isinstance(self.pool, MixedKVPool), "a prefill server does not decode"
         slots = self.req_to_token_pool.req_to_token
@@ -68,7 +68,7 @@ class HmaAttnBackend(AttentionBackend):
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a CUDA graph is captured or replayed; plans of one batch size share its table."""
-        reference.enter_phase(prefill=False)
+        phase.weights.enter(prefill=False)
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         self.forward_metadata = self.graph_tables.fill(rows, seq_lens)
         self.plans = self.graph_plans.setdefault(len(rows), {})

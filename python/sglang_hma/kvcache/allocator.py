@@ -18,10 +18,9 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-from hma_kernels import PAGE
+from hma_kernels.layout import PAGE, SLAB_TOKENS
 from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
 from sglang_hma.kvcache.pool import MixedKVPool
-from sglang_hma.kvcache.sizing import SLAB_TOKENS
 
 BFP8, BF16 = PageFormat.BFP8, PageFormat.BF16
 

@@ -14,11 +14,9 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB
+from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, IDS_PER_SLAB
 
 PageIds = npt.NDArray[np.int64]
-
-IDS_PER_SLAB = BFP8_PAGES_PER_SLAB
 
 
 class PageFormat(IntEnum):

@@ -11,16 +11,13 @@ VERSION = 1
 _PREFIX = f"hma-kv/{VERSION}"
 _TOKEN = re.compile(r"[a-z0-9_.,-]{1,32}")
 
-BFP8_PAGES_PER_SLAB = 32
-BF16_PAGES_PER_SLAB = 17
-
 
 @dataclass(frozen=True, kw_only=True)
 class KVFormat:
     """The wire descriptor of one server's KV pages.
 
     `kv_heads` counts the heads of all attention-TP ranks: how many ranks share
-    them is no part of the format (transfer/tensor_parallel.py). Two servers may
+    them is no part of the format (transfer/page_slices.py). Two servers may
     exchange pages only if every field is equal.
     """
 

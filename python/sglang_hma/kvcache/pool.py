@@ -11,10 +11,15 @@ from sglang.srt.mem_cache.memory_pool import KvBufferDesc, MHATokenToKVPool, unw
 from sglang.srt.runtime_context import get_parallel
 
 from hma_kernels import PAGE, TILE, TILE_BYTES, PagedKV, bfp8_round, bfp8_unpack, bfp8_write_rows
-from sglang_hma.kvcache.arena import IDS_PER_SLAB
-from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, KVFormat
-from sglang_hma.kvcache.gated import GatedPool
-from sglang_hma.kvcache.sizing import SLAB_TOKENS
+from hma_kernels.layout import (
+    BF16_PAGES_PER_SLAB,
+    BFP8_PAGES_PER_SLAB,
+    IDS_PER_SLAB,
+    SLAB_TOKENS,
+    bf16_index,
+)
+from sglang_hma.kvcache.format import KVFormat
+from sglang_hma.kvcache.layer_gate import GatedPool
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +192,11 @@ class MixedKVPool(Bfp8KVPool):
     @cached_property
     def _store_generated(self) -> Callable[..., None]:
         if torch.device(self.device).type == "cpu":
-            return store_generated
-        from sglang_hma.kvcache import generated
+            from hma_kernels.portable.store import store_generated
+        else:
+            from hma_kernels.triton.store import store_generated
 
-        return generated.store_generated
+        return store_generated
 
     def unpack_page(self, source: int, target: int) -> None:
         """Copy BFP8 page `source` into BF16 page `target` in every layer, exactly."""
@@ -233,24 +239,6 @@ class MixedKVPool(Bfp8KVPool):
         pages = indices[::PAGE].long() // PAGE
         in_bf16 = self.slab_is_bf16[pages // IDS_PER_SLAB]
         return pages[~in_bf16], bf16_index(pages[in_bf16])
-
-
-def store_generated(
-    slots: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-) -> None:
-    """Rows k, v [n, kv_heads, dim] into BF16 pages, rounded to bfloat16."""
-    page, row = bf16_index(slots.long() // PAGE), slots.long() % PAGE
-    k_pages[page, :, row] = k.to(torch.bfloat16)
-    v_pages[page, :, row] = v.to(torch.bfloat16)
-
-
-def bf16_index(pages: torch.Tensor) -> torch.Tensor:
-    """Row of a BF16 page id in the [pages, kv_heads, 32, dim] view of its arena."""
-    return pages // IDS_PER_SLAB * BF16_PAGES_PER_SLAB + pages % IDS_PER_SLAB
 
 
 def to_bf16_values(x: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,8 @@ from typing import Any
 
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
 
-from sglang_hma.config import PAGE_TOKENS, HmaConfig
-from sglang_hma.kvcache.arena import IDS_PER_SLAB
-from sglang_hma.kvcache.format import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB
-
-SLAB_TOKENS = IDS_PER_SLAB * PAGE_TOKENS
+from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, SLAB_TOKENS
+from sglang_hma.config import HmaConfig
 
 
 class HmaPoolConfigurator(DefaultPoolConfigurator):
@@ -24,19 +21,18 @@ class HmaPoolConfigurator(DefaultPoolConfigurator):
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
         sizes = super().calculate_pool_sizes(available_bytes, page_size)
-        return self._whole_slabs(sizes, reserved=1)
+        return self.usable(sizes, reserved=1)
 
     def calculate_pool_sizes_from_max_tokens(
         self, max_total_num_tokens: int, page_size: int
     ) -> MemoryPoolConfig:
         sizes = super().calculate_pool_sizes_from_max_tokens(max_total_num_tokens, page_size)
-        return self._whole_slabs(sizes, reserved=0)
+        return self.usable(sizes, reserved=0)
 
-    def _whole_slabs(self, sizes: MemoryPoolConfig, *, reserved: int) -> MemoryPoolConfig:
+    def usable(self, sizes: MemoryPoolConfig, *, reserved: int) -> MemoryPoolConfig:
+        """Whole slabs, `reserved` of them beside those of the capacity."""
         tokens = sizes.max_total_num_tokens
-        if HmaConfig.require().on_card:
-            sizes.max_total_num_tokens = self._on_card(tokens)
-        elif HmaConfig.require().mixes_page_formats:
+        if HmaConfig.require().mixes_page_formats:
             slabs = tokens // SLAB_TOKENS - reserved
             if slabs < 1:
                 raise RuntimeError(
@@ -46,10 +42,3 @@ class HmaPoolConfigurator(DefaultPoolConfigurator):
                 )
             sizes.max_total_num_tokens = slabs * SLAB_TOKENS
         return sizes
-
-    def _on_card(self, tokens: int) -> int:
-        from sglang.srt.runtime_context import get_schedule
-
-        from sglang_hma.prefill.ttnn.server import CardCausalLM
-
-        return CardCausalLM.serving.fitting_tokens(tokens, get_schedule().chunked_prefill_size)

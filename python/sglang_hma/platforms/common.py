@@ -13,11 +13,11 @@ class HmaPlatformMixin:
         if kind != "mha":
             return None
         if not config.packs_kv:
-            from sglang_hma.kvcache.gated import NativeKVPool
+            from sglang_hma.kvcache.layer_gate import NativeKVPool
 
             return NativeKVPool if config.sends_early else None
         if config.on_card:
-            from sglang_hma.prefill.ttnn.server import CardKVPool
+            from sglang_hma.prefill.ttnn.pool import CardKVPool
 
             return CardKVPool
         from sglang_hma.kvcache import pool

@@ -8,8 +8,6 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from sglang_hma.transfer.pump import Sending
-
 PREFIX = "sglang_hma:kv_"
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
@@ -43,20 +41,19 @@ class PrefillMetrics:
             "From the end of a request's last forward to its last byte acknowledged",
             buckets=SECONDS,
         )
-        self.quarantined = _metric(
+        self.unsettled_rooms = _metric(
             Gauge,
             "unsettled_rooms",
             "Requests whose failed writes may still be on their way; decode keeps their pages",
             multiprocess_mode="mostrecent",
         )
 
-    def sent(self, sending: Sending, now_s: float) -> None:
-        if sending.failed:
-            return
-        self.bytes.inc(sending.bytes)
-        self.seconds.inc(now_s - sending.started_s)
+    def sent(self, size: int, seconds: float, retries: int) -> None:
+        """A group of `size` bytes was acknowledged."""
+        self.bytes.inc(size)
+        self.seconds.inc(seconds)
         self.groups.inc()
-        self.retries.inc(sending.retries)
+        self.retries.inc(retries)
 
     def request(self, total: int, early: int, tail_s: float) -> None:
         if total:
@@ -71,7 +68,7 @@ class DecodeMetrics:
         self.verify_seconds = _metric(
             Counter, "verify_seconds", "CPU time spent on comparing checksums"
         )
-        self.held = _metric(
+        self.quarantined_pages = _metric(
             Gauge,
             "quarantined_pages",
             "Pages of failed requests, kept until prefill says that no write is on its way",

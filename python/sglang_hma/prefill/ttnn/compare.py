@@ -38,7 +38,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def pack_weights(model: torch.nn.Module) -> None:
     """Round linear weights as a card holds them; a tied embedding stays as it is."""
-    from sglang_hma.prefill.reference import round_weight
+    from sglang_hma.prefill.weights import round_weight
 
     head: Any = model.lm_head
     head.weight = torch.nn.Parameter(head.weight.detach().clone())

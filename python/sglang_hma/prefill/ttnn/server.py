@@ -1,18 +1,10 @@
-"""The runtime inside an SGLang prefill server: model class and KV pool.
-
-The pool's pages lie in the host's memory, where Mooncake has registered them, and the card's cache
-has the same pages under the same ids: a page is written in both by the forward that computes it. So
-a radix hit finds its prefix on the card, a transfer finds it on the host, and a freed page is free
-in both.
-"""
+"""The runtime inside an SGLang prefill server: the model class that SGLang loads."""
 
 import itertools
 import logging
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
@@ -20,10 +12,9 @@ from sglang.srt.runtime_context import get_model
 
 from hma_kernels import PAGE
 from sglang_hma.config import HmaConfig
-from sglang_hma.kvcache.pool import Bfp8KVPool
 from sglang_hma.prefill.ttnn.card import Card, open_card
-from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
-from sglang_hma.prefill.ttnn.readback import Readback, store_pages
+from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, rotary_embedding
+from sglang_hma.prefill.ttnn.readback import Readback
 from sglang_hma.prefill.ttnn.shape import ModelShape
 from sglang_hma.prefill.ttnn.weights import WeightCache, Weights, checkpoint_folder
 
@@ -158,18 +149,3 @@ def chunks_of(input_ids: torch.Tensor, batch: Any, req_to_token: torch.Tensor) -
         chunks.append(Chunk(tokens, int(start), (slots // PAGE).numpy()))
         begin += length
     return chunks
-
-
-class CardKVPool(Bfp8KVPool):
-    """Host pages, and the same pages on the card."""
-
-    def _create_buffers(self) -> None:
-        super()._create_buffers()
-        model = CardCausalLM.serving
-        self.card_cache = empty_cache(model.card, model.shape, self.num_pages)
-
-    def store_pages(
-        self, layer: int, which: int, pages: npt.NDArray[np.integer], head: int, rows: torch.Tensor
-    ) -> None:
-        """rows: uint8 [pages, heads, head_dim / 32, 1088], of K (0) or V (1) from `head` on."""
-        store_pages((self.k_buffer, self.v_buffer)[which][layer], pages, head, rows)

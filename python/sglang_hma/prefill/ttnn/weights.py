@@ -1,7 +1,7 @@
 """From Hugging Face tensors to tensors on the card, one at a time, with a cache on disk.
 
 A linear weight goes to the card as W.T, packed to BFP8 by the vendor's host packer (the same bytes
-as prefill/reference.py rounds through); embedding, norms and biases stay BF16. On a mesh each chip
+as prefill/weights.py rounds through); embedding, norms and biases stay BF16. On a mesh each chip
 has its heads of attention, its columns of the MLP and its part of the vocabulary in the LM head; a
 packed group of 16 values is never divided. Each finished tensor is kept on disk in ttnn's own
 format, so that the next start reads no checkpoint.

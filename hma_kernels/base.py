@@ -1,0 +1,54 @@
+"""What an implementation of the operations provides, and what it is called with."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hma_kernels.layout import Rounding
+from hma_kernels.paged import PagedKV, PageTable
+
+
+@dataclass(frozen=True)
+class ExtendCall:
+    """The arguments of hma_kernels.extend_attention, and where its result goes."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kv: PagedKV
+    layer: int
+    table: PageTable
+    q_indptr: torch.Tensor
+    scale: float
+    logit_cap: float
+    sliding_window: int
+    out: torch.Tensor
+
+
+class Plan(Protocol):
+    def run(
+        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+    ) -> None: ...
+
+    def refresh(self) -> None: ...
+
+
+class Implementation(Protocol):
+    """The operations of hma_kernels.ops: arguments are valid, non-empty, outputs contiguous."""
+
+    def pack(self, x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None: ...
+
+    def unpack(self, tiles: torch.Tensor, out: torch.Tensor) -> None: ...
+
+    def round_values(self, x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None: ...
+
+    def write_rows(
+        self, pages: torch.Tensor, page_ids: torch.Tensor, rows: torch.Tensor, x: torch.Tensor
+    ) -> None: ...
+
+    def decode_plan(
+        self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int
+    ) -> Plan: ...
+
+    def extend(self, call: ExtendCall) -> None: ...

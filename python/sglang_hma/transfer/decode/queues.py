@@ -1,0 +1,115 @@
+"""Decode's request queues: pages of the right format before and after the transfer.
+
+Before it a prompt gets BFP8 pages, and prefill is told of the landing page instead of the
+part-full last page. After it the landing page is unpacked into the BF16 page that the request's
+own tokens continue.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sglang.srt.disaggregation.decode import (
+    DecodePreallocQueue,
+    DecodeRequest,
+    DecodeTransferQueue,
+)
+from sglang.srt.disaggregation.utils import is_aborted, prepare_abort
+
+from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
+from sglang_hma.kvcache.allocator import SlabPageAllocator
+from sglang_hma.transfer.liveness import PeerLiveness
+
+IDLE_POLL_S = 0.5e-3
+
+
+class HmaDecodePreallocQueue(DecodePreallocQueue):
+    token_to_kv_pool_allocator: SlabPageAllocator
+    num_reserved_decode_tokens: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Reserved tokens become BF16 pages; budgets count BFP8 pages' tokens.
+        reserved = self.num_reserved_decode_tokens * BFP8_PAGES_PER_SLAB
+        self.num_reserved_decode_tokens = -(-reserved // BF16_PAGES_PER_SLAB)
+        self._candidate: Any = None
+
+    def _check_if_req_exceed_kv_capacity(self, req: Any) -> bool:
+        prompt, end = len(req.origin_input_ids), self._pre_alloc_fill_len(req)
+        allocator = self.token_to_kv_pool_allocator
+        if allocator.fits_landing(prompt, end, when_empty=True):
+            return bool(super()._check_if_req_exceed_kv_capacity(req))
+        message = (
+            f"Request {req.rid} needs KV pages for {prompt} prompt tokens and one more; "
+            f"the whole pool holds {allocator.size} tokens. Raise --max-total-tokens."
+        )
+        prepare_abort(req, message, status_code=400)
+        self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+        return True
+
+    def _required_admission_tokens(self, req: Any, *args: Any, **kwargs: Any) -> int:
+        self._candidate = req
+        return int(super()._required_admission_tokens(req, *args, **kwargs))
+
+    def _prealloc_required_tokens(self, req: Any) -> tuple[int, int]:
+        self._candidate = req
+        return super()._prealloc_required_tokens(req)
+
+    def _prealloc_reservation_fits(self, *args: Any, **kwargs: Any) -> bool:
+        """The token budget, and the pages themselves for the request just priced."""
+        req = self._candidate
+        return super()._prealloc_reservation_fits(
+            *args, **kwargs
+        ) and self.token_to_kv_pool_allocator.fits_landing(
+            len(req.origin_input_ids), self._pre_alloc_fill_len(req)
+        )
+
+    def _alloc_for_decode_prealloc(
+        self, allocator: SlabPageAllocator, *, req: Any, fill_len: int, **_: Any
+    ) -> torch.Tensor | None:
+        req.kv.kv_allocated_len = fill_len
+        return allocator.alloc_landing(len(req.origin_input_ids), fill_len)
+
+    def _transfer_page_indices(
+        self, decode_req: DecodeRequest, kv_indices: torch.Tensor, page_size: int
+    ) -> npt.NDArray[np.int32]:
+        pages = super()._transfer_page_indices(decode_req, kv_indices, page_size)
+        return self.token_to_kv_pool_allocator.transfer_pages(pages)
+
+
+class HmaDecodeTransferQueue(DecodeTransferQueue):
+    _liveness = PeerLiveness()
+
+    def _commit_transfer_to_req(self, decode_req: DecodeRequest) -> None:
+        super()._commit_transfer_to_req(decode_req)
+        req = decode_req.req
+        if is_aborted(req) or len(req.origin_input_ids) % PAGE == 0:
+            return
+        tail = len(req.origin_input_ids) // PAGE * PAGE
+        slot = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, tail]
+        self.scheduler.token_to_kv_pool_allocator.commit_landing(int(slot) // PAGE)
+
+    def pop_transferred(self, rids_to_check: list[str] | None = None) -> list[Any]:
+        """As SGLang's; sleeps if there is nothing to decode either: others need the core."""
+        transferred: list[Any] = super().pop_transferred(rids_to_check)
+        if self.queue and not transferred and self.scheduler.running_batch.is_empty():
+            time.sleep(IDLE_POLL_S)
+        return transferred
+
+    def resolve_deferred_releases(self) -> None:
+        """Frees failed requests' pages once prefill has confirmed that they drained, or is gone."""
+        for decode_req, *_ in self._deferred_releases:
+            ended = decode_req.kv_receiver
+            for index, info in enumerate(ended.bootstrap_infos or ()):
+                if self._liveness.is_gone((str(info["rank_ip"]), int(info["rank_port"]))):
+                    ended.kv_mgr.note_abort_ack(
+                        ended.bootstrap_room, -1 - index, ended._abort_generation
+                    )
+        super().resolve_deferred_releases()
+        receiver = self.scheduler.disagg_decode_prealloc_queue.kv_manager.receiver
+        if receiver is not None:
+            prompts = (len(entry[0].req.origin_input_ids) for entry in self._deferred_releases)
+            pages = sum(-(-tokens // PAGE) for tokens in prompts)
+            receiver.metrics.quarantined_pages.set(pages)

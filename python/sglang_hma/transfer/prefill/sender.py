@@ -1,0 +1,272 @@
+"""The prefill server's side of every request: queues its pages, answers decode, concludes it.
+
+A request ends here when decode has verified its bytes, or, where decode makes no checksums, when
+they are acknowledged. Until then its pages stay locked, so that a range can be sent again.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+
+from sglang_hma.config import HmaConfig
+from sglang_hma.kvcache.holds import PageHolds
+from sglang_hma.kvcache.layer_gate import LayerGate
+from sglang_hma.transfer import messages
+from sglang_hma.transfer.base import PrefillManager
+from sglang_hma.transfer.claims import Claims
+from sglang_hma.transfer.integrity import HostMemory, digests
+from sglang_hma.transfer.metrics import PrefillMetrics
+from sglang_hma.transfer.page_slices import Pages
+from sglang_hma.transfer.prefill.jobs import EarlySend, Group, Job, LayerRange
+from sglang_hma.transfer.prefill.link import Link
+from sglang_hma.transfer.prefill.link_model import GroupSizer
+from sglang_hma.transfer.prefill.outgoing import Destination, OutgoingRequest
+from sglang_hma.transfer.prefill.send_thread import SendThread
+from sglang_hma.transfer.prefill.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+VERIFY_TIMEOUT_S = 60.0
+# After a failed write the operating system may still hold bytes of it. Decode keeps the pages
+# until this side confirms that they have drained, which it does this much later.
+QUARANTINE_S = 10.0
+
+
+class PrefillSender:
+    """The send thread's listener. `rank` is this prefill rank's number in messages to decode,
+    `layers` the number of layers of a request."""
+
+    def __init__(
+        self,
+        manager: PrefillManager,
+        link: Link,
+        memory: HostMemory,
+        sizer: GroupSizer,
+        trace: Trace,
+        *,
+        layers: int,
+        rank: int,
+    ) -> None:
+        self.manager = manager
+        self.memory = memory
+        self.trace = trace
+        self.layers = layers
+        self.rank = rank
+        self.requests: dict[int, OutgoingRequest] = {}
+        self.metrics = PrefillMetrics()
+        self.claims = Claims(expected=HmaConfig.require().packs_kv)
+        self.holds: PageHolds | None = None  # of the pool's pages, when they leave early
+        self._drained_s: dict[int, float] = {}  # when a room's failed writes will have ended
+        self._lock = threading.Lock()
+        self.thread = SendThread(link, self, sizer)
+
+    # -- the scheduler's thread --
+
+    def add(
+        self,
+        room: int,
+        source: Pages,
+        index: slice,
+        *,
+        early: EarlySend | None,
+        metadata_row: int | None,
+        destinations: Iterable[Destination],
+    ) -> None:
+        """Queue pages `source`, which are pages `index` of the request, for every destination.
+
+        `metadata_row` is given with the last pages of the request. `destinations` is read at the
+        first call for a room only.
+        """
+        with self._lock:
+            request = self.requests.get(room)
+            if request is None:
+                request = OutgoingRequest.to(room, destinations, self.layers)
+                self.requests[room] = request
+            if early is not None:
+                request.forward = early.forward
+                self.trace.forward(early.forward)
+            if metadata_row is not None:
+                request.last_send_s = time.perf_counter()
+            gate = early.gate if early is not None else LayerGate.open(self.layers)
+            try:
+                jobs = request.jobs(source, index, gate, metadata_row)
+            except ValueError as error:
+                jobs, reason = [], str(error)
+            else:
+                # Counted and held before the lock is released: the room cannot be settled in
+                # between.
+                reason = ""
+                self.manager.add_sends(room, len(jobs))
+                if self.holds is not None:
+                    self.holds.hold(source)
+                    request.held.append(source)
+        if reason:
+            self._fail(room, reason)
+        for job in jobs:
+            self.thread.put(job)
+
+    # -- the thread that receives decode's messages --
+
+    def on_message(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Claim):
+            self.claims.claimed(message.room, (message.host, message.port))
+        elif isinstance(message, messages.Renewal):
+            self.claims.renewed(message.rooms, (message.host, message.port))
+        elif isinstance(message, messages.Verified | messages.Resend):
+            request = self.requests.get(message.room)
+            destination = request.destinations.get(message.session) if request else None
+            if request is None or destination is None:
+                return
+            if destination.generation != message.generation:
+                return
+            if isinstance(message, messages.Resend):
+                self._resend(request, message)
+            else:
+                request.verified.add(message.session)
+                self._maybe_conclude(request)
+
+    def _resend(self, request: OutgoingRequest, resend: messages.Resend) -> None:
+        try:
+            job = request.resend_job(resend)
+        except ValueError as error:
+            self._fail(request.room, str(error))
+            return
+        logger.warning(
+            "Room %s: pages %d..%d of layers %d..%d arrived with wrong bytes, sending them again",
+            request.room,
+            resend.first_page,
+            resend.first_page + resend.pages - 1,
+            resend.first_layer,
+            resend.first_layer + resend.layers - 1,
+        )
+        self.metrics.resends.inc()
+        with self._lock:
+            self.manager.add_sends(request.room, 1)
+        self.thread.put(job)
+
+    # -- the send thread --
+
+    def is_cancelled(self, room: int) -> bool:
+        return self.manager.is_failed(room)
+
+    def on_submitted(self, layers: LayerRange) -> messages.Landed | None:
+        """Makes the checksums while the bytes are in the CPU's cache and on the wire."""
+        job = layers.job
+        request = self.requests.get(job.room)
+        if request is None:
+            return None
+        request.note_submitted(layers)
+        destination = request.destinations.get(job.session)
+        if destination is None or destination.generation is None or not job.runs:
+            return None
+        began = time.thread_time()
+        slices = [pair.source for pair in layers.slices]
+        pages = request.source[job.first_page : job.first_page + job.pages]
+        made = digests(self.memory, slices, pages)
+        self.metrics.checksum_seconds.inc(time.thread_time() - began)
+        return messages.Landed(
+            room=job.room,
+            generation=destination.generation,
+            rank=self.rank,
+            first_layer=layers.first_layer,
+            layers=layers.layers,
+            first_page=job.first_page,
+            pages=job.pages,
+            digests=made,
+        )
+
+    def on_group_done(self, group: Group, now_s: float) -> None:
+        if not group.failed:
+            self.metrics.sent(group.bytes, now_s - group.started_s, group.retries)
+        self.trace.group(group, now_s)
+
+    def on_acked(self, layers: LayerRange) -> None:
+        request = self.requests.get(layers.job.room)
+        destination = request.destinations.get(layers.job.session) if request else None
+        if destination is not None and layers.announcement is not None:
+            self.manager.tell(destination.address, layers.announcement)
+
+    def on_failed(self, job: Job, reason: str, *, by_peer: bool) -> None:
+        if by_peer:
+            self.metrics.failures.inc()
+            self._drained_s[job.room] = time.monotonic() + QUARANTINE_S
+            self.manager.suspect(job.session)
+        self._fail(job.room, reason)
+
+    def on_done(self, job: Job) -> None:
+        with self._lock:
+            self.manager.add_sends(job.room, -1)
+        if job.last and not job.dropped and not self.is_cancelled(job.room):
+            self._on_all_acked(job)
+        self._settle(job.room)
+
+    def _on_all_acked(self, job: Job) -> None:
+        request = self.requests.get(job.room)
+        if request is not None and request.note_sent(job.session):
+            self.metrics.request(*request.overlap())
+            self.manager.report_sent(job.room)
+            self._maybe_conclude(request)
+
+    def on_tick(self) -> None:
+        now = time.monotonic()
+        for room, drained_s in list(self._drained_s.items()):
+            if now >= drained_s:
+                self._drained_s.pop(room, None)
+                self.manager.confirm_drained(room)
+        for room, request in list(self.requests.items()):
+            sent_s = request.all_sent_s
+            if self.is_cancelled(room):
+                self._settle(room)
+            elif sent_s is not None and now - sent_s > VERIFY_TIMEOUT_S:
+                self._fail(room, f"decode did not confirm the pages within {VERIFY_TIMEOUT_S:g} s")
+        for room, reason in self.claims.lost():
+            # A request that has just succeeded is no longer on decode's list either.
+            if not self.manager.is_concluded(room):
+                self._fail(room, reason)
+        for room, ranks in self.claims.unopened():
+            reason = f"the prefill server got no request for it in {self.claims.UNOPENED_S:g} s"
+            logger.error("Room %s is waited for by %s, but %s", room, ranks, reason)
+            self.manager.report_unopened(room, ranks, reason)
+        self.metrics.unsettled_rooms.set(len(self._drained_s))
+        self.trace.flush()
+
+    # -- any of these threads --
+
+    def _fail(self, room: int, reason: str) -> None:
+        logger.error("KV transfer of room %s failed: %s", room, reason)
+        self.manager.fail(room, reason)
+
+    def _maybe_conclude(self, request: OutgoingRequest) -> None:
+        if request.arrived:
+            self.manager.succeed(request.room)
+            self._settle(request.room)
+
+    def _settle(self, room: int) -> None:
+        """Forget a room once it has ended and nothing of it is queued or being written."""
+        if self.manager.sends(room) > 0:
+            return
+        self.manager.confirm_drained(room)
+        if not self.manager.is_concluded(room):
+            return
+        with self._lock:
+            if self.manager.sends(room) > 0:
+                return
+            self._release(self.requests.pop(room, None))
+            self.manager.close_room(room)
+
+    def release_pages(self, room: int) -> None:
+        """The room has failed: what its last writes read does not matter any more."""
+        with self._lock:
+            self._release(self.requests.get(room))
+
+    def _release(self, request: OutgoingRequest | None) -> None:
+        if request is None or self.holds is None:
+            return
+        held, request.held = request.held, []
+        for pages in held:
+            self.holds.release(pages)
+
+    def is_drained(self, room: int) -> bool:
+        """Whether no failed write of this room can still reach decode's pages."""
+        return self._drained_s.get(room, 0.0) <= time.monotonic()
