@@ -15,6 +15,7 @@ from sglang.srt.disaggregation.mooncake.conn import (
     TransferInfo,
 )
 from sglang.srt.utils.network import NetworkAddress
+from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat
@@ -43,6 +44,7 @@ SELF_CHECKED = (ABORT_TAG, b"WATERMARK", b"STAGING_RSP")
 class HmaKVManager(MooncakeKVManager):
     """SGLang's manager; an outbox sends on prefill, an inbox verifies on decode."""
 
+    @override
     def __init__(self, args: Any, *rest: Any, **kwargs: Any) -> None:
         self._generations: dict[int, dict[str, int]] = {}
         self._describes: set[str] = set()  # prefill servers that publish a descriptor
@@ -77,6 +79,7 @@ class HmaKVManager(MooncakeKVManager):
 
     # -- decode asks prefill --
 
+    @override
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """As SGLang's, but a mismatch fails the waiting requests, not the server."""
         if bootstrap_addr in self.prefill_info_table:
@@ -107,9 +110,11 @@ class HmaKVManager(MooncakeKVManager):
 
     # -- prefill asks decode --
 
+    @override
     def build_receiver_registration_message(self) -> list[bytes]:
         return [*super().build_receiver_registration_message(), self.handshake.frame()]
 
+    @override
     def _make_worker_recv(self, socket: Any, timeout_ms: int = 500) -> Callable[[], Any]:
         recv = super()._make_worker_recv(socket, timeout_ms)
 
@@ -168,6 +173,7 @@ class HmaKVManager(MooncakeKVManager):
             generation = int(message[10].decode("ascii"))
             self._generations.setdefault(info.room, {})[info.mooncake_session_id] = generation
 
+    @override
     def _validate_peer_state_layout(
         self, registration_info: KVArgsRegisterInfo
     ) -> tuple[bool, str | None]:
@@ -179,11 +185,13 @@ class HmaKVManager(MooncakeKVManager):
 
     # -- prefill sends --
 
+    @override
     def transfer_worker(self, *args: Any, **kwargs: Any) -> None:
         """SGLang's sending thread; the outbox's pump replaces it for plain K and V pages."""
         if not self._plain_pages:
             super().transfer_worker(*args, **kwargs)
 
+    @override
     def add_transfer_request(
         self,
         bootstrap_room: int,
@@ -265,6 +273,7 @@ class HmaKVManager(MooncakeKVManager):
         if self.inbox is not None:
             self.inbox.forget(room)
 
+    @override
     def _maybe_ack_drained_abort(self, room: int) -> None:
         """Decode may reuse a failed request's pages only when nothing can land in them."""
         if self.outbox is None or self.outbox.settled(room):
@@ -295,6 +304,7 @@ class HmaKVManager(MooncakeKVManager):
         if self.inbox is not None and self.describes(bootstrap_addr):
             self.inbox.expect(room, pages, infos)
 
+    @override
     def build_receiver_metadata_message(self, **kwargs: Any) -> list[bytes]:
         message: list[bytes] = super().build_receiver_metadata_message(**kwargs)
         if self.inbox is not None:
@@ -302,6 +312,7 @@ class HmaKVManager(MooncakeKVManager):
             message.append(str(generation).encode("ascii") if generation is not None else b"")
         return message
 
+    @override
     def apply_prefill_status(self, *, status: int, **kwargs: Any) -> None:
         """As SGLang's; a success waits until the request's pages were compared."""
         room, rank = kwargs["bootstrap_room"], kwargs["prefill_rank"]
@@ -318,6 +329,7 @@ class HmaKVManager(MooncakeKVManager):
 
     # -- both --
 
+    @override
     def update_status(self, bootstrap_room: int, status: int) -> None:
         super().update_status(bootstrap_room, status)
         if status == KVPoll.Failed and self.outbox is not None:
@@ -331,6 +343,7 @@ class HmaKVManager(MooncakeKVManager):
         except Exception as error:
             logger.warning("Could not tell %s: %s", address.to_host_port_str(), error)
 
+    @override
     def _transfer_data(
         self, mooncake_session_id: str, transfer_blocks: list[tuple[int, int, int]]
     ) -> int:

@@ -8,7 +8,9 @@ from sglang_hma.kvcache.holds import HoldingAllocator
 from sglang_hma.kvcache.layer_gate import GatedPool, LayerGate
 
 
-def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any) -> Any:
+def run_batch(
+    original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Around Scheduler.run_batch: open a gate, let the pool complete it, end it in any case.
 
     Pages that a radix hit has brought are final and leave at once. The pages that
@@ -17,12 +19,12 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     carries the first token, takes it along.
     """
     if not batch.forward_mode.is_extend() or batch.forward_mode.is_prebuilt():
-        return original(scheduler, batch, *args)
+        return original(scheduler, batch, *args, **kwargs)
     allocator = scheduler.token_to_kv_pool_allocator
     outbox = scheduler.disagg_prefill_bootstrap_queue.kv_manager.outbox
     pool = allocator.get_kvcache()
     if outbox is None or not isinstance(pool, GatedPool):
-        return original(scheduler, batch, *args)
+        return original(scheduler, batch, *args, **kwargs)
     gate = LayerGate(pool.layer_num, outbox.pump.wake)
     # Pages that cannot be held back from reuse must not leave before SGLang sends them.
     if isinstance(allocator, HoldingAllocator):
@@ -33,7 +35,7 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
         outbox.trace.forward(gate)
     pool.layer_gate = gate
     try:
-        result = original(scheduler, batch, *args)
+        result = original(scheduler, batch, *args, **kwargs)
     except BaseException as error:
         gate.fail(f"the forward pass failed: {error!r}")
         raise
