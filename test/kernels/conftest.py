@@ -10,7 +10,6 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -27,13 +26,6 @@ if extension := os.environ.get("HMA_TEST_EXTENSION"):
     spec.loader.exec_module(sys.modules[spec.name])
 
 SEED = int(os.environ.get("HMA_TEST_SEED") or secrets.randbits(32))
-
-hypothesis.settings.register_profile("fresh", database=None, deadline=None, max_examples=60)
-
-
-def pytest_runtest_setup() -> None:
-    """At each test: one loaded on import alone was gone by then in a run of all tests."""
-    hypothesis.settings.load_profile("fresh")
 
 
 def pytest_report_header() -> str:

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -28,6 +31,19 @@ def own_logging() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def installed_ttnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vendor's package is there: it has no wheel for every Python."""
+    ttnn = ModuleType("ttnn")
+    ttnn.__spec__ = ModuleSpec("ttnn", None)
+    monkeypatch.setitem(sys.modules, "ttnn", ttnn)
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1, 2, 3])
 
 
 def start(*argv: str) -> tuple[HmaConfig, Any]:
@@ -170,8 +186,8 @@ def test_the_two_readings_must_agree() -> None:
         arguments.parse(config, argv)
 
 
-def test_a_card_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1])
+@pytest.mark.usefixtures("cards")
+def test_a_card_is_taken_where_there_is_one() -> None:
     argv = ["--model-path", "m", *PREFILL, "--hma-device-ids", "1"]
     config, server_args = start(*argv)
     assert (config.prefill_runtime, config.device_ids, config.chips) == ("ttnn", (1,), 1)
@@ -190,10 +206,8 @@ def test_a_card_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
         (["--hma-device-ids", "2,3", "--hma-mesh", "1x4"], (2, 3), 4),
     ],
 )
-def test_chips_of_several_cards(
-    monkeypatch: pytest.MonkeyPatch, argv: list[str], ids: tuple[int, ...], chips: int
-) -> None:
-    monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1, 2, 3])
+@pytest.mark.usefixtures("cards")
+def test_chips_of_several_cards(argv: list[str], ids: tuple[int, ...], chips: int) -> None:
     config = arguments.assume([*PREFILL, *argv])
     assert (config.prefill_runtime, config.device_ids, config.chips) == ("ttnn", ids, chips)
     sent = config.environment()[CONFIG_ENV]
@@ -204,8 +218,8 @@ def test_chips_of_several_cards(
     "argv",
     [["--hma-device-ids", "0,1,2"], ["--hma-device-ids", "0,1,2,3", "--hma-mesh", "1x2"]],
 )
-def test_impossible_meshes(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
-    monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1, 2, 3])
+@pytest.mark.usefixtures("cards")
+def test_impossible_meshes(argv: list[str]) -> None:
     message = refusal(*CPU, *PREFILL, "--hma-prefill-runtime", "ttnn", *argv)
     assert "1, 2 or 4 cards form a mesh" in message
 
