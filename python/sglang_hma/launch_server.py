@@ -15,7 +15,7 @@ import psutil
 
 from sglang_hma import config as hma_config
 from sglang_hma import torch_ops
-from sglang_hma.config import PAGE_TOKENS, SHARE_ENV, HmaConfig, WeightFormats
+from sglang_hma.config import ARCHITECTURES_ENV, PAGE_TOKENS, SHARE_ENV, HmaConfig, WeightFormats
 from sglang_hma.launch.checks import (
     cards,
     check_conflicts,
@@ -24,6 +24,7 @@ from sglang_hma.launch.checks import (
     flag_value,
     prefill_runtime,
 )
+from sglang_hma.launch.imports import before_torch, importing
 
 CPU_KV_SHARE_OF_MEMORY = 0.2
 
@@ -152,8 +153,6 @@ def cpu_memory_defaults(config: HmaConfig, argv: list[str], model: Any, tp_size:
 
 
 def cpu_environment() -> None:
-    """Threads that yield the cores: SGLang's servers on one box poll and compute in turns."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Early sends of a cached prefix wait on a CUDA event.
     os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
 
@@ -197,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     if "-h" in argv or "--help" in argv:
         print_help()
         return
+    before_torch(argv)
     config, rest = parse(argv)
     os.environ.update(config.environment())
     os.environ.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
@@ -211,14 +211,16 @@ def main(argv: list[str] | None = None) -> None:
         )
     torch_ops.prepare(config)
 
-    from sglang.srt.plugins import load_plugins
+    with importing():
+        from sglang.srt.plugins import load_plugins
 
-    load_plugins()
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
+        load_plugins()
+        from sglang.launch_server import run_server
+        from sglang.srt.entrypoints import http_server  # noqa: F401
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
 
-    from sglang_hma import seams
+        from sglang_hma import seams
 
     try:
         seams.verify(config)
@@ -226,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(str(error))
     server_args = prepare_server_args(rest)
     model = check_model(config, server_args)
+    os.environ[ARCHITECTURES_ENV] = ",".join(model.hf_config.architectures or ())
     sized = cpu_memory_defaults(config, rest, model, server_args.tp_size)
     if sized is not rest:
         server_args = prepare_server_args(sized)

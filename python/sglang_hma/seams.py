@@ -53,6 +53,12 @@ SEAMS = (
         lambda config: config.mixes_page_formats or config.sends_early,
     ),
     Seam(
+        "sglang.srt.entrypoints.engine._set_envs_and_config",
+        "a CPU server's processes are forked, so that SGLang is imported once",
+        _from("processes", "set_envs_and_config"),
+        lambda config: config.device == "cpu" and not config.on_card,
+    ),
+    Seam(
         "sglang.srt.disaggregation.utils.get_kv_class",
         "the KV manager: format handshake, layer-wise sending, checksums",
         _from("transfer.classes", "get_kv_class"),
