@@ -65,6 +65,12 @@ SEAMS = (
         lambda config: config.role != "null",
     ),
     Seam(
+        "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue",
+        "tells the sender of the allocator's page holds",
+        _from("transfer.prefill.queue", "HmaPrefillBootstrapQueue"),
+        lambda config: config.sends_early,
+    ),
+    Seam(
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         "opens the gate behind which a prefill batch's pages leave layer by layer",
         _from("transfer.prefill.run_batch", "run_batch"),
