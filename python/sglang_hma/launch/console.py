@@ -9,6 +9,7 @@ import io
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO, cast
 
 from typing_extensions import override
@@ -23,10 +24,12 @@ REDRAWS_PER_S = 4
 class Console:
     """Plain lines on `out` and `err`."""
 
-    def __init__(self, out: TextIO, err: TextIO) -> None:
-        self._out, self._err = out, err
+    def __init__(
+        self, out: TextIO, err: TextIO, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._out, self._err, self._clock = out, err, clock
         self._lock = threading.Lock()
-        self._started = self._shown = time.monotonic()
+        self._started = self._shown = clock()
         self._phase = ""
 
     def line(self, text: str) -> None:
@@ -44,14 +47,14 @@ class Console:
         """What is waited for, "" for nothing. `detail` may change while a phase goes on."""
         with self._lock:
             begins, self._phase = phase != self._phase, phase
-            now = time.monotonic()
-            if phase and (begins or now > self._shown + STATUS_EVERY_S):
+            now = self._clock()
+            if phase and (begins or now >= self._shown + STATUS_EVERY_S):
                 self._shown = now
                 text = phase if begins else detail or phase
                 self._print(f"sglang-hma: {text} ({self.elapsed():.0f} s)")
 
     def elapsed(self) -> float:
-        return time.monotonic() - self._started
+        return self._clock() - self._started
 
     def _print(self, text: str) -> None:
         _write(self._out, f"{text}\n")
@@ -92,7 +95,7 @@ class TerminalConsole(Console):
             refresh_per_second=REDRAWS_PER_S,
             redirect_stdout=False,
             redirect_stderr=False,
-            get_time=time.monotonic,
+            get_time=self._clock,
         )
         progress.add_task(text)
         progress.tasks[0].start_time = self._started

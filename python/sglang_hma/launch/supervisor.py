@@ -26,6 +26,7 @@ TICK_S = 0.1
 POLL_S = 0.25
 # One Ctrl-C may arrive twice, from the terminal and from a wrapper that forwards it.
 SAME_SIGNAL_S = 0.5
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -90,6 +91,9 @@ class Fleet:
         finally:
             self._stop()
         (self._console.error if code else self._console.line)(last_words)
+        # Python's exit takes a moment, in which a signal would change the exit code.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         return code
 
     def _begin(self) -> None:
@@ -113,10 +117,9 @@ class Fleet:
         self._console.line(f"  stop: Ctrl-C, or kill {os.getpid()}")
 
     def _catch_signals(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        for number in STOP_SIGNALS[:2] if nohup else STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            signal.signal(signal.SIGHUP, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -169,11 +172,9 @@ class Fleet:
 
     def _obituary(self, child: Child) -> str:
         child.drain()
-        found = diagnose(child.tail, child.killed)
+        found = diagnose(list(child.tail), child.killed)
         if self._serving:
-            return (
-                f"{child.name} ended by itself, {child.end()}; stopped the others; log: {child.log}"
-            )
+            return f"{child.name} ended by itself, {child.end()}, so all stopped; log: {child.log}"
         self._console.error(f"{child.name} failed, {child.log} ends with:")
         for line in found.words:
             self._console.error(f"  {line}")
@@ -194,6 +195,8 @@ class Fleet:
                 if len(self._signals) > signals:
                     break
                 time.sleep(TICK_S / 2)
+        if len(self._signals) > signals:
+            self._console.line("sglang-hma killing what is left")
         kill_run(self._run_id)
         for child in self._children:
             child.stop(KILL_TIMEOUT_S)
