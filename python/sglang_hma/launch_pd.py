@@ -9,13 +9,13 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
+from argparse import Namespace
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from sglang_hma.config import SHARE_ENV
-from sglang_hma.launch.checks import flag_value
 from sglang_hma.launch.pd_args import LOOPBACK, Options, fail, parse
 from sglang_hma.launch.program import Program
 from sglang_hma.launch.supervisor import Fleet, FleetError, direct
@@ -93,12 +93,11 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 command += ["--disaggregation-bootstrap-port", bootstrap]
                 routes.append(bootstrap)
             # Data-parallel groups need a port each and pick them themselves.
-            if all(
-                flag_value(flags, name) is None for name in ("--dp-size", "--data-parallel-size")
-            ):
+            asked = options.asked[role]
+            if asked.dp_size is None:
                 command += ["--nccl-port", str(ports.take())]
-            command += with_own_cards(flags, i, number)
-            command += own_trace(flags, f"{role}-{i}" if i else "")
+            command += [*flags, *own_cards(asked, i, number)]
+            command += own_trace(asked, f"{role}-{i}" if i else "")
             servers.append(
                 Program(f"{role}-{i}", command, f"{url}/health", share, "importing SGLang")
             )
@@ -114,37 +113,31 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     return servers, Program("router", command, f"{router_url}/readiness", env, "connecting")
 
 
-def with_own_cards(flags: list[str], index: int, number: int) -> list[str]:
-    """Flags with the server's equal share of the cards in --hma-device-ids A,B,..."""
-    given = flag_value(flags, "--hma-device-ids")
-    if given is None or number == 1:
-        return flags
-    cards = given.split(",")
+def own_cards(asked: Namespace, index: int, number: int) -> list[str]:
+    """--hma-device-ids of the server's equal share, to stand behind the user's own."""
+    cards = asked.hma_device_ids
+    if cards is None or number == 1:
+        return []
     each = len(cards) // number
     if len(cards) % number:
         fail(
-            f"--hma-device-ids is {given}: {number} prefill servers cannot share {len(cards)} "
-            "cards evenly; change --prefill or the list"
+            f"--hma-device-ids is {','.join(map(str, cards))}: {number} prefill servers cannot "
+            f"share {len(cards)} cards evenly; change --prefill or the list"
         )
-    own = ",".join(cards[index * each :][:each])
-    joined = f"--hma-device-ids={given}"
-    flags = [f"--hma-device-ids={own}" if flag == joined else flag for flag in flags]
-    return [
-        own if before == "--hma-device-ids" else flag
-        for before, flag in zip(["", *flags], flags, strict=False)
-    ]
+    return ["--hma-device-ids", ",".join(map(str, cards[index * each :][:each]))]
 
 
-def own_trace(flags: list[str], name: str) -> list[str]:
+def own_trace(asked: Namespace, name: str) -> list[str]:
     """--hma-trace FILE for all but the first server of a role: FILE with `name` in it."""
-    path = flag_value(flags, "--hma-trace")
+    path = asked.hma_trace
     if not path or not name:
         return []
     return ["--hma-trace", str(Path(path).with_suffix(f".{name}{Path(path).suffix}"))]
 
 
 def api_key(options: Options) -> str | None:
-    return flag_value([*options.shared, *options.role_args["decode"]], "--api-key")
+    key: str | None = options.asked["decode"].api_key
+    return key
 
 
 def child_env() -> dict[str, str]:

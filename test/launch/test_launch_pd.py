@@ -4,21 +4,16 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
 import uuid
-from pathlib import Path
 
 import pytest
 
-from sglang_hma.launch.checks import flag_value
 from sglang_hma.launch.guardian import kill_run, marked
-from sglang_hma.launch.pd_args import parse
-from sglang_hma.launch_pd import PORT_POOL, Commands, plan
 
-from .fleet import FAKE, STUCK_S, Launch, Run, carrying, free_port, until
+from .fleet import STUCK_S, Launch, Run, carrying, until
 
 
 def printed_request(run: Run) -> tuple[str, dict[str, object]]:
@@ -149,117 +144,8 @@ def test_only_the_run_is_killed() -> None:
             sleeper.wait()
 
 
-def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        parse(argv)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line.removeprefix("sglang_hma.launch_pd: error: ")
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--prefill", "0"], ["--prefill is 0", "at least 1"]),
-        (["--decode", "two"], ["--decode is two"]),
-        (["--port", "70000"], ["--port is 70000", "65535"]),
-        (["--timeout", "-1"], ["--timeout is -1", "above 0"]),
-        (["--host", "no.such.host.invalid"], ["--host is no.such.host.invalid"]),
-        (["--prefill-args", "'open"], ["--prefill-args is 'open", "quot"]),
-        (["--model-path", "./nowhere"], ["--model-path is ./nowhere", "hub name"]),
-        (["--model-path", str(FAKE.parent)], ["--model-path", "config.json"]),
-        (["--log-dir", str(FAKE / "logs")], ["--log-dir", "directory"]),
-        (["stray"], ["stray", "--prefill-args"]),
-        (["--disaggregation-mode", "decode"], ["--disaggregation-mode decode", "leave it out"]),
-        (["--nccl-port=1"], ["--nccl-port 1", "leave it out"]),
-        (["--decode-args", "--port 1"], ["--port 1 in --decode-args", "leave it out"]),
-        (["--prefill-args", "--model-path x"], ["--model-path x in --prefill-args"]),
-        (["--router-args", "--prefill http://a"], ["--prefill http://a in --router-args"]),
-        (["--decode-args", "--tp-size 2"], ["--tp-size is 1 on prefill and 2 on decode"]),
-        (["--tp-size", "2", "--prefill-args", "--tp 4"], ["is 4 on prefill and 2 on decode"]),
-        (["--decode-args", "--hma-kv-format native"], ["bfp8 on prefill and native on decode"]),
-        (["--prefill-args", "--page-size=64"], ["--page-size is 64 on prefill and 32 on decode"]),
-    ],
-)
-def test_refusals(argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(["--model-path", "a/b", "--port", str(free_port()), *argv], capsys)
-    assert all(word in message for word in words), message
-
-
-def test_port_in_use_and_no_model(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        port = sock.getsockname()[1]
-        message = refusal(["--model-path", "a/b", "--port", str(port)], capsys)
-        assert f"--port is {port}" in message and "in use" in message
-    assert "--model-path" in refusal([], capsys)
-
-
 def test_help_is_fast_and_teaches() -> None:
     code = "import sys, sglang_hma.launch_pd as l\ntry: l.main(['--help'])\nfinally: "
     code += "assert not {'torch', 'sglang'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "examples:" in done.stdout and "--decode-args" in done.stdout
-
-
-def server_flags(command: list[str]) -> list[str]:
-    return list(command[len(Commands().server) :])
-
-
-@pytest.mark.slow
-def test_sglang_and_the_router_take_the_flags(tmp_path: Path) -> None:
-    import argparse
-
-    from sglang.srt.arg_groups.choices import add_attention_backend_choices
-    from sglang.srt.server_args import ServerArgs
-    from sglang_router.launch_router import parse_router_args
-
-    from sglang_hma import launch_server
-
-    argv = ["--model-path", "a/b", "--port", str(free_port()), "--prefill", "2", "--decode", "2"]
-    argv += ["--device", "cpu", "--hma-kv-format", "bfp8"]
-    argv += ["--prefill-args", f"--enable-metrics --hma-trace {tmp_path}/trace.json"]
-    argv += ["--decode-args", "--max-total-tokens 4096", "--router-args", "--log-level warn"]
-    options = parse(argv)
-    servers, router = plan(options, Commands())
-    parser = argparse.ArgumentParser()
-    add_attention_backend_choices(["hma"])  # as the plugin does
-    ServerArgs.add_cli_args(parser)
-    ports: list[int] = []
-    traces = []
-    for server in servers:
-        config, rest = launch_server.parse(server_flags(list(server.command)))
-        args = parser.parse_args(rest)
-        assert config.role == args.disaggregation_mode == server.name.split("-")[0]
-        assert args.model_path == "a/b" and args.host == "127.0.0.1"
-        assert args.enable_metrics == (config.role == "prefill")
-        assert args.max_total_tokens == (4096 if config.role == "decode" else None)
-        ports += [args.port, args.nccl_port]
-        if config.role == "prefill":
-            ports.append(args.disaggregation_bootstrap_port)
-            traces.append(config.trace)
-    assert traces == [f"{tmp_path}/trace.json", f"{tmp_path}/trace.prefill-1.json"]
-    assert len(set(ports)) == len(ports) == 10 and set(ports) <= set(PORT_POOL)
-    routes = parse_router_args(list(router.command[len(Commands().router) :]))
-    assert routes.pd_disaggregation and routes.policy == "random" and routes.log_level == "warn"
-    assert [port for _, port in routes.prefill_urls] == [ports[2], ports[5]]
-    assert len(routes.decode_urls) == 2 and routes.port == options.port
-
-
-@pytest.mark.parametrize("given", ["--hma-device-ids 0,3", "--hma-device-ids=0,3"])
-def test_each_prefill_server_gets_its_card(given: str) -> None:
-    argv = ["--model-path", "a/b", "--port", str(free_port()), "--prefill", "2"]
-    servers, _ = plan(parse([*argv, "--prefill-args", given]), Commands())
-    cards = [flag_value(list(server.command), "--hma-device-ids") for server in servers]
-    assert cards == ["0", "3", None]
-
-
-def test_prefill_servers_share_the_cards(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--model-path", "a/b", "--port", str(free_port()), "--prefill", "2"]
-    servers, _ = plan(parse([*argv, "--prefill-args", "--hma-device-ids 0,3,5,6"]), Commands())
-    cards = [flag_value(list(server.command), "--hma-device-ids") for server in servers]
-    assert cards == ["0,3", "5,6", None]
-    with pytest.raises(SystemExit):
-        plan(parse([*argv, "--prefill-args", "--hma-device-ids 0,1,2"]), Commands())
-    assert "2 prefill servers cannot share 3 cards" in capsys.readouterr().err

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO, cast
 
-from typing_extensions import override
-
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -70,7 +68,6 @@ class TerminalConsole(Console):
         self._rich = Rich(file=cast(TextIO, _Unbroken(out)))
         self._live: Progress | None = None
 
-    @override
     def status(self, phase: str, detail: str = "") -> None:
         with self._lock:
             if not phase and self._live:
@@ -102,7 +99,6 @@ class TerminalConsole(Console):
         progress.start()
         return progress
 
-    @override
     def _print(self, text: str) -> None:
         self._rich.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
@@ -123,20 +119,16 @@ class _Unbroken(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return self._out.encoding
 
-    @override
     def fileno(self) -> int:
         return self._out.fileno()
 
-    @override
     def isatty(self) -> bool:
         return self._out.isatty()
 
-    @override
     def write(self, text: str) -> int:
         _write(self._out, text)
         return len(text)
 
-    @override
     def flush(self) -> None:
         """`_write` flushes."""
 

@@ -6,8 +6,6 @@ from logging import LogRecord, makeLogRecord
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from typing_extensions import override
-
 MAX_BYTES = 16 << 20
 KEPT_BEFORE = 2  # NAME.log.1, NAME.log.2
 
@@ -26,7 +24,6 @@ class LogFile(RotatingFileHandler):
     def line(self, text: str) -> None:
         self.emit(makeLogRecord({"msg": text}))
 
-    @override
     def handleError(self, record: LogRecord) -> None:
         """A full disk stops no fleet."""
 
