@@ -30,6 +30,12 @@ def assume(argv: Sequence[str]) -> HmaConfig:
     return configure(read(early_parser(), argv))
 
 
+def is_on(switch: str, argv: Sequence[str]) -> bool:
+    """Whether SGLang will find a switch of its own given. Raises Refusal."""
+    given = read(parser_of(switches=[switch]), argv)
+    return getattr(given, switch.removeprefix("--").replace("-", "_")) not in (None, "false")
+
+
 def early_parser() -> Parser:
     parser = parser_of(DEVICE)
     parser.add_argument(ROLE, default="null")
