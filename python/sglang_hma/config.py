@@ -19,6 +19,7 @@ MESHES = {"1x1": 1, "1x2": 2, "1x4": 4}
 
 CONFIG_ENV = "SGLANG_HMA_CONFIG"
 SHARE_ENV = "SGLANG_HMA_SHARE"  # how many servers share this box
+ARCHITECTURES_ENV = "SGLANG_HMA_ARCHITECTURES"
 PAGE_TOKENS = 32  # hma_kernels.layout.PAGE, for launchers that do not import torch
 
 _PLATFORM_CLASSES = {

@@ -17,7 +17,8 @@ from typing import Any
 
 from sglang_hma.config import SHARE_ENV
 from sglang_hma.launch.pd_args import LOOPBACK, Options, fail, parse
-from sglang_hma.launch.supervisor import Fleet, FleetError, Program, direct
+from sglang_hma.launch.program import Program
+from sglang_hma.launch.supervisor import Fleet, FleetError, direct
 
 # Below the ports that the kernel gives to outgoing connections (32768 and up), above those
 # that Mooncake draws from (15000-17000) and below SGLang's own random choice (22000-29999).
@@ -38,7 +39,7 @@ class Commands:
     """What starts a server and the router, before their flags."""
 
     server: tuple[str, ...] = (sys.executable, "-m", "sglang_hma.launch_server")
-    router: tuple[str, ...] = (sys.executable, "-m", "sglang_router.launch_router")
+    router: tuple[str, ...] = (sys.executable, "-m", "sglang_hma.launch.router")
 
 
 class FreePorts:
@@ -97,7 +98,9 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 command += ["--nccl-port", str(ports.take())]
             command += [*flags, *own_cards(asked, i, number)]
             command += own_trace(asked, f"{role}-{i}" if i else "")
-            servers.append(Program(f"{role}-{i}", command, f"{url}/health", share))
+            servers.append(
+                Program(f"{role}-{i}", command, f"{url}/health", share, "importing SGLang")
+            )
     router = [*commands.router, "--pd-disaggregation", "--policy", "random"]
     router += [*ROUTER_DEFAULTS, *routes]
     router += ["--host", options.host, "--port", str(options.port)]
@@ -107,7 +110,7 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     router_url = url_of(options.host, options.port)
     command = [*router, *options.router_args]
     # /readiness, unlike /health, waits until a prefill and a decode server are registered.
-    return servers, Program("router", command, f"{router_url}/readiness", env)
+    return servers, Program("router", command, f"{router_url}/readiness", env, "connecting")
 
 
 def own_cards(asked: Namespace, index: int, number: int) -> list[str]:
@@ -146,7 +149,7 @@ def child_env() -> dict[str, str]:
 
 
 def first_request(options: Options, decode_url: str) -> str:
-    """The ready line, with a request that has just been answered as it is printed.
+    """A shell line with a request that has just been answered.
 
     Raises FleetError if neither a chat nor a plain completion comes through.
     """
@@ -168,7 +171,7 @@ def first_request(options: Options, decode_url: str) -> str:
         body = json.dumps({"model": model, **prompt, "max_tokens": 16}, separators=(",", ":"))
         status, reply = request(url + path, headers, options.timeout, body)
         if status == 200:
-            return f"sglang-hma ready: {url}  try: {curl(url + path, body, key)}"
+            return curl(url + path, body, key)
         refusals.append(f"{path} HTTP {status} {' '.join(reply.split())[:300]}")
     raise FleetError(f"a first request through {url} fails: {'; '.join(refusals)}")
 
@@ -202,9 +205,11 @@ def main(argv: list[str] | None = None, commands: Commands | None = None) -> int
         servers,
         router,
         lambda: first_request(options, decode_url),
+        url=url_of(options.host, options.port),
         run_id=uuid.uuid4().hex,
         timeout=options.timeout,
         log_dir=options.log_dir,
+        verbose=options.verbose,
     )
     return fleet.run()
 

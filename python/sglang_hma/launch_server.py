@@ -4,6 +4,7 @@ Takes every flag of sglang.launch_server and the --hma-* flags. Roles are
 SGLang's own --disaggregation-mode prefill | decode | null.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -25,12 +26,18 @@ def prepare(argv: Sequence[str]) -> "ServerArgs":
 
     What can be refused is refused as early as it can be known.
     """
+    environment.prepare_early()
     config = arguments.assume(argv)
-    environment.prepare(config)
+    environment.prepare(
+        config,
+        metrics=arguments.is_on("--enable-metrics", argv),
+        compiles=arguments.is_on("--enable-torch-compile", argv),
+    )
     torch_ops.prepare(config)
     server_args = arguments.parse(config, argv)
     checks.check_arguments(config, server_args)
     model = check_model(config, server_args)
+    environment.serve_model(model)
     if config.torch_ops:
         sys.stderr.write(
             "sglang_hma.launch_server: sgl_kernel is not installed: SGLang's layers run on torch's "
@@ -60,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     if "-h" in argv or "--help" in argv:
         arguments.full_parser().print_help()
         return
+    # Collections would go through a million objects of imported modules and find little.
+    gc.disable()
     try:
         server_args = prepare(argv)
     except Refusal as refusal:
@@ -67,8 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
 
     from sglang.launch_server import run_server
+    from sglang.srt.entrypoints import http_server  # noqa: F401
     from sglang.srt.utils import kill_process_tree
 
+    gc.enable()
     try:
         run_server(server_args)
     finally:

@@ -62,6 +62,11 @@ PLUGIN_POINTS = (
         "attention over both page formats",
     ),
     PluginPoint(
+        "`SGLANG_EXTERNAL_MODEL_PACKAGE`",
+        "`served_model/`",
+        "SGLang's own class of the served model, so that SGLang need not import all of its models",
+    ),
+    PluginPoint(
         "`sglang.srt.models.registry.ModelRegistry.models`",
         "`prefill/ttnn/server.py:CardCausalLM` for Qwen3, Qwen2 and Llama",
         "with `--hma-prefill-runtime ttnn`: the model runs on a Tenstorrent card",
@@ -99,6 +104,13 @@ SEAMS = (
         _from("kvcache.leak_check", "check_full_pool"),
         lambda config: config.mixes_page_formats or config.sends_early,
         "bfp8, decode or null; prefill, unless `--hma-layers-per-send all`",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.engine._set_envs_and_config",
+        "a CPU server's processes are forked, so that SGLang is imported once",
+        _from("processes", "set_envs_and_config"),
+        lambda config: config.device == "cpu" and not config.on_card,
+        "on CPU, without cards",
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_kv_class",

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from sglang_hma.config import CONFIG_ENV, HmaConfig, WeightFormats
@@ -323,21 +324,39 @@ def test_every_rule_names_an_argument_that_a_user_can_give() -> None:
             assert options[rule.flag].dest == rule.field
 
 
+class Sized:
+    """What size_pool looks at of a model: 1088 bytes a token and layer."""
+
+    head_dim, v_head_dim = 64, 64
+
+    def __init__(self, layers: int, context_len: int) -> None:
+        self.num_hidden_layers, self.context_len = layers, context_len
+
+    def get_num_kv_heads(self, tp_size: int) -> int:
+        return max(1, 8 // tp_size)
+
+
 def test_a_pool_on_a_cpu_is_sized_where_nobody_did() -> None:
-    class Model:
-        num_hidden_layers, head_dim, v_head_dim = 2, 64, 64
-
-        def get_num_kv_heads(self, tp_size: int) -> int:
-            return max(1, 4 // tp_size)
-
     for flag, value in (("--max-total-tokens", 4096), ("--mem-fraction-static", 0.5)):
         config, server_args = start(*CPU, flag[:-2], str(value))
-        defaults.size_pool(config, server_args, Model())
+        defaults.size_pool(config, server_args, Sized(2, 4096))
         sizes = {server_args.max_total_tokens, server_args.mem_fraction_static}
         assert sizes == {value, None}
     config, server_args = start(*CPU)
-    defaults.size_pool(config, server_args, Model())
-    assert server_args.max_total_tokens % 1024 == 0 and server_args.mem_fraction_static == 0.95
+    defaults.size_pool(config, server_args, Sized(2, 4096))
+    assert (server_args.max_total_tokens, server_args.mem_fraction_static) == (65536, 0.95)
+
+
+def test_a_pool_holds_one_context_but_no_more_than_its_part_of_memory() -> None:
+    config, server_args = start(*CPU)
+    defaults.size_pool(config, server_args, Sized(2, 100_000))
+    assert server_args.max_total_tokens == 98 * 1024
+    config, server_args = start(*CPU)
+    layers = psutil.virtual_memory().total // (1088 * 50_000)
+    defaults.size_pool(config, server_args, Sized(layers, 100_000))
+    bytes_ = server_args.max_total_tokens * 1088 * layers
+    fifth = 0.2 * psutil.virtual_memory().total
+    assert fifth - 1024 * 1088 * layers < bytes_ <= fifth
 
 
 PLAIN = {

@@ -1,6 +1,8 @@
 """KV pools: the memory behind the pages, and how K and V rows are written to it."""
 
 import logging
+import math
+import mmap
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -84,6 +86,8 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
 
     def _page_bytes(self, head_dim: int) -> list[torch.Tensor]:
         shape = (self.num_pages, self.head_num, head_dim // TILE, TILE_BYTES)
+        if torch.device(self.device).type == "cpu":
+            return [untouched_zeros(shape) for _ in range(self.layer_num)]
         with self.memory_saver_adapter.region("kv_cache"):
             return [
                 torch.zeros(shape, dtype=torch.uint8, device=self.device)
@@ -251,6 +255,12 @@ class MixedKVPool(Bfp8KVPool):
         pages = indices[::PAGE].long() // PAGE
         in_bf16 = self.slab_is_bf16[pages // IDS_PER_SLAB]
         return pages[~in_bf16], bf16_index(pages[in_bf16])
+
+
+def untouched_zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """uint8 zeros on the CPU that take no memory until they are written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape), flags), dtype=torch.uint8).view(shape)
 
 
 def to_bf16_values(x: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,12 @@ def role_of(given: argparse.Namespace) -> Role:
     return role
 
 
+def is_on(switch: str, argv: Sequence[str]) -> bool:
+    """Whether SGLang will find a switch of its own given. Raises Refusal."""
+    given = read(parser_of(switches=[switch]), argv)
+    return getattr(given, switch.removeprefix("--").replace("-", "_")) not in (None, "false")
+
+
 def early_parser() -> Parser:
     parser = parser_of(DEVICE)
     parser.add_argument(ROLE, default="null")

@@ -8,6 +8,7 @@ import psutil
 from sglang_hma.config import PAGE_TOKENS, SHARE_ENV, HmaConfig
 
 CPU_KV_SHARE_OF_MEMORY = 0.2
+MODEST_TOKENS = 64 * 1024
 NO_CUDA_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
 
 
@@ -39,7 +40,8 @@ def defaults(config: HmaConfig) -> list[str]:
 
 
 def size_pool(config: HmaConfig, server_args: Any, model: Any) -> None:
-    """A KV budget for a CPU box: a share of its memory, split between the servers on it."""
+    """A KV cache for a CPU box: MODEST_TOKENS or one whole context, as far as they go into this
+    server's part of CPU_KV_SHARE_OF_MEMORY."""
     if (server_args.max_total_tokens, server_args.mem_fraction_static) != (None, None):
         return
     servers = max(1, int(os.environ.get(SHARE_ENV, "1")))
@@ -49,5 +51,6 @@ def size_pool(config: HmaConfig, server_args: Any, model: Any) -> None:
     elements *= model.head_dim + model.v_head_dim
     bytes_per_element = 17 / 16 if config.packs_kv else model.dtype.itemsize
     tokens = int(budget / (elements * bytes_per_element)) // 1024 * 1024
-    server_args.max_total_tokens = min(max(tokens, 2048), 1 << 20)
+    wanted = max(MODEST_TOKENS, -(-model.context_len // 1024) * 1024)
+    server_args.max_total_tokens = min(max(tokens, 2048), wanted)
     server_args.mem_fraction_static = 0.95

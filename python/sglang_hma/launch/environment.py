@@ -1,13 +1,16 @@
 """Environment variables of a server's processes, set before SGLang and Mooncake read them."""
 
 import os
+import re
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sglang_hma.config import SHARE_ENV, HmaConfig
+from sglang_hma.config import ARCHITECTURES_ENV, SHARE_ENV, HmaConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Variable:
     applies: Callable[[HmaConfig], bool] = lambda _: True
     when: str = ""
     forced: bool = False
+    early: bool = False  # before torch, so before `applies` could be asked
 
 
 def _on_cpu(config: HmaConfig) -> bool:
@@ -39,8 +43,18 @@ VARIABLES = (
         "OMP_WAIT_POLICY",
         "PASSIVE",
         "SGLang's servers on one box poll and compute in turns: threads that wait give up the core",
-        _on_cpu,
-        "on CPU",
+        early=True,
+    ),
+    Variable(
+        "OPENBLAS_NUM_THREADS",
+        "1",
+        "numpy's BLAS would start threads, and a process with threads cannot be forked",
+        early=True,
+    ),
+    Variable(
+        "SGLANG_EXTERNAL_MODEL_PACKAGE",
+        "sglang_hma.served_model",
+        "SGLang imports the module of the served model, not all two hundred of its models",
     ),
     # The router keeps idle connections for up to 90 s, cloud load balancers for up to 600.
     Variable(
@@ -83,8 +97,27 @@ VARIABLES = (
 )
 
 
-def prepare(config: HmaConfig) -> None:
-    """Before SGLang is imported."""
+# Modules that warn, wherever they are imported, of what does not concern a CPU server.
+NOISY = (
+    "sglang.srt.layers.quantization.awq.awq",
+    "sglang.srt.layers.quantization.gguf",
+    "sglang.kernels.ops.attention.fla.utils",
+)
+
+# A folder that lives as long as this process.
+_metrics: tempfile.TemporaryDirectory[str] | None = None
+
+
+def prepare_early() -> None:
+    """Before torch is imported."""
+    for variable in VARIABLES:
+        if variable.early:
+            os.environ.setdefault(variable.name, variable.value)
+
+
+def prepare(config: HmaConfig, *, metrics: bool = False, compiles: bool = False) -> None:
+    """Before SGLang is imported; `metrics`, `compiles`: SGLang's --enable-metrics and
+    --enable-torch-compile."""
     os.environ.update(config.environment())
     for variable in VARIABLES:
         if variable.applies(config):
@@ -92,6 +125,36 @@ def prepare(config: HmaConfig) -> None:
                 os.environ[variable.name] = variable.value
             else:
                 os.environ.setdefault(variable.name, variable.value)
+    if metrics:
+        share_metrics()
+    if config.device == "cpu":
+        if not compiles:
+            # Functions marked for torch.compile stay as they are. The compiler would be imported
+            # for them, and the sharded embedding's one compiled, which takes a minute.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        silence()
+
+
+def share_metrics() -> None:
+    """prometheus_client decides when it is imported whether processes share their metrics."""
+    global _metrics
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        _metrics = tempfile.TemporaryDirectory(prefix="sglang-hma-metrics-")
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics.name
+
+
+def silence() -> None:
+    """Ignore the warnings of NOISY modules, here and in processes that are spawned."""
+    quiet = [f"ignore::UserWarning:{module}" for module in NOISY]
+    given = [text for text in (os.environ.get("PYTHONWARNINGS"),) if text]
+    os.environ["PYTHONWARNINGS"] = ",".join([*quiet, *given])
+    for module in NOISY:
+        warnings.filterwarnings("ignore", category=UserWarning, module=re.escape(module))
+
+
+def serve_model(model: Any) -> None:
+    """Tell sglang_hma.served_model what SGLang is about to look for there."""
+    os.environ[ARCHITECTURES_ENV] = ",".join(model.hf_config.architectures or ())
 
 
 def share_cores(server_args: Any) -> None:
@@ -108,6 +171,3 @@ def share_cores(server_args: Any) -> None:
         shares = [cores[a : max(a + 1, b)] for a, b in pairwise(starts)]
         bind = "|".join(",".join(map(str, share)) for share in shares)
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", bind)
-    if not server_args.enable_torch_compile:
-        # One small function of the sharded embedding is compiled otherwise: a minute at the start.
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")

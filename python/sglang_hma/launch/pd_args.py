@@ -12,6 +12,7 @@ from typing import NoReturn
 from sglang_hma.config import Role
 from sglang_hma.launch.checks import check_early
 from sglang_hma.launch.flags import Refusal, read
+from sglang_hma.launch.logs import default_dir
 from sglang_hma.launch.pd_checks import (
     NOT_FOR_ONE_ROLE,
     NOT_FOR_THE_ROUTER,
@@ -27,9 +28,11 @@ from sglang_hma.launch.pd_checks import (
 
 LOOPBACK = "127.0.0.1"
 
+LOG_DIR_HELP = "one file each, NAME.log, rotated ($XDG_STATE_HOME/sglang-hma/logs/PORT)"
+
 DESCRIPTION = """\
 Serve one model from prefill and decode servers on this box, behind one OpenAI-compatible
-port. Prints one line when the first request went through, stops everything on Ctrl-C."""
+port. Says where and how to ask when a first request went through, stops everything on Ctrl-C."""
 
 EPILOG = """\
 Any other flag is SGLang's or sglang-hma's (--hma-*) and goes to every server, see
@@ -39,7 +42,7 @@ python -m sglang_hma.launch_server --help. Flags for one role go into --prefill-
 examples:
   one prefill and one decode server, http://127.0.0.1:30000
     python -m sglang_hma.launch_pd --model-path Qwen/Qwen3-0.6B
-  two decode servers, reachable from other machines, logs kept
+  two decode servers, reachable from other machines, logs where you want them
     python -m sglang_hma.launch_pd --model-path ./model --decode 2 --host 0.0.0.0 --log-dir logs
   prefill on the CPU, decode on a GPU
     python -m sglang_hma.launch_pd --model-path ./model \\
@@ -51,6 +54,9 @@ examples:
     python -m sglang_hma.launch_pd --model-path ./model --decode-args "--base-gpu-id 1"
   the same pair without BFP8, as a baseline
     python -m sglang_hma.launch_pd --model-path ./model --hma-kv-format native
+
+KV cache of a CPU server: 65,536 tokens or one whole context, within a fifth of the memory for all
+servers together; --max-total-tokens N for more or less.
 
 what goes where:
   --host, --port     the router's; servers listen on 127.0.0.1 at free ports
@@ -74,7 +80,8 @@ class Options:
     asked: dict[Role, argparse.Namespace]  # by role: see servers_flags
     router_args: list[str]
     shared: list[str]
-    log_dir: Path | None
+    log_dir: Path
+    verbose: bool
     timeout: float
 
 
@@ -132,7 +139,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("prefill", "decode", "router"):
         text = f"flags for {'the router' if name == 'router' else f'{name} servers only'}"
         add(f"--{name}-args", type=words, default=[], metavar='"..."', help=text)
-    add("--log-dir", type=Path, metavar="DIR", help="also write each one's output to DIR/NAME.log")
+    add("--log-dir", type=Path, metavar="DIR", help=LOG_DIR_HELP)
+    add("--verbose", action="store_true", help="show the output of servers and router too")
     add("--timeout", type=seconds, default=600.0, metavar="S", help="for the whole start (600)")
     return parser
 
@@ -169,13 +177,8 @@ def parse(argv: list[str]) -> Options:
         check_port(ours.host, ours.port)
     except Refusal as refusal:
         fail(str(refusal))
-    if ours.log_dir:
-        try:
-            ours.log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--log-dir is {ours.log_dir}: {error.strerror}; give a directory to write to")
-        if not os.access(ours.log_dir, os.W_OK):
-            fail(f"--log-dir is {ours.log_dir}: not writable; give a directory to write to")
+    log_dir = ours.log_dir or default_dir(ours.port)
+    make_log_dir(log_dir)
     return Options(
         model=ours.model_path,
         host=ours.host,
@@ -185,6 +188,16 @@ def parse(argv: list[str]) -> Options:
         asked=asked,
         router_args=ours.router_args,
         shared=shared,
-        log_dir=ours.log_dir,
+        log_dir=log_dir,
+        verbose=ours.verbose,
         timeout=ours.timeout,
     )
+
+
+def make_log_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--log-dir is {path}: {error.strerror}; give a directory to write to")
+    if not os.access(path, os.W_OK):
+        fail(f"--log-dir is {path}: not writable; give a directory to write to")

@@ -48,6 +48,7 @@ NOT_FOR_THE_ROUTER = {
     "--prefill": "launch_pd passes the URLs of its servers",
     "--decode": "launch_pd passes the URLs of its servers",
     "--worker-urls": "launch_pd passes the URLs of its servers",
+    "--mini-lb": "the router runs without SGLang's debugging balancer",
     "--tls-cert-path": "put a TLS proxy before the router",
     "--tls-key-path": "put a TLS proxy before the router",
 }
@@ -58,7 +59,7 @@ ASKED = {
     "page_size": ("--page-size",),
     "api_key": ("--api-key",),
 }
-SWITCHES = ("--grpc-mode", "--smg-grpc-mode", "--pd-disaggregation")
+SWITCHES = ("--grpc-mode", "--smg-grpc-mode", "--pd-disaggregation", "--mini-lb")
 
 
 def servers_flags() -> Parser:
