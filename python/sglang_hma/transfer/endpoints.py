@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
+from typing_extensions import override
 
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
@@ -15,6 +16,7 @@ class HmaKVSender(MooncakeKVSender):
     # Page indices stay on the host: there is no CUDA event to wait for.
     supports_host_tensor_indices = False
 
+    @override
     def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(mgr, *args, **kwargs)
         if mgr.sender is not None:
@@ -29,10 +31,12 @@ class HmaKVSender(MooncakeKVSender):
         finally:
             self._early_send_wait_event = None
 
+    @override
     def clear(self) -> None:
         super().clear()
         self.kv_mgr.forget(self.bootstrap_room)
 
+    @override
     def _prepare_send_indices(self, *args: Any, **kwargs: Any) -> tuple[Any, slice, bool, bool]:
         indices, index, last, skip = super()._prepare_send_indices(*args, **kwargs)
         # The first token travels with the last send, and is not known before the forward ends.
@@ -42,18 +46,21 @@ class HmaKVSender(MooncakeKVSender):
 class HmaKVReceiver(MooncakeKVReceiver):
     """Tells the manager which pages a request expects, from when until when."""
 
+    @override
     def init(self, *args: Any, **kwargs: Any) -> None:
         super().init(*args, **kwargs)
         if self.kv_mgr.is_hma_prefill(self.bootstrap_addr):
             infos = getattr(self, "bootstrap_infos", None) or []
             self.kv_mgr.claim(self.bootstrap_room, infos)
 
+    @override
     def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
         if getattr(self, "bootstrap_infos", None):
             infos = self.bootstrap_infos
             self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
         super().send_metadata(kv_indices, *args, **kwargs)
 
+    @override
     def _clear(self) -> None:
         super()._clear()
         self.kv_mgr.forget(self.bootstrap_room)

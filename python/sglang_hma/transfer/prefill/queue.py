@@ -3,6 +3,7 @@
 from typing import Any
 
 from sglang.srt.disaggregation.prefill import PrefillBootstrapQueue
+from typing_extensions import override
 
 from sglang_hma.kvcache.holds import HoldingAllocator
 from sglang_hma.kvcache.layer_gate import GatedPool
@@ -14,6 +15,7 @@ class HmaPrefillBootstrapQueue(PrefillBootstrapQueue):
     scheduler: Any
     token_to_kv_pool: Any
 
+    @override
     def _init_kv_manager(self) -> Any:
         """Without holds the sender sends nothing early: a page that is freed before it has been
         sent must not be handed out."""
