@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_hma import overrides
-from test.launch.test_arguments import PLAIN
+from test.launch.test_models import PLAIN
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,8 +104,8 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode"], 7),
-        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 6),
+        ("--enable-mixed", ["--disaggregation-mode", "decode"], 8),
+        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 7),
     ],
 )
 def test_losses_are_noticed(refused: str, argv: list[str], hooks: int, tmp_path: Path) -> None:
