@@ -318,11 +318,6 @@ class HmaKVManager(MooncakeKVManager):
 
     # -- both --
 
-    def update_status(self, bootstrap_room: int, status: int) -> None:
-        super().update_status(bootstrap_room, status)
-        if status == KVPoll.Failed and self.outbox is not None:
-            self.outbox.let_go(bootstrap_room)
-
     def send_frames(self, host: str, port: int, frames: list[bytes]) -> None:
         """To a peer's control socket; a peer that is gone is noticed elsewhere."""
         address = NetworkAddress(host, port)

@@ -26,7 +26,6 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     gate = LayerGate(pool.layer_num, outbox.pump.wake)
     # Pages that cannot be held back from reuse must not leave before SGLang sends them.
     if isinstance(allocator, HoldingAllocator):
-        outbox.holds = allocator.holds
         for req in batch.reqs:
             _send_early(scheduler, req, gate)
     else:
@@ -47,11 +46,13 @@ def _send_early(scheduler: Any, req: Any, gate: LayerGate) -> None:
     sender = req.disagg_kv_sender
     if req.pending_bootstrap or not hasattr(sender, "send_early"):
         return
-    page = scheduler.token_to_kv_pool_allocator.page_size
+    allocator: HoldingAllocator = scheduler.token_to_kv_pool_allocator
+    page = allocator.page_size
     end = min(req.extend_end, len(req.origin_input_ids)) // page * page
     cached = (req.prefix_len - req.host_hit_length) // page * page
-    layers = scheduler.token_to_kv_pool_allocator.get_kvcache().layer_num
-    for upto, ready in ((cached, LayerGate.open(layers)), (end, gate)):
+    layers = allocator.get_kvcache().layer_num
+    # Cached pages are locked in the cache until the request has ended, computed ones are not.
+    for upto, ready, hold in ((cached, LayerGate.open(layers), None), (end, gate, allocator.hold)):
         if upto > req.start_send_idx:
             send = partial(scheduler.send_kv_chunk, req, last_chunk=False, end_idx=upto)
-            sender.send_early(ready, gate, send)
+            sender.send_early(ready, gate, send, hold=hold)

@@ -16,7 +16,6 @@ import numpy as np
 from sglang.srt.disaggregation.base import KVPoll
 
 from sglang_hma.config import HmaConfig
-from sglang_hma.kvcache.holds import PageHolds
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.integrity import Buffers, HostMemory, digests
@@ -63,7 +62,6 @@ class Outgoing:
     left: list[tuple[float, int]] = field(default_factory=list)  # when, bytes
     forward: LayerGate | None = None
     closed_s: float = 0.0
-    held: list[Pages] = field(default_factory=list)
 
 
 class Outbox:
@@ -79,7 +77,6 @@ class Outbox:
         self.metrics = PrefillMetrics()
         self.trace = Trace.from_config(f"prefill {manager.get_session_id()}", manager.attn_tp_rank)
         self.claims = Claims(expected=HmaConfig.require().packs_kv)
-        self.holds: PageHolds | None = None  # of the pool's pages, when they leave early
         self._unsettled: dict[int, float] = {}
         self._lock = threading.Lock()
         self.pump = Pump(link, self, sizer)
@@ -134,13 +131,9 @@ class Outbox:
                     )
                 )
             else:
-                # Counted and held before the lock is given back: the room cannot be settled
-                # in between.
+                # Counted before the lock is given back: the room cannot be settled in between.
                 outgoing.source[index.start : index.start + len(source)] = source
                 self.manager._staging_outstanding[room] += len(jobs)
-                if self.holds is not None:
-                    self.holds.hold(source)
-                    outgoing.held.append(source)
         if len(jobs) < len(outgoing.destinations):
             pages = min(len(peer.pages) for peer in outgoing.destinations.values())
             self._fail(room, f"decode reserved {pages} pages, too few for the prompt")
@@ -188,7 +181,8 @@ class Outbox:
         if isinstance(message, messages.Verified):
             outgoing.verified.add(message.session)
             self._maybe_conclude(message.room, outgoing)
-        else:
+        # A success lets the scheduler reuse the pages: nothing of them is sent after it.
+        elif message.session not in outgoing.verified:
             self._resend(message, outgoing, peer)
 
     def _resend(self, wanted: messages.Resend, outgoing: Outgoing, peer: Destination) -> None:
@@ -334,22 +328,9 @@ class Outbox:
             if manager._staging_outstanding.get(room, 0) > 0:
                 return
             manager._staging_outstanding.pop(room, None)
-            outgoing = self.rooms.pop(room, None)
-            self._let_go(outgoing)
+            self.rooms.pop(room, None)
         manager.transfer_infos.pop(room, None)
         manager.req_to_decode_prefix_len.pop(room, None)
-
-    def let_go(self, room: int) -> None:
-        """The room has failed: what its last writes read does not matter any more."""
-        with self._lock:
-            self._let_go(self.rooms.get(room))
-
-    def _let_go(self, outgoing: Outgoing | None) -> None:
-        if outgoing is None or self.holds is None:
-            return
-        held, outgoing.held = outgoing.held, []
-        for pages in held:
-            self.holds.release(pages)
 
     def idle(self) -> None:
         """What only time tells: decode that never confirms, pages that have drained by now."""
