@@ -90,6 +90,14 @@ soak: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead 
 sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan
 	@VENV='$(VENV)' scripts/sanitize.sh
 
+.PHONY: wheel
+wheel: venv ## Build the wheel of .venv's Python into dist/
+	$(VENV)/bin/uv build --wheel --no-build-isolation --python $(RUN) --out-dir dist
+
+.PHONY: wheels
+wheels: venv ## Build a wheel for each supported Python of this machine into dist/, and load its kernels
+	@VENV='$(VENV)' scripts/wheels.sh
+
 .PHONY: clean
 clean: ## Remove what was built, the demo model and the tools' caches; .venv stays
 	rm -rf build dist python/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

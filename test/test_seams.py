@@ -49,7 +49,7 @@ print("checked", len(active))
             HmaConfig(
                 role="prefill", kv_format="native", weight_formats=WeightFormats.all("native")
             ),
-            5,
+            6,
         ),
     ],
 )

@@ -16,7 +16,7 @@ from benchmark.transfer.link import DECODE_IP, PREFILL_IP, Link
 from sglang_hma.launch_pd import ROUTER_DEFAULTS
 
 START_TIMEOUT_S = 240
-PLAIN_CPU = Path(__file__).parents[2] / "test" / "data" / "plain_cpu"
+PLAIN_CPU = Path(__file__).parents[2] / "test" / "stand_ins" / "plain_cpu"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.e2e
 REPEATS = int(os.environ.get("HMA_SOAK", "1"))
 STOP_S = 10 if REPEATS > 1 else 4
 FLIPPED = 0.02  # of the writes; a range of eight is wrong three times running in 3 of 1,000
-FAULTY_LINK = Path(__file__).parent.parent / "data" / "faulty_link"
+FAULTY_LINK = Path(__file__).parent.parent / "stand_ins" / "faulty_link"
 REQUEST_TIMEOUT_S = 120
 
 

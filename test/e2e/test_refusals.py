@@ -10,7 +10,7 @@ from .harness import Pair, Server, launch, launch_router, output_ids, payload, r
 
 pytestmark = pytest.mark.e2e
 
-PLAIN = Path(__file__).parent.parent / "data" / "plain_cpu"
+PLAIN = Path(__file__).parent.parent / "stand_ins" / "plain_cpu"
 STOCK_ENV = {"PYTHONPATH": str(PLAIN), "SGLANG_PLATFORM": "plain_cpu"}
 STOCK_FLAGS = [
     "--device=cpu",

@@ -16,7 +16,7 @@ from .test_load import assert_drained
 
 pytestmark = pytest.mark.e2e
 
-STAND_IN = Path(__file__).parent.parent / "data" / "ttnn_on_torch"
+STAND_IN = Path(__file__).parent.parent / "stand_ins" / "ttnn_on_torch"
 LAYER_S = 0.02  # how long the stand-in takes for a layer's attention
 SURE = 0.1  # of a logprob, over the second best
 FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "8192", "--enable-metrics")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_codec import DTYPES, ROUNDINGS, same_bits, source
+from codec_cases import DTYPES, ROUNDINGS, same_bits, source
 
 from hma_kernels import TILE_BYTES, reference
 from hma_kernels.triton import codec

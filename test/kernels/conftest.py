@@ -10,7 +10,6 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -28,19 +27,15 @@ if extension := os.environ.get("HMA_TEST_EXTENSION"):
 
 SEED = int(os.environ.get("HMA_TEST_SEED") or secrets.randbits(32))
 
-hypothesis.settings.register_profile("fresh", database=None, deadline=None, max_examples=60)
-
-
-def pytest_runtest_setup() -> None:
-    """At each test: one loaded on import alone was gone by then in a run of all tests."""
-    hypothesis.settings.load_profile("fresh")
-
 
 def pytest_report_header() -> str:
     return f"kernel tests: HMA_TEST_SEED={SEED}"
 
 
-@pytest.fixture(scope="module", autouse=True, params=["portable", "scalar", "avx2", "avx512"])
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
+
+
+@pytest.fixture(scope="module", autouse=True, params=["portable", *ISAS])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test of this folder runs on each implementation that this machine has."""
     with pytest.MonkeyPatch.context() as patch:

@@ -33,7 +33,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang_hma.kvcache.holds import HoldingAllocator
 from sglang_hma.kvcache.layer_gate import GatedPool
 from sglang_hma.transfer.endpoints import HmaKVSender
-from sglang_hma.transfer.manager import HmaKVManager
+from sglang_hma.transfer.prefill.manager import HmaPrefillManager
 from sglang_hma.transfer.prefill.run_batch import run_batch
 
 PAGE = 32
@@ -66,18 +66,14 @@ def configured() -> Iterator[None]:
 
 @dataclass
 class Wire:
-    """In the outbox's place: what was sent of each room, (page, what it has to hold)."""
+    """In the PrefillSender's place: what was sent of each room, (page, what it has to hold)."""
 
-    statuses: dict[int, int]
     prompts: dict[int, Content] = field(default_factory=dict)
     sent: dict[int, list[tuple[int, Content]]] = field(default_factory=dict)
     claims: Any = field(default_factory=Mute)
-    pump: Any = field(default_factory=Mute)
+    thread: Any = field(default_factory=Mute)
 
-    def unwanted(self, room: int) -> bool:
-        return self.statuses.get(room, KVPoll.Failed) == KVPoll.Failed
-
-    def settled(self, room: int) -> bool:
+    def is_drained(self, room: int) -> bool:
         return True
 
     def add(self, room: int, source: Any, index: slice, **_: Any) -> None:
@@ -86,13 +82,13 @@ class Wire:
             self.sent[room].append((page, self.prompts[room][: (place + 1) * PAGE]))
 
 
-def manager() -> HmaKVManager:
+def manager() -> HmaPrefillManager:
     """A manager without sockets, whose rooms end when the test says so."""
-    made = object.__new__(HmaKVManager)
+    made = object.__new__(HmaPrefillManager)
     made.request_status, made.transfer_infos, made.req_to_decode_prefix_len = {}, {}, {}
-    made.outbox, made.inbox, made.tenant = Wire(made.request_status), None, Mute()
+    made.sender, made.intake = Wire(), Mute()
     made.kv_args = SimpleNamespace(state_types=[])
-    made.failure_records, made._generations = {}, {}
+    made.failure_records = {}
     made.failure_lock, made.session_lock = Lock(), Lock()
     made._staging_outstanding = defaultdict(int)
     made._deferred_ack_targets, made._deferred_ack_poisoned_rooms = {}, set()
@@ -128,15 +124,13 @@ class PrefillLoop(Scheduler):
     tp_worker = SimpleNamespace(
         model_runner=SimpleNamespace(attn_backend=None, prefill_aware_swa=False)
     )
-    beam_coordinator = SimpleNamespace(
-        pending_member_rows=lambda _: 0, retire_group=lambda _: None
-    )
+    beam_coordinator = SimpleNamespace(pending_member_rows=lambda _: 0, retire_group=lambda _: None)
     dp_attn_adapter = SimpleNamespace(maybe_prepare_mlp_sync_batch=lambda batch: batch)
 
     def __init__(self, pages: int, chunk_pages: int) -> None:
         self.pages, self.chunked_prefill_size = pages, chunk_pages * PAGE
         self.kv = manager()
-        self.wire: Wire = self.kv.outbox
+        self.wire: Wire = self.kv.sender
         self.content: dict[int, Content] = {}
         self.reqs: list[Req] = []
         pool = GatedPool()

@@ -149,7 +149,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocator = AllocatorMachine.TestCase
-TestAllocator.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestAllocator.settings = settings(max_examples=40, stateful_step_count=25)
 
 
 def test_continuing_inside_a_page() -> None:

@@ -98,7 +98,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArena = ArenaMachine.TestCase
-TestArena.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestArena.settings = settings(max_examples=60, stateful_step_count=25)
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -1,4 +1,4 @@
-"""Pages that are on their way are not handed out, and nobody waits for them who was promised any."""
+"""Pages that are on their way are not handed out, and what SGLang counts on is there at once."""
 
 import logging
 from collections.abc import Iterator

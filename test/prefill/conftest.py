@@ -1,25 +1,32 @@
-"""The Tenstorrent runtime on a stand-in for ttnn (test/data/ttnn_on_torch)."""
+"""The Tenstorrent runtime on a stand-in for ttnn (test/stand_ins/ttnn_on_torch)."""
 
-import importlib.util
+import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-STAND_IN = Path(__file__).parent.parent / "data" / "ttnn_on_torch" / "ttnn.py"
+STAND_IN = Path(__file__).parent.parent / "stand_ins" / "ttnn_on_torch"
+
+
+def ttnn_modules() -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] == "ttnn"]
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`import ttnn` gives the stand-in."""
-    spec = importlib.util.spec_from_file_location("ttnn", STAND_IN)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, "ttnn", module)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`import ttnn` gives the stand-in, as a process that has just started finds it."""
+    for name in ttnn_modules():
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(STAND_IN)
     monkeypatch.setenv("TT_METAL_SIMULATOR", "a stand-in")
+    assert importlib.import_module("ttnn").__file__ == str(STAND_IN / "ttnn" / "__init__.py")
+    yield
+    for name in ttnn_modules():
+        del sys.modules[name]
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
-"""One request's two ends: the sender on prefill, the receiver on decode."""
+"""The two ends of one request: SGLang's sender on prefill and its receiver on decode."""
 
 from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
 
-from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer.page_slices import Pages
+from sglang_hma.transfer.prefill.jobs import EarlySend
 
 Hold = Callable[[Pages], Callable[[], None]]
 
@@ -21,23 +21,18 @@ class HmaKVSender(MooncakeKVSender):
         self._hold: Hold | None = None
         self._holds: list[Callable[[], None]] = []
         super().__init__(mgr, *args, **kwargs)
-        if mgr.outbox is not None:
-            mgr.outbox.claims.opened(self.bootstrap_room)
+        if mgr.sender is not None:
+            mgr.sender.claims.opened(self.bootstrap_room)
 
     def send_early(
-        self,
-        gate: LayerGate,
-        forward: LayerGate,
-        send: Callable[[], None],
-        *,
-        hold: Hold | None = None,
+        self, early: EarlySend, send: Callable[[], None], *, hold: Hold | None = None
     ) -> None:
-        """Run `send`, which sends pages of this request, with `gate` in charge of their layers.
+        """Run `send`, which sends pages of this request, with `early` in place of SGLang's event:
+        HmaKVManager.add_transfer_request gets it as `wait_event`.
 
-        `forward` is the gate of the batch that is about to run. `hold` takes the pages and
-        returns what this sender calls when the request has ended.
+        `hold` takes the pages and returns what is called when the request has ended.
         """
-        self._early_send_wait_event: tuple[LayerGate, LayerGate] | None = gate, forward
+        self._early_send_wait_event: EarlySend | None = early
         self._hold = hold
         try:
             send()
@@ -45,14 +40,14 @@ class HmaKVSender(MooncakeKVSender):
             self._early_send_wait_event = self._hold = None
 
     def send(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
-        # Held whatever has become of the transfer: what SGLang's ranks agree on decides.
+        # Held whatever has become of the transfer: ranks that schedule alike must count alike.
         if self._hold is not None and self.conclude_state is None:
             self._holds.append(self._hold(kv_indices))
         super().send(kv_indices, *args, **kwargs)
 
-    # SGLang ends a request with one of these two. Only then may its pages be reused: nothing reads
-    # those of a success any more, and a failed room's destination is given up, so that a write or
-    # a checksum of it may read whatever comes after.
+    # SGLang's scheduler ends a request with one of these two, and only then may its pages be
+    # reused. Of a success nothing is read any more. A failed room is marked first: decode never
+    # takes what is written for it, so that its last writes may read whatever comes after.
 
     def clear(self) -> None:
         try:
@@ -79,11 +74,11 @@ class HmaKVSender(MooncakeKVSender):
 
 
 class HmaKVReceiver(MooncakeKVReceiver):
-    """Tells the inbox which pages a request expects, from when to when."""
+    """Tells the manager which pages a request expects, from when until when."""
 
     def init(self, *args: Any, **kwargs: Any) -> None:
         super().init(*args, **kwargs)
-        if self.kv_mgr.describes(self.bootstrap_addr):
+        if self.kv_mgr.is_hma_prefill(self.bootstrap_addr):
             infos = getattr(self, "bootstrap_infos", None) or []
             self.kv_mgr.claim(self.bootstrap_room, infos)
 

@@ -1,8 +1,8 @@
-"""Decode's request queues: pages of the right format before the transfer, and after it.
+"""Decode's request queues: pages of the right format before and after the transfer.
 
-Before: a prompt gets BFP8 pages and the peer is told the landing page instead of
-the part-full last page. After: the landed page is unpacked into the BF16 page
-that the request's own tokens continue.
+Before it a prompt gets BFP8 pages, and prefill is told of the landing page instead of the
+part-full last page. After it the landing page is unpacked into the BF16 page that the request's
+own tokens continue.
 """
 
 import time
@@ -20,7 +20,7 @@ from sglang.srt.disaggregation.utils import is_aborted, prepare_abort
 
 from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.kvcache.allocator import SlabPageAllocator
-from sglang_hma.transfer.liveness import Obituaries
+from sglang_hma.transfer.liveness import PeerLiveness
 
 IDLE_POLL_S = 0.5e-3
 
@@ -80,7 +80,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
 
 
 class HmaDecodeTransferQueue(DecodeTransferQueue):
-    _obituaries = Obituaries()
+    _liveness = PeerLiveness()
 
     def _commit_transfer_to_req(self, decode_req: DecodeRequest) -> None:
         super()._commit_transfer_to_req(decode_req)
@@ -92,23 +92,24 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         self.scheduler.token_to_kv_pool_allocator.commit_landing(int(slot) // PAGE)
 
     def pop_transferred(self, rids_to_check: list[str] | None = None) -> list[Any]:
-        """As SGLang's; with nothing to decode meanwhile, the core is left to those who send."""
+        """As SGLang's; sleeps if there is nothing to decode either: others need the core."""
         transferred: list[Any] = super().pop_transferred(rids_to_check)
         if self.queue and not transferred and self.scheduler.running_batch.is_empty():
             time.sleep(IDLE_POLL_S)
         return transferred
 
     def resolve_deferred_releases(self) -> None:
-        """Pages of failed requests: kept until prefill says that they have drained, or is gone."""
+        """Frees failed requests' pages once prefill has confirmed that they drained, or is gone."""
         for decode_req, *_ in self._deferred_releases:
-            receiver = decode_req.kv_receiver
-            for index, info in enumerate(receiver.bootstrap_infos or ()):
-                if self._obituaries.gone((str(info["rank_ip"]), int(info["rank_port"]))):
-                    receiver.kv_mgr.note_abort_ack(
-                        receiver.bootstrap_room, -1 - index, receiver._abort_generation
+            ended = decode_req.kv_receiver
+            for index, info in enumerate(ended.bootstrap_infos or ()):
+                if self._liveness.is_gone((str(info["rank_ip"]), int(info["rank_port"]))):
+                    ended.kv_mgr.note_abort_ack(
+                        ended.bootstrap_room, -1 - index, ended._abort_generation
                     )
         super().resolve_deferred_releases()
-        inbox = self.scheduler.disagg_decode_prealloc_queue.kv_manager.inbox
-        if inbox is not None:
-            held = (len(entry[0].req.origin_input_ids) for entry in self._deferred_releases)
-            inbox.metrics.held.set(sum(-(-tokens // PAGE) for tokens in held))
+        receiver = self.scheduler.disagg_decode_prealloc_queue.kv_manager.receiver
+        if receiver is not None:
+            prompts = (len(entry[0].req.origin_input_ids) for entry in self._deferred_releases)
+            pages = sum(-(-tokens // PAGE) for tokens in prompts)
+            receiver.metrics.quarantined_pages.set(pages)

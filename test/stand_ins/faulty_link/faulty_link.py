@@ -16,7 +16,7 @@ import numpy as np
 
 
 def register() -> None:
-    from sglang_hma.transfer import manager
+    from sglang_hma.transfer.prefill import manager
 
     manager.MooncakeLink = FaultyLink
 

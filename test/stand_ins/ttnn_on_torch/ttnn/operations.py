@@ -1,0 +1,155 @@
+"""The operations of a forward pass, with the vendor's numerics where the project relies on them."""
+
+import functools
+import os
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from hma_kernels import bfp8_round
+
+from .tensors import (
+    ROW_MAJOR_LAYOUT,
+    TILE_LAYOUT,
+    Tensor,
+    bfloat8_b,
+    bfloat16,
+    int32,
+    on_each_chip,
+    uint32,
+)
+
+MathFidelity = SimpleNamespace(HiFi2="HiFi2", HiFi3="HiFi3")
+UnaryOpType = SimpleNamespace(SILU="silu")
+
+
+def init_device_compute_kernel_config(arch, **options):
+    assert options["fp32_dest_acc_en"] and not options["math_approx_mode"]
+    return options
+
+
+def SDPAProgramConfig(**options):
+    return SimpleNamespace(**options)
+
+
+def _out(value, *sources):
+    for source in sources:
+        assert source.device is not None, "an operand is on the host"
+    return Tensor([value.bfloat16().float()], bfloat16, TILE_LAYOUT, sources[0].device)
+
+
+@on_each_chip
+def embedding(ids, table, *, layout, dtype):
+    assert ids.dtype == uint32 and table.layout == ROW_MAJOR_LAYOUT
+    return _out(table.value[ids.value.long()], ids, table)
+
+
+@on_each_chip
+def reshape(x, shape):
+    return _out(x.value.reshape(shape), x)
+
+
+@on_each_chip
+def rms_norm(x, *, epsilon, weight, compute_kernel_config):
+    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
+    assert weight.layout == TILE_LAYOUT and weight.shape == (1, 1, 1, x.shape[-1])
+    wide = x.value.double()
+    scale = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return _out(wide * scale * weight.value.reshape(-1).double(), x, weight)
+
+
+@on_each_chip
+def linear(x, weight, *, bias=None, dtype, compute_kernel_config):
+    assert dtype == bfloat16 and weight.layout == TILE_LAYOUT
+    y = x.value.double() @ weight.value.double()
+    return _out(y if bias is None else y + bias.value.double(), x, weight)
+
+
+@on_each_chip
+def add(a, b):
+    return _out(a.value + b.value, a, b)
+
+
+@on_each_chip
+def mul(a, b, *, input_tensor_a_activations):
+    assert input_tensor_a_activations == [UnaryOpType.SILU]
+    return _out(torch.nn.functional.silu(a.value.double()) * b.value.double(), a, b)
+
+
+def all_reduce(x):
+    assert x.device.chips > 1 and x.dtype == bfloat16
+    total = functools.reduce(lambda a, b: (a + b).bfloat16().float(), x.values)
+    return Tensor([total] * len(x.values), x.dtype, x.layout, x.device)
+
+
+@on_each_chip
+def typecast(x, dtype):
+    assert dtype == bfloat8_b and x.dtype == bfloat16
+    rounded = bfp8_round(x.value.bfloat16(), rounding="device").float()
+    return Tensor([rounded], dtype, x.layout, x.device)
+
+
+@on_each_chip
+def _create_qkv_heads(qkv, *, num_heads, num_kv_heads, transpose_k_heads):
+    assert not transpose_k_heads
+    heads = qkv.value[0, 0].unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(0, 1)[None]
+    return tuple(
+        _out(part, qkv) for part in heads.split([num_heads, num_kv_heads, num_kv_heads], 1)
+    )
+
+
+@on_each_chip
+def _rotary_embedding_hf(x, cos, sin, *, is_decode_mode, compute_kernel_config):
+    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
+    assert not is_decode_mode and (x.shape[-1] == 32 or x.shape[-1] % 64 == 0)
+    assert cos.shape == (1, 1, *x.shape[2:]), (cos.shape, x.shape)
+    first, second = x.value.double().chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return _out(x.value.double() * cos.value + turned * sin.value, x, cos, sin)
+
+
+@on_each_chip
+def _paged_fill_cache(cache, new, table, *, batch_idx):
+    assert cache.dtype == new.dtype == bfloat8_b and table.dtype == int32 and batch_idx == 0
+    pages = table.value[0].long()
+    rows = new.value[0].unflatten(1, (-1, 32)).transpose(0, 1)
+    assert len(pages) == len(rows)
+    cache.value[pages] = rows
+
+
+@on_each_chip
+def _nlp_concat_heads(x):
+    return _out(x.value.transpose(1, 2).flatten(2)[:, None], x)
+
+
+@on_each_chip
+def _chunked_attention(
+    q, keys, values, table, *, chunk_start_idx_tensor, scale, program_config, compute_kernel_config
+):
+    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
+    start, length = int(chunk_start_idx_tensor.value), q.shape[2]
+    size = program_config.q_chunk_size
+    assert start % size == length % size == 0 and size == program_config.k_chunk_size
+    assert scale == np.float32(scale), "ttnn refuses it as incompatible arguments"
+    assert q.dtype == bfloat16 and keys.dtype == values.dtype == bfloat8_b
+    assert table.shape[1] % 8 == 0 and table.shape[1] * 32 >= start + length
+    time.sleep(float(os.environ.get("HMA_STAND_IN_LAYER_S", "0")))
+    pages = table.value[0, : (start + length) // 32].long()
+    k, v = (c.value[pages].transpose(0, 1).flatten(1, 2).double() for c in (keys, values))
+    group = q.shape[1] // len(k)
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    scores = q.value[0].double() @ k.transpose(1, 2) * scale
+    seen = torch.arange(start + length)[None] <= start + torch.arange(length)[:, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return _out((weights @ v)[None], q, keys)
+
+
+experimental = SimpleNamespace(
+    nlp_create_qkv_heads=_create_qkv_heads,
+    rotary_embedding_hf=_rotary_embedding_hf,
+    paged_fill_cache=_paged_fill_cache,
+    nlp_concat_heads=_nlp_concat_heads,
+)
+transformer = SimpleNamespace(chunked_scaled_dot_product_attention=_chunked_attention)
