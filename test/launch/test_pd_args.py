@@ -10,7 +10,7 @@ import pytest
 
 from sglang_hma.launch.pd_args import parse
 from sglang_hma.launch_pd import PORT_POOL, Commands, plan
-from test.launch.test_launch_pd import FAKE, free_port
+from test.launch.fleet import FAKE, free_port
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
