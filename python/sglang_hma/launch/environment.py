@@ -149,7 +149,8 @@ def silence() -> None:
     given = [text for text in (os.environ.get("PYTHONWARNINGS"),) if text]
     os.environ["PYTHONWARNINGS"] = ",".join([*quiet, *given])
     for module in NOISY:
-        warnings.filterwarnings("ignore", category=UserWarning, module=re.escape(module))
+        whole = rf"{re.escape(module)}\Z"
+        warnings.filterwarnings("ignore", category=UserWarning, module=whole)
 
 
 def serve_model(model: Any) -> None:
