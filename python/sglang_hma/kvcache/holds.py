@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+from typing_extensions import override
 
 PageIds = npt.NDArray[np.integer[Any]]
 
@@ -54,6 +55,7 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
         """Tokens of pages that are neither owned nor free."""
         return sum(len(ids) for ids in self._parked) * int(self.page_size)
 
+    @override
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         ids = torch.cat(page_ids)
         if self._held.any():
@@ -62,11 +64,13 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
             ids = ids[~held]
         super()._release_page_ids(ids)
 
+    @override
     def clear(self) -> None:
         super().clear()
         self._held = np.zeros(self.num_pages + 1, dtype=np.bool_)
         self._parked = []
 
+    @override
     def create_prefill_budget(self, tree_cache: Any, **kwargs: Any) -> PrefillBudget:
         return HoldingBudget(self, tree_cache, **kwargs)
 
@@ -79,6 +83,7 @@ class HoldingBudget(PrefillBudget):
     points to a cached copy locks the copy and leaves its own page parked.
     """
 
+    @override
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
         # None keeps the prompt for the next pass; an empty budget admits no other request either.
         if self.remaining_total <= 0 and self.allocator.parked_tokens:

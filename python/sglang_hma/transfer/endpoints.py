@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
+from typing_extensions import override
 
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
@@ -12,11 +13,13 @@ Hold = Callable[[Pages], Callable[[], None]]
 
 
 class HmaKVSender(MooncakeKVSender):
-    """A sender whose early sends wait for layers and never close the request."""
+    """A sender whose early sends wait for layers and never close the request, and whose pages are
+    kept from reuse until SGLang ends it."""
 
     # Page indices stay on the host: there is no CUDA event to wait for.
     supports_host_tensor_indices = False
 
+    @override
     def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
         self._hold: Hold | None = None
         self._holds: list[Callable[[], None]] = []
@@ -39,16 +42,18 @@ class HmaKVSender(MooncakeKVSender):
         finally:
             self._early_send_wait_event = self._hold = None
 
+    @override
     def send(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
         # Held whatever has become of the transfer: ranks that schedule alike must count alike.
         if self._hold is not None and self.conclude_state is None:
             self._holds.append(self._hold(kv_indices))
         super().send(kv_indices, *args, **kwargs)
 
-    # SGLang's scheduler ends a request with one of these two, and only then may its pages be
-    # reused. Of a success nothing is read any more. A failed room is marked first: decode never
-    # takes what is written for it, so that its last writes may read whatever comes after.
+    # SGLang's scheduler ends each request with one of these two. Only then may its pages be reused:
+    # nothing reads those of a success any more, and of a failed room, which is marked as failed
+    # before, decode discards what is written. So its last writes may read anything.
 
+    @override
     def clear(self) -> None:
         try:
             super().clear()
@@ -56,6 +61,7 @@ class HmaKVSender(MooncakeKVSender):
         finally:
             self._let_go()
 
+    @override
     def abort(self) -> None:
         try:
             super().abort()
@@ -67,6 +73,7 @@ class HmaKVSender(MooncakeKVSender):
         for let_go in holds:
             let_go()
 
+    @override
     def _prepare_send_indices(self, *args: Any, **kwargs: Any) -> tuple[Any, slice, bool, bool]:
         indices, index, last, skip = super()._prepare_send_indices(*args, **kwargs)
         # The first token travels with the last send, and is not known before the forward ends.
@@ -76,18 +83,21 @@ class HmaKVSender(MooncakeKVSender):
 class HmaKVReceiver(MooncakeKVReceiver):
     """Tells the manager which pages a request expects, from when until when."""
 
+    @override
     def init(self, *args: Any, **kwargs: Any) -> None:
         super().init(*args, **kwargs)
         if self.kv_mgr.is_hma_prefill(self.bootstrap_addr):
             infos = getattr(self, "bootstrap_infos", None) or []
             self.kv_mgr.claim(self.bootstrap_room, infos)
 
+    @override
     def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
         if getattr(self, "bootstrap_infos", None):
             infos = self.bootstrap_infos
             self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
         super().send_metadata(kv_indices, *args, **kwargs)
 
+    @override
     def _clear(self) -> None:
         super()._clear()
         self.kv_mgr.forget(self.bootstrap_room)

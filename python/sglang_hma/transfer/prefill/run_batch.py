@@ -9,7 +9,9 @@ from sglang_hma.kvcache.layer_gate import GatedPool, LayerGate
 from sglang_hma.transfer.prefill.jobs import EarlySend
 
 
-def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any) -> Any:
+def run_batch(
+    original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Around Scheduler.run_batch: open a gate, let the pool advance it, end it in any case.
 
     Pages of a radix hit are final and leave at once. Pages that this chunk computes leave layer by
@@ -17,12 +19,12 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
     the forward pass has ended only whole pages are sent.
     """
     if not batch.forward_mode.is_extend() or batch.forward_mode.is_prebuilt():
-        return original(scheduler, batch, *args)
+        return original(scheduler, batch, *args, **kwargs)
     sender = scheduler.disagg_prefill_bootstrap_queue.kv_manager.sender
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
     if sender is None or not isinstance(pool, GatedPool):
-        return original(scheduler, batch, *args)
+        return original(scheduler, batch, *args, **kwargs)
     gate = LayerGate(pool.layer_num, sender.thread.wake)
     # A page that is freed before it has arrived must not be handed out.
     if isinstance(allocator, HoldingAllocator):
@@ -32,7 +34,7 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: A
         sender.trace.forward(gate)
     pool.layer_gate = gate
     try:
-        result = original(scheduler, batch, *args)
+        result = original(scheduler, batch, *args, **kwargs)
     except BaseException as error:
         gate.fail(f"the forward pass failed: {error!r}")
         raise
