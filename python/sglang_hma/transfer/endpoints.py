@@ -13,7 +13,8 @@ Hold = Callable[[Pages], Callable[[], None]]
 
 
 class HmaKVSender(MooncakeKVSender):
-    """A sender whose early sends wait for layers and never close the request."""
+    """A sender whose early sends wait for layers and never close the request, and whose pages are
+    kept from reuse until SGLang ends it."""
 
     # Page indices stay on the host: there is no CUDA event to wait for.
     supports_host_tensor_indices = False
@@ -48,9 +49,9 @@ class HmaKVSender(MooncakeKVSender):
             self._holds.append(self._hold(kv_indices))
         super().send(kv_indices, *args, **kwargs)
 
-    # SGLang's scheduler ends a request with one of these two, and only then may its pages be
-    # reused. Of a success nothing is read any more. A failed room is marked first: decode never
-    # takes what is written for it, so that its last writes may read whatever comes after.
+    # SGLang's scheduler ends each request with one of these two. Only then may its pages be reused:
+    # nothing reads those of a success any more, and of a failed room, which is marked as failed
+    # before, decode discards what is written. So its last writes may read anything.
 
     @override
     def clear(self) -> None:
