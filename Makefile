@@ -27,7 +27,7 @@ venv: ## Make or update .venv (VENV= REQUIREMENTS=cpu|cuda PYTHON=); the targets
 .PHONY: serve
 serve: venv $(if $(MODEL),,demo-model) ## Serve MODEL=, or a demo model, on PORT=30000 with PREFILL=1 DECODE=1 servers; more flags in ARGS=
 	@exec $(RUN) -m sglang_hma.launch_pd --model-path '$(or $(MODEL),$(DEMO_MODEL))' --port $(PORT) \
-		--prefill $(PREFILL) --decode $(DECODE) $(ARGS)
+		--prefill $(PREFILL) --decode $(DECODE) --log-dir build/logs/$(PORT) $(ARGS)
 
 .PHONY: demo-model
 demo-model: venv ## Make a small random model in build/demo-model

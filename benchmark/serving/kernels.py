@@ -25,7 +25,8 @@ START_TIMEOUT_S = 300
 @contextmanager
 def pair(model: Path, port: int, kernels: str, log: Path) -> Any:
     with log.open("w") as out:
-        flags = ("--model-path", str(model), "--port", str(port))
+        flags = ["--model-path", str(model), "--port", str(port)]
+        flags += ["--log-dir", str(log.parent / log.stem)]
         server = subprocess.Popen(
             [sys.executable, "-m", "sglang_hma.launch_pd", *flags],
             env=os.environ | {"HMA_KERNELS": kernels},

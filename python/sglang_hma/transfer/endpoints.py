@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
+from typing_extensions import override
 
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
+
+Hold = Callable[[Pages], Callable[[], None]]
 
 
 class HmaKVSender(MooncakeKVSender):
@@ -15,24 +18,61 @@ class HmaKVSender(MooncakeKVSender):
     # Page indices stay on the host: there is no CUDA event to wait for.
     supports_host_tensor_indices = False
 
+    @override
     def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
+        self._hold: Hold | None = None
+        self._holds: list[Callable[[], None]] = []
         super().__init__(mgr, *args, **kwargs)
         if mgr.sender is not None:
             mgr.sender.claims.opened(self.bootstrap_room)
 
-    def send_early(self, early: EarlySend, send: Callable[[], None]) -> None:
+    def send_early(
+        self, early: EarlySend, send: Callable[[], None], *, hold: Hold | None = None
+    ) -> None:
         """Run `send`, which sends pages of this request, with `early` in place of SGLang's event:
-        HmaKVManager.add_transfer_request gets it as `wait_event`."""
+        HmaKVManager.add_transfer_request gets it as `wait_event`.
+
+        `hold` takes the pages and returns what is called when the request has ended.
+        """
         self._early_send_wait_event: EarlySend | None = early
+        self._hold = hold
         try:
             send()
         finally:
-            self._early_send_wait_event = None
+            self._early_send_wait_event = self._hold = None
 
+    @override
+    def send(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
+        # Held whatever has become of the transfer: ranks that schedule alike must count alike.
+        if self._hold is not None and self.conclude_state is None:
+            self._holds.append(self._hold(kv_indices))
+        super().send(kv_indices, *args, **kwargs)
+
+    # SGLang's scheduler ends a request with one of these two, and only then may its pages be
+    # reused. Of a success nothing is read any more. A failed room is marked first: decode never
+    # takes what is written for it, so that its last writes may read whatever comes after.
+
+    @override
     def clear(self) -> None:
-        super().clear()
-        self.kv_mgr.forget(self.bootstrap_room)
+        try:
+            super().clear()
+            self.kv_mgr.forget(self.bootstrap_room)
+        finally:
+            self._let_go()
 
+    @override
+    def abort(self) -> None:
+        try:
+            super().abort()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        holds, self._holds = self._holds, []
+        for let_go in holds:
+            let_go()
+
+    @override
     def _prepare_send_indices(self, *args: Any, **kwargs: Any) -> tuple[Any, slice, bool, bool]:
         indices, index, last, skip = super()._prepare_send_indices(*args, **kwargs)
         # The first token travels with the last send, and is not known before the forward ends.
@@ -42,18 +82,21 @@ class HmaKVSender(MooncakeKVSender):
 class HmaKVReceiver(MooncakeKVReceiver):
     """Tells the manager which pages a request expects, from when until when."""
 
+    @override
     def init(self, *args: Any, **kwargs: Any) -> None:
         super().init(*args, **kwargs)
         if self.kv_mgr.is_hma_prefill(self.bootstrap_addr):
             infos = getattr(self, "bootstrap_infos", None) or []
             self.kv_mgr.claim(self.bootstrap_room, infos)
 
+    @override
     def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
         if getattr(self, "bootstrap_infos", None):
             infos = self.bootstrap_infos
             self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
         super().send_metadata(kv_indices, *args, **kwargs)
 
+    @override
     def _clear(self) -> None:
         super()._clear()
         self.kv_mgr.forget(self.bootstrap_room)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 from sglang.srt.utils.network import NetworkAddress
+from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat
@@ -24,9 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class HmaKVManager(MooncakeKVManager):
-    """`plain_pages`: the pool has K and V pages of heads. Latent and state buffers are left to
+    """SGLang's manager with a format handshake and our messages beside its own.
+
+    `plain_pages`: the pool has K and V pages of heads. Latent and state buffers are left to
     SGLang: there are no layers to send early and no checksums then."""
 
+    @override
     def __init__(self, args: Any, *rest: Any, **kwargs: Any) -> None:
         is_mla = bool(rest[2:3] and rest[2]) or bool(kwargs.get("is_mla_backend"))
         self.plain_pages = not args.state_types and not is_mla
@@ -55,6 +59,7 @@ class HmaKVManager(MooncakeKVManager):
     def intake(self) -> MessageIntake:
         return MessageIntake(self.handshake)
 
+    @override
     def _make_worker_recv(self, socket: Any, timeout_ms: int = 500) -> Callable[[], Any]:
         recv, intake = super()._make_worker_recv(socket, timeout_ms), self.intake
 

@@ -17,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_hma.kvcache.format import KVFormat
+from sglang_hma.tensor_parallel import refuse_sizes
 
 Pages = npt.NDArray[np.int32]
 Addresses = npt.NDArray[np.int64]
 Block = tuple[int, int, int]  # source address, target address, bytes
-
-MAX_TP = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,18 +173,8 @@ def slice_pairs(
 
 def unsupported(fmt: KVFormat, prefill_tp: int, decode_tp: int) -> str | None:
     """Why servers with these attention-TP sizes cannot exchange pages of `fmt`, or None."""
-    if prefill_tp == decode_tp:
-        return None
-    most = max(prefill_tp, decode_tp)
-    if min(prefill_tp, decode_tp) != 1 or most > MAX_TP:
-        why = "sizes that differ work only if one of them is 1"
-    elif fmt.name != "bfp8_b":
-        why = f"{fmt.name} pages hold the heads of a token side by side and cannot be cut"
-    elif fmt.kv_heads % most:
-        why = f"{fmt.kv_heads} KV heads cannot be cut into {most} equal parts"
-    else:
-        return None
-    return (
+    why = refuse_sizes(prefill_tp, decode_tp, page_format=fmt.name, kv_heads=fmt.kv_heads)
+    return why and (
         f"prefill has attention TP {prefill_tp}, decode has {decode_tp}: {why}; "
         "start both with the same --tp-size"
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.disaggregation.base import KVPoll
+from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import messages
@@ -24,6 +25,7 @@ class HmaDecodeManager(HmaKVManager):
     """Implements base.DecodeManager with SGLang's tables. `receiver` is None with checksums
     switched off, and unless pages are plain."""
 
+    @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._hma_prefill_servers: set[str] = set()
         self.receiver: DecodeReceiver | None = None
@@ -41,6 +43,7 @@ class HmaDecodeManager(HmaKVManager):
 
     # -- handshake --
 
+    @override
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """As SGLang's, but a mismatch fails the waiting requests, not the server."""
         if bootstrap_addr in self.prefill_info_table:
@@ -68,6 +71,7 @@ class HmaDecodeManager(HmaKVManager):
         args = (self._send_multipart_locked, bootstrap_addr, route, rooms)
         threading.Thread(target=abort_at_prefill, args=args, daemon=True).start()
 
+    @override
     def build_receiver_registration_message(self) -> list[bytes]:
         return [*super().build_receiver_registration_message(), self.handshake.frame()]
 
@@ -96,6 +100,7 @@ class HmaDecodeManager(HmaKVManager):
 
     # -- what SGLang asks for --
 
+    @override
     def build_receiver_metadata_message(self, **kwargs: Any) -> list[bytes]:
         message: list[bytes] = super().build_receiver_metadata_message(**kwargs)
         if self.receiver is not None:
@@ -103,6 +108,7 @@ class HmaDecodeManager(HmaKVManager):
             message.append(str(generation).encode("ascii") if generation is not None else b"")
         return message
 
+    @override
     def apply_prefill_status(self, *, status: int, **kwargs: Any) -> None:
         """As SGLang's; a success waits until the request's pages are verified."""
         room, rank = kwargs["bootstrap_room"], kwargs["prefill_rank"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, TransferInfo
+from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.transfer.integrity import memory_of
@@ -27,6 +28,7 @@ class HmaPrefillManager(HmaKVManager):
     """Implements base.PrefillManager with SGLang's tables. `sender` is None unless pages are
     plain."""
 
+    @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sender: PrefillSender | None = None
         super().__init__(*args, **kwargs)
@@ -49,6 +51,7 @@ class HmaPrefillManager(HmaKVManager):
 
     # -- what SGLang asks for --
 
+    @override
     def _validate_peer_state_layout(
         self, registration_info: KVArgsRegisterInfo
     ) -> tuple[bool, str | None]:
@@ -58,11 +61,13 @@ class HmaPrefillManager(HmaKVManager):
         fully_checked, reason = super()._validate_peer_state_layout(registration_info)
         return bool(fully_checked), reason
 
+    @override
     def transfer_worker(self, *args: Any, **kwargs: Any) -> None:
         """SGLang's sending thread, which our send thread replaces for plain pages."""
         if not self.plain_pages:
             super().transfer_worker(*args, **kwargs)
 
+    @override
     def add_transfer_request(
         self,
         bootstrap_room: int,
@@ -127,11 +132,13 @@ class HmaPrefillManager(HmaKVManager):
             generation=self.intake.generation(info.room, session),
         )
 
+    @override
     def _maybe_ack_drained_abort(self, room: int) -> None:
         """Decode may reuse a failed request's pages only when nothing can land in them."""
         if self.sender is None or self.sender.is_drained(room):
             super()._maybe_ack_drained_abort(room)
 
+    @override
     def _transfer_data(self, mooncake_session_id: str, transfer_blocks: list[Block]) -> int:
         """Write blocks; 0, or the first failure's code."""
         for start in range(0, len(transfer_blocks), MAX_BATCH_ENTRIES):
@@ -140,11 +147,6 @@ class HmaPrefillManager(HmaKVManager):
             if code != 0:
                 return int(code)
         return 0
-
-    def update_status(self, bootstrap_room: int, status: int) -> None:
-        super().update_status(bootstrap_room, status)
-        if status == KVPoll.Failed and self.sender is not None:
-            self.sender.release_pages(bootstrap_room)
 
     def forget(self, room: int) -> None:
         super().forget(room)
