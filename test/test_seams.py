@@ -105,7 +105,7 @@ BEGIN = "sglang_hma.launch_server: error: "
     ("refused", "argv", "hooks"),
     [
         ("--enable-mixed", ["--disaggregation-mode", "decode"], 8),
-        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 7),
+        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 6),
     ],
 )
 def test_losses_are_noticed(refused: str, argv: list[str], hooks: int, tmp_path: Path) -> None:
