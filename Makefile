@@ -98,6 +98,10 @@ wheel: venv ## Build the wheel of .venv's Python into dist/
 wheels: venv ## Build a wheel for each supported Python of this machine into dist/, and load its kernels
 	@VENV='$(VENV)' scripts/wheels.sh
 
+.PHONY: emulate
+emulate: venv ## Run the kernel tests of AVX-512 and AVX512_BF16 in an emulated CPU (minutes)
+	@VENV='$(VENV)' scripts/emulate.sh
+
 .PHONY: clean
 clean: ## Remove what was built, the demo model and the tools' caches; .venv stays
 	rm -rf build dist python/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

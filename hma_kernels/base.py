@@ -1,4 +1,4 @@
-"""What an implementation of the operations provides, and what it is called with."""
+"""The interface of an implementation of the operations (hma_kernels/ops.py)."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +27,8 @@ class ExtendCall:
 
 
 class Plan(Protocol):
+    """As hma_kernels.DecodePlan; out is contiguous."""
+
     def run(
         self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
     ) -> None: ...
@@ -35,7 +37,7 @@ class Plan(Protocol):
 
 
 class Implementation(Protocol):
-    """The operations of hma_kernels.ops: arguments are valid, non-empty, outputs contiguous."""
+    """The operations of hma_kernels.ops; arguments are valid and not empty, outputs contiguous."""
 
     def pack(self, x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None: ...
 

@@ -1,11 +1,9 @@
-"""The operations on a GPU: Triton, decode attention in CUDA C++ where it can be compiled, and torch
-for what is exact in float64 (float32 queries).
+"""The operations on a GPU: Triton kernels, CUDA C++ for decode attention where it can be compiled,
+and torch where results must be exact in float64 (float32 queries).
 
-Under TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly: that is how they are tested where
-there is no GPU.
+Under TRITON_INTERPRET=1 the Triton kernels run on CPU tensors, slowly. That is how they are tested
+where there is no GPU.
 """
-
-from functools import cached_property
 
 import torch
 
@@ -20,40 +18,40 @@ from hma_kernels.triton.codec import pack, round_values, write_rows
 __all__ = ["decode_plan", "extend", "pack", "round_values", "unpack", "write_rows"]
 
 
-class _Plan:
+class _DecodePlan:
+    """Makes a plan for each dtype of queries when the first ones come."""
+
     def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
         self._arguments = kv, table, heads, sliding_window
-        self._made: dict[torch.dtype, Plan] = {}
-
-    @cached_property
-    def _exact(self) -> Plan:
-        return portable.decode_plan(*self._arguments)
+        self._plans: dict[torch.dtype, Plan] = {}
 
     def refresh(self) -> None:
-        self.__dict__.pop("_exact", None)
-        for plan in self._made.values():
+        # The float64 plan waits for the GPU, which no refresh may do: it is made anew when needed.
+        self._plans.pop(torch.float32, None)
+        for plan in self._plans.values():
             plan.refresh()
 
     def run(
         self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
     ) -> None:
-        if q.dtype == torch.float32:
-            self._exact.run(q, layer, scale, logit_cap, out)
-            return
-        if q.dtype not in self._made:
-            self._made[q.dtype] = _fast_plan(q.dtype, *self._arguments)
-        self._made[q.dtype].run(q, layer, scale, logit_cap, out)
+        if q.dtype not in self._plans:
+            self._plans[q.dtype] = _plan_for(q.dtype, *self._arguments)
+        self._plans[q.dtype].run(q, layer, scale, logit_cap, out)
 
 
-def _fast_plan(dtype: torch.dtype, kv: PagedKV, table: PageTable, heads: int, window: int) -> Plan:
+def _plan_for(
+    dtype: torch.dtype, kv: PagedKV, table: PageTable, heads: int, sliding_window: int
+) -> Plan:
+    if dtype == torch.float32:
+        return portable.decode_plan(kv, table, heads, sliding_window)
     library = None if wanted() == "triton" else cuda_decode.library_for(kv, heads, dtype)
     if library is None:
-        return decode.DecodePlan(kv, table, heads, window)
-    return cuda_decode.DecodePlan(kv, table, heads, window, library)
+        return decode.DecodePlan(kv, table, heads, sliding_window)
+    return cuda_decode.DecodePlan(kv, table, heads, sliding_window, library)
 
 
 def decode_plan(kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> Plan:
-    return _Plan(kv, table.to(kv.device), heads, sliding_window)
+    return _DecodePlan(kv, table.to(kv.device), heads, sliding_window)
 
 
 def extend(call: ExtendCall) -> None:

@@ -14,7 +14,7 @@ CHOICES = ("auto", "cpu", "triton", "portable")
 
 
 def wanted() -> str:
-    """What HMA_KERNELS says; raises ValueError if it is no choice."""
+    """The value of HMA_KERNELS, "auto" by default. Raises ValueError if it is not in CHOICES."""
     choice = os.environ.get(ENVIRONMENT, "auto")
     if choice not in CHOICES:
         raise ValueError(f"{ENVIRONMENT} is {choice!r}; needs one of {', '.join(CHOICES)}")
@@ -57,13 +57,14 @@ def _load(module: str) -> Implementation:
 
 
 def implementation_for(device: torch.device) -> Implementation:
-    """What works on a device's tensors. HMA_KERNELS=portable keeps to torch, =cpu insists on C++ on
-    the host, =triton insists on Triton on a GPU and leaves CUDA C++ out."""
+    """The implementation for a device's tensors. HMA_KERNELS=portable selects torch; =cpu raises
+    ImportError where the C++ kernels are missing; =triton does so where Triton is, and does without
+    CUDA C++."""
     return _host() if device.type == "cpu" else _gpu()
 
 
 def describe(device: torch.device) -> str:
-    """For a log line: which kernels serve, and why they are slow if they are."""
+    """For a log line: which kernels are used, and the reason if they are slow."""
     if device.type != "cpu":
         if implementation_for(device) is _portable():
             return "kernels: torch"

@@ -2,11 +2,11 @@
 
 A 32x32 tile is 1088 bytes: 64 shared exponents, then 1024 data bytes, both ordered by face
 (rows 0-15 left, rows 0-15 right, rows 16-31 left, rows 16-31 right) and by row within a face.
-A group is 16 neighbouring columns of one row; it shares one exponent. A strip is a row of tiles
+A group is 16 neighbouring columns of one row, which share an exponent. A strip is a row of tiles
 that lie one after another: 32 rows of any multiple of 32 columns.
 
-A page is 32 tokens of one layer's K or V. A BFP8 page of 1088 bytes a tile and a BF16 page of 2048
-stand as 17 to 32 for every head count and head dim, so a slab holds 32 BFP8 pages or 17 BF16 pages.
+A page is 32 tokens of one layer's K or V. It takes 1088 bytes a tile in BFP8 and 2048 in BF16, a
+ratio of 17 to 32 for every head count and head dim: a slab holds 32 BFP8 pages or 17 BF16 pages.
 Page id = slab * 32 + i, with i < 32 (BFP8) or i < 17 (BF16).
 
 Source: the bfloat8_b tile format of Tenstorrent's ttnn 0.81.1, measured from its packers.
@@ -23,7 +23,6 @@ FACE = 16
 PAGE = 32
 EXPONENT_BYTES = TILE * TILE // GROUP
 TILE_BYTES = EXPONENT_BYTES + TILE * TILE
-BYTES_PER_ELEMENT = TILE_BYTES / (TILE * TILE)
 
 BFP8_PAGES_PER_SLAB = 32
 BF16_PAGES_PER_SLAB = 17

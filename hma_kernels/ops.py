@@ -1,4 +1,4 @@
-"""The package's operations: arguments are checked here, then an implementation does the work."""
+"""The package's operations: they check their arguments and call the device's implementation."""
 
 import torch
 
@@ -16,12 +16,12 @@ def bfp8_pack(
 ) -> torch.Tensor:
     """Pack x into BFP8 tiles.
 
-    x: float32, bfloat16 or float16 [..., H, W], any strides; H and W are zero-padded to 32.
-    rounding: "device" (half away from zero on bfloat16, float32 truncated first) for K and V,
-    "host" (half to even on float32) for weights.
-    Returns uint8 [..., ceil(H/32), ceil(W/32), 1088], in `out` if given.
-    Raises TypeError for another dtype, ValueError for another rounding or a shape that
-    does not fit.
+    x: float32, bfloat16 or float16 [..., H, W], any strides; H and W are zero-padded to multiples
+    of 32. rounding: "device" (half away from zero on bfloat16, float32 truncated first) for K and
+    V, "host" (half to even on float32) for weights.
+    Returns uint8 [..., ceil(H/32), ceil(W/32), 1088]: `out` if given, which must be contiguous.
+    Raises TypeError for another dtype, ValueError for another rounding or a shape that does not
+    fit.
     """
     _check_source(x, rounding)
     if x.dim() < 2:
@@ -29,10 +29,9 @@ def bfp8_pack(
     *lead, height, width = x.shape
     shape = (*lead, padded(height) // TILE, padded(width) // TILE, TILE_BYTES)
     out = _result("bfp8_pack", out, shape, torch.uint8, x.device)
-    work = _contiguous(out)
     if out.numel():
-        implementation_for(x.device).pack(x, rounding, work)
-    return out if work is out else out.copy_(work)
+        implementation_for(x.device).pack(x, rounding, out)
+    return out
 
 
 def bfp8_unpack(
@@ -41,9 +40,10 @@ def bfp8_unpack(
     dtype: torch.dtype = torch.bfloat16,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Exact inverse of the format: uint8 [..., Ht, Wt, 1088] -> dtype [..., Ht*32, Wt*32].
+    """The exact values of BFP8 tiles: uint8 [..., Ht, Wt, 1088] -> dtype [..., Ht*32, Wt*32].
 
-    dtype: bfloat16, float32 or float64; all three hold the same values.
+    dtype: bfloat16, float32 or float64; all three hold the same values. out: where they are
+    written, contiguous.
     Raises TypeError for another dtype, ValueError for a shape that does not fit.
     """
     if dtype not in _TARGETS:
@@ -56,17 +56,16 @@ def bfp8_unpack(
     *lead, high, wide, _ = tiles.shape
     shape = (*lead, high * TILE, wide * TILE)
     out = _result("bfp8_unpack", out, shape, dtype, tiles.device)
-    work = _contiguous(out)
     if out.numel():
-        implementation_for(tiles.device).unpack(tiles, work)
-    return out if work is out else out.copy_(work)
+        implementation_for(tiles.device).unpack(tiles, out)
+    return out
 
 
 def bfp8_round(x: torch.Tensor, *, rounding: Rounding = "device") -> torch.Tensor:
-    """What x becomes by packing and unpacking, groups along the last dimension.
+    """The values that x has after packing and unpacking; groups lie along the last dimension.
 
     x: float32 or bfloat16 [..., W], W a multiple of 16. Returns the same shape and dtype; every
-    value is exact in bfloat16. Works in bounded memory beyond the result.
+    value is exact in bfloat16. On the host it takes bounded memory beside the result.
     Raises TypeError for another dtype, ValueError for another W or rounding.
     """
     _check_source(x, rounding)
@@ -83,11 +82,12 @@ def bfp8_round(x: torch.Tensor, *, rounding: Rounding = "device") -> torch.Tenso
 def bfp8_write_rows(
     pages: torch.Tensor, page_ids: torch.Tensor, rows: torch.Tensor, x: torch.Tensor
 ) -> None:
-    """Pack one token row each into its page, in place, by the device rule.
+    """Pack token rows into pages, in place, with "device" rounding.
 
-    pages: uint8 [P, heads, W/32, 1088], each page contiguous. page_ids, rows: int64 [n], rows in
-    0..31, no (page, row) twice. x: float32, bfloat16 or float16 [n, heads, W], any strides.
-    No byte of another row changes: a row's groups are its own.
+    x: float32, bfloat16 or float16 [n, heads, W], any strides; x[i] becomes row rows[i] of page
+    page_ids[i]. pages: uint8 [P, heads, W/32, 1088], each page contiguous. page_ids, rows: int64
+    [n], rows in 0..31, no (page, row) twice. No byte of another row changes, because no group
+    spans two rows.
     Raises TypeError for another dtype, ValueError for shapes that do not fit, IndexError for a
     page or row that does not exist.
     """
@@ -113,8 +113,9 @@ def bfp8_write_rows(
 class DecodePlan:
     """One decode step of a batch: one query per request, at position seq_len - 1.
 
-    Everything that no layer changes is computed here. sliding_window w >= 0 limits a request to
-    positions >= seq_len - 1 - w; -1 is no limit. Pages without a visible row are never read.
+    Everything that is the same for all layers is computed here. sliding_window w >= 0 limits a
+    request to positions >= seq_len - 1 - w; -1 is no limit. Pages without a visible row are never
+    read.
     Raises ValueError if num_q_heads is no multiple of the KV heads, IndexError for a page id
     outside kv.
     """
@@ -126,16 +127,16 @@ class DecodePlan:
             raise ValueError(
                 f"num_q_heads is {num_q_heads}; needs a multiple of {kv.kv_heads} KV heads"
             )
-        self._in = (table.batch_size, num_q_heads, kv.head_dim)
-        self._out = (table.batch_size, num_q_heads, kv.v_head_dim)
+        self._q_shape = (table.batch_size, num_q_heads, kv.head_dim)
+        self._out_shape = (table.batch_size, num_q_heads, kv.v_head_dim)
         implementation = implementation_for(kv.device)
         self._plan = implementation.decode_plan(kv, table, num_q_heads, sliding_window)
 
     def refresh(self) -> None:
-        """Plan anew after the table's tensors have got other contents of the same shapes.
+        """Plan anew after the contents of the table's tensors have changed.
 
-        Nothing is allocated on a GPU and nothing waits for it, so that a CUDA graph that captured
-        `run` serves the new contents.
+        It allocates nothing on a GPU and does not wait for it, so that a CUDA graph that captured
+        `run` works on the new contents.
         """
         self._plan.refresh()
 
@@ -150,19 +151,18 @@ class DecodePlan:
     ) -> torch.Tensor:
         """q [B, Hq, D] -> [B, Hq, Dv] in q's dtype; zeros for a request with nothing to see.
 
-        bfloat16 and float16 queries compute in float32. float32 queries compute in float64 and
-        round once, so that a row does not depend on what else is in the batch.
-        logit_cap c > 0 applies c * tanh(logit / c).
+        For bfloat16 and float16 queries it computes in float32. For float32 queries it computes in
+        float64 and rounds once, so that a row does not depend on what else is in the batch.
+        logit_cap c > 0 applies c * tanh(logit / c). out: where the result is written, contiguous.
         Raises TypeError for another dtype of q, ValueError for another shape of q or out.
         """
         _check_query(q)
-        if tuple(q.shape) != self._in:
-            raise ValueError(f"q is {list(q.shape)}; needs {list(self._in)}")
-        out = _result("DecodePlan.run", out, self._out, q.dtype, q.device)
-        work = _contiguous(out)
+        if tuple(q.shape) != self._q_shape:
+            raise ValueError(f"q is {list(q.shape)}; needs {list(self._q_shape)}")
+        out = _result("DecodePlan.run", out, self._out_shape, q.dtype, q.device)
         if out.numel():
-            self._plan.run(q, layer, scale, logit_cap, work)
-        return out if work is out else out.copy_(work)
+            self._plan.run(q, layer, scale, logit_cap, out)
+        return out
 
 
 def extend_attention(
@@ -178,14 +178,14 @@ def extend_attention(
     logit_cap: float = 0.0,
     sliding_window: int = -1,
 ) -> torch.Tensor:
-    """Attention of B requests' new rows.
+    """Attention of B requests' new rows over their cached prefixes and over themselves.
 
-    q [T, Hq, D], k [T, H, D], v [T, H, Dv]: the new rows, rounded by the caller as they are
-    stored; one dtype. table: each request's cached prefix, seq_lens its length. q_indptr: int64
-    [B+1] on the host; request b owns rows q_indptr[b]..q_indptr[b+1], at positions seq_lens[b]
-    onwards. A row at position p sees positions <= p and, with sliding_window w >= 0, >= p - w.
-    Returns [T, Hq, Dv] in q's dtype. float32 queries compute in float64 and round once, so that
-    a row does not depend on how its prompt was cut into prefix and new rows.
+    q [T, Hq, D], k [T, H, D], v [T, H, Dv]: the new rows of one dtype, K and V with the values
+    that are stored. table: each request's cached prefix, of length seq_lens[b]. q_indptr: int64
+    [B+1] on the host; request b owns rows q_indptr[b]..q_indptr[b+1]-1, the first of them at
+    position seq_lens[b]. A row at position p sees positions <= p and, with sliding_window w >= 0,
+    >= p - w. Returns [T, Hq, Dv] in q's dtype. For float32 queries it computes in float64 and
+    rounds once, so that a row does not depend on how its prompt was cut into prefix and new rows.
     Raises TypeError for a dtype other than bfloat16, float16, float32, ValueError for shapes
     that do not fit, IndexError for a page id outside kv.
     """
@@ -245,9 +245,6 @@ def _result(
             f"{what}: out is {out.dtype} {list(out.shape)} on {out.device}; "
             f"needs {dtype} {list(shape)} on {device}"
         )
+    if not out.is_contiguous():
+        raise ValueError(f"{what}: out has strides {out.stride()}; it must be contiguous")
     return out
-
-
-def _contiguous(out: torch.Tensor) -> torch.Tensor:
-    """out itself, or where it is strided a contiguous stand-in to be copied back."""
-    return out if out.is_contiguous() else out.new_empty(out.shape)

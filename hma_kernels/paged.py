@@ -13,8 +13,8 @@ class PagedKV:
     """Views of one arena; a page holds 32 tokens of one layer's K or V, head-major.
 
     k_bfp8: per layer uint8 [pages, kv_heads, head_dim/32, 1088]; v_bfp8 likewise (v_head_dim).
-    k_bf16: per layer bfloat16 [pages16, kv_heads, 32, head_dim]; v_bf16 likewise (v_head_dim).
-    The page counts of the two formats differ: both cover the same memory. A page is contiguous.
+    k_bf16: per layer bfloat16 [bf16_pages, kv_heads, 32, head_dim]; v_bf16 likewise (v_head_dim).
+    Both formats cover the same memory, so their page counts differ. A page is contiguous.
 
     Raises ValueError if a shape, dtype or stride differs from the above or between layers.
     """
@@ -77,11 +77,11 @@ def _check(name: str, pages: torch.Tensor, dtype: torch.dtype, page_shape: tuple
 class PageTable:
     """The pages of B requests, one CSR list per format; all int64, on one device.
 
-    *_indptr: [B+1], request b owns entries indptr[b]..indptr[b+1]. *_indices: page ids.
-    *_pos: position of each page's first token. seq_lens: [B], tokens to attend to.
-    Entries of indices and pos beyond indptr[B] do not count.
-    A page covers positions pos..pos+31, those below seq_len only: what its other rows hold is
-    undefined and must not reach a result. The order of a request's pages does not matter.
+    *_indptr: [B+1], request b owns entries indptr[b]..indptr[b+1]-1 of indices and pos.
+    *_indices: page ids. *_pos: position of each page's first token. seq_lens: [B], tokens to attend
+    to. Entries of indices and pos from indptr[B] on do not count.
+    A page holds positions pos..pos+31. Its rows from position seq_len on are undefined and must not
+    reach a result. The order of a request's pages does not matter.
 
     Raises ValueError for a wrong dtype or shape and, for host tensors, an inconsistent indptr.
     """
@@ -119,14 +119,6 @@ class PageTable:
                     f"PageTable.{name}_indptr must rise from 0 to at most {len(indices)}; "
                     f"got {indptr.tolist()}"
                 )
-
-    @classmethod
-    def empty(cls, batch_size: int) -> Self:
-        """A table of batch_size requests that have no page and no token yet."""
-        indptr = torch.zeros(batch_size + 1, dtype=torch.int64)
-        nothing = torch.zeros(0, dtype=torch.int64)
-        seq_lens = torch.zeros(batch_size, dtype=torch.int64)
-        return cls(indptr, nothing, nothing, indptr, nothing, nothing, seq_lens)
 
     @property
     def batch_size(self) -> int:

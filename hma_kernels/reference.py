@@ -1,6 +1,6 @@
-"""The definition, in numpy: what every kernel of this package is tested against.
+"""The definition of the operations in numpy, against which every kernel of this package is tested.
 
-Written for reading, one rule at a time, over integers and float64; nothing here is fast.
+Written to be read, one rule at a time, over integers and float64; nothing here is fast.
 Source of the codec rules: the host packer (ttnn.Tensor with bfloat8_b) and the device packer
 (ttnn.typecast to bfloat8_b) of Tenstorrent's ttnn 0.81.1, measured.
 """
@@ -30,7 +30,7 @@ def pack(x: Array, rounding: Rounding) -> Array:
     full = np.zeros((*lead, padded(height), padded(width)), np.float32)
     full[..., :height, :width] = x
     strips = full.reshape(-1, TILE, full.shape[-1] // GROUP, GROUP)
-    exponents, data = (_encode_host if rounding == "host" else _encode_device)(strips)
+    exponents, data = (_quantize_host if rounding == "host" else _quantize_device)(strips)
 
     tiles_wide = full.shape[-1] // TILE
     out = np.zeros((len(strips), tiles_wide * TILE_BYTES), np.uint8)
@@ -40,7 +40,7 @@ def pack(x: Array, rounding: Rounding) -> Array:
     return out.reshape(*lead, full.shape[-2] // TILE, tiles_wide, TILE_BYTES)
 
 
-def _encode_host(groups: Array) -> tuple[Array, Array]:
+def _quantize_host(groups: Array) -> tuple[Array, Array]:
     """float32 [..., 16] -> shared exponents uint8 [...], data bytes uint8 [..., 16]."""
     bits = groups.view(np.uint32).astype(np.int64)
     sign, exponent, fraction = bits >> 31, bits >> 23 & 0xFF, bits & 0x7FFFFF
@@ -52,7 +52,7 @@ def _encode_host(groups: Array) -> tuple[Array, Array]:
     return shared[..., 0].astype(np.uint8), _with_sign(sign, q)
 
 
-def _encode_device(groups: Array) -> tuple[Array, Array]:
+def _quantize_device(groups: Array) -> tuple[Array, Array]:
     bits = groups.view(np.uint32).astype(np.int64) >> 16
     sign, exponent, fraction = bits >> 15, bits >> 7 & 0xFF, bits & 0x7F
     is_nan = (exponent == 255) & (fraction != 0)
@@ -76,11 +76,11 @@ def unpack(tiles: Array) -> Array:
     row, group = np.indices((TILE, 2 * tiles_wide))
     exponents = strips[:, exponent_offset(row, group)]
     data = strips[:, data_offset(row, group)[..., None] + np.arange(GROUP)]
-    values = decode(exponents[..., None], data)
+    values = dequantize(exponents[..., None], data)
     return values.reshape(*lead, tiles_high * TILE, tiles_wide * TILE)
 
 
-def decode(exponents: Array, data: Array) -> Array:
+def dequantize(exponents: Array, data: Array) -> Array:
     """Shared exponents and data bytes, uint8, broadcast together -> float32."""
     exponent, byte = np.broadcast_arrays(exponents.astype(np.int64), data.astype(np.int64))
     sign, q = byte >> 7, byte & 0x7F
@@ -93,7 +93,8 @@ def decode(exponents: Array, data: Array) -> Array:
 
 @dataclass(frozen=True)
 class KV:
-    """One layer's pages: uint8 [pages, heads, dim/32, 1088] and float [pages16, heads, 32, dim]."""
+    """One layer's pages: *_bfp8 uint8 [pages, heads, dim/32, 1088], *_bf16 float [pages, heads, 32,
+    dim]; the page counts differ."""
 
     k_bfp8: Array
     v_bfp8: Array
@@ -137,24 +138,26 @@ def cached(kv: KV, table: Table, request: int) -> tuple[Array, Array, Array]:
 def attend(q: Array, k: Array, v: Array, visible: Array, scale: float, logit_cap: float) -> Array:
     """One query [Hq, D] over k [n, H, D], v [n, H, Dv], visible bool [n] -> float64 [Hq, Dv].
 
-    Query head h reads KV head h // (Hq/H). softmax(cap*tanh(q.k*scale/cap)); zero if none visible.
+    Query head h reads KV head h // (Hq/H). Weights are softmax(cap * tanh(q.k * scale / cap)); the
+    result is zero if nothing is visible.
     """
     k, v = k[visible], v[visible]
-    group = q.shape[0] // k.shape[1]
+    gqa_group_size = q.shape[0] // k.shape[1]
     out = np.zeros((q.shape[0], v.shape[2]))
     if len(k) == 0:
         return out
     for head, row in enumerate(q.astype(np.float64)):
-        logits = k[:, head // group] @ row * scale
+        logits = k[:, head // gqa_group_size] @ row * scale
         if logit_cap > 0:
             logits = logit_cap * np.tanh(logits / logit_cap)
         weights = np.exp(logits - logits.max())
-        out[head] = weights @ v[:, head // group] / weights.sum()
+        out[head] = weights @ v[:, head // gqa_group_size] / weights.sum()
     return out
 
 
 def in_window(positions: Array, query: int, sliding_window: int) -> Array:
-    """Which key positions the query at position `query` sees: causal, at most window behind."""
+    """Which key positions the query at position `query` sees: none later than its own, none more
+    than sliding_window (if >= 0) earlier."""
     oldest = query - sliding_window if sliding_window >= 0 else 0
     return (positions <= query) & (positions >= oldest)
 

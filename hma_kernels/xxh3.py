@@ -1,9 +1,9 @@
 """XXH3-64 of many equally long blocks of memory, equal to the xxhash library's.
 
-The library hashes one buffer a call and, below 100 kB, keeps Python's lock meanwhile; pages are
-smaller than that, and a forward pass in another thread would wait. Here a call takes any number of
-blocks, on the host without the lock and on a GPU where they lie. Devices compute the accumulators,
-which are folded into hashes here.
+The library hashes one buffer a call and holds Python's lock meanwhile if it is below 100 kB, as
+pages are: a forward pass in another thread would wait. Here a call takes any number of blocks, on
+the host without the lock and on a GPU where they lie. The device computes accumulators, which are
+merged into hashes here.
 """
 
 import functools

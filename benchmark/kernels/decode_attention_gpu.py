@@ -50,10 +50,13 @@ class Case:
             [empty8 if bf16_pages else self._tiles() for _ in range(self.layers)],
         ]
         self.kv = PagedKV(formats[2], formats[3], formats[0], formats[1])
-        self.ids = torch.randperm(self.pages, device=DEVICE)
-        self.start = torch.arange(batch + 1, device=DEVICE) * (context // PAGE)
+        self.indices = torch.randperm(self.pages, device=DEVICE)
+        self.indptr = torch.arange(batch + 1, device=DEVICE) * (context // PAGE)
         pos = torch.arange(context // PAGE, device=DEVICE).repeat(batch) * PAGE
-        used, unused = (self.start, self.ids, pos), (self.start * 0, self.ids[:0], pos[:0])
+        used, unused = (
+            (self.indptr, self.indices, pos),
+            (self.indptr * 0, self.indices[:0], pos[:0]),
+        )
         first, second = (unused, used) if bf16_pages else (used, unused)
         lengths = torch.full((batch,), context, device=DEVICE)
         self.table = PageTable(*first, *second, seq_lens=lengths)
@@ -102,8 +105,8 @@ class Case:
             workspace, "HND", use_tensor_cores=True
         )
         wrapper.plan(
-            self.start.int(),
-            self.ids.int(),
+            self.indptr.int(),
+            self.indices.int(),
             torch.full((self.batch,), PAGE, dtype=torch.int32, device=DEVICE),
             *(Q_HEADS, KV_HEADS, DIM, PAGE),
             q_data_type=torch.bfloat16,

@@ -1,7 +1,7 @@
-"""One instance of the decode kernel, compiled by nvcc when first asked for and kept on disk.
+"""Compiles the decode kernel with nvcc when a shape is first needed, and keeps the library on disk.
 
-As FlashInfer does, except that the library has a C interface: nothing of torch is compiled in, so
-it takes seconds and depends on no version but the compiler's.
+As FlashInfer does, but behind a C interface: no header of torch is compiled, so it takes seconds
+and the library depends on no version but the compiler's.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-HEADS_A_TILE = 8
+HEADS_PER_TILE = 8  # of include/hma/attention.cuh
 FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
 
 
@@ -29,8 +29,8 @@ class Instance:
     query: str
     head_dim: int
     v_head_dim: int
-    head_tiles: int  # of 8 query heads, in one block
-    stages: int  # tiles under way in a warp
+    head_tiles: int  # tiles of 8 query heads in one block
+    stages: int  # tiles of pages that a warp fetches ahead
     warps: int = 4
 
     @property
@@ -44,7 +44,7 @@ class Instance:
 
 
 def find_nvcc() -> str | None:
-    """CUDA_HOME's, PATH's, or that of NVIDIA's wheels."""
+    """The first of: CUDA_HOME's, PATH's, that of NVIDIA's wheels."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     wheels = Path(sysconfig.get_path("purelib")) / "nvidia"
     candidates = [
@@ -69,9 +69,9 @@ def command(nvcc: str, instance: Instance, architecture: int, target: Path) -> l
 
 
 def build(instance: Instance, architecture: int) -> Path:
-    """The library's path; compiles it unless one of these sources and this compiler is there.
+    """The library's path; compiled unless these sources and this compiler have made it before.
 
-    Raises RuntimeError with the compiler's words if it fails, or if there is none.
+    Raises RuntimeError with the compiler's message if it fails, or if there is no compiler.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -82,7 +82,7 @@ def build(instance: Instance, architecture: int) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("Compiling %s for sm_%d, once", instance.name, architecture)
-    # Whoever finishes last replaces an equal file.
+    # Of several processes that compile it, the last one replaces an equal file.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         done = subprocess.run(

@@ -8,8 +8,8 @@ using Warp = hma::DecodeWarp<HMA_QUERY, HMA_HEAD_DIM, HMA_V_HEAD_DIM, HMA_HEAD_T
 HMA_KERNEL(hma_decode_kernel, hma::DecodeParams, Warp::THREADS) { Warp(params).run(); }
 
 extern "C" const char* hma_decode(const hma::DecodeParams* params, int items, void* stream) {
-  constexpr int heads = hma::HEADS_A_TILE * HMA_HEAD_TILES;
-  const hma::Grid grid{items, params->kv_heads, (params->grouped + heads - 1) / heads};
+  const int head_blocks = (params->gqa_group_size + Warp::HEADS - 1) / Warp::HEADS;
+  const hma::Grid grid{items, params->kv_heads, head_blocks};
   return hma::launch(&hma_decode_kernel, grid, Warp::THREADS, Warp::SHARED_BYTES, stream, *params);
 }
 

@@ -1,4 +1,4 @@
-"""Decode attention in CUDA C++: the same schedule, states and merge as in Triton."""
+"""Decode attention in CUDA C++; schedule, partial states and merge are the Triton kernel's."""
 
 import functools
 import logging
@@ -6,8 +6,8 @@ import logging
 import torch
 
 from hma_kernels.cuda import probe
-from hma_kernels.cuda.build import HEADS_A_TILE, Instance, build
-from hma_kernels.cuda.library import DecodeLibrary, DecodeParams, PageLists
+from hma_kernels.cuda.build import HEADS_PER_TILE, Instance, build
+from hma_kernels.cuda.library import DecodeLibrary, DecodeParams, PagedKVParams
 from hma_kernels.paged import PagedKV, PageTable
 from hma_kernels.triton import decode
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 QUERIES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 MAX_DIM = 256
-ALIGNMENT = 16  # bytes of one copy
+ALIGNMENT = 16  # bytes of one copy to shared memory
 
 
 class DecodePlan(decode.DecodePlan):
@@ -35,56 +35,57 @@ class DecodePlan(decode.DecodePlan):
     def _attend(self, q: torch.Tensor, layer: int, scale: float, logit_cap: float) -> None:
         kv, table, schedule, states = self._kv, self._table, self._schedule, self._states
 
-        def lists(k: torch.Tensor, v: torch.Tensor, *entries: torch.Tensor) -> PageLists:
+        def paged_kv(k: torch.Tensor, v: torch.Tensor, *table: torch.Tensor) -> PagedKVParams:
             strides = (x.stride(0) * x.element_size() for x in (k, v))
-            return PageLists(
-                k.data_ptr(), v.data_ptr(), *strides, *(entry.data_ptr() for entry in entries)
+            return PagedKVParams(
+                k.data_ptr(), v.data_ptr(), *strides, *(entries.data_ptr() for entries in table)
             )
 
         params = DecodeParams(
             *(q.data_ptr(), q.stride(0), q.stride(1)),
-            lists(
+            paged_kv(
                 *(kv.k_bfp8[layer], kv.v_bfp8[layer]),
-                *(table.bfp8_indices, table.bfp8_pos, table.bfp8_indptr),
+                *(table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
             ),
-            lists(
+            paged_kv(
                 *(kv.k_bf16[layer], kv.v_bf16[layer]),
-                *(table.bf16_indices, table.bf16_pos, table.bf16_indptr),
+                *(table.bf16_indptr, table.bf16_indices, table.bf16_pos),
             ),
-            *(table.seq_lens.data_ptr(), schedule.item_start.data_ptr()),
-            *(schedule.item_request.data_ptr(), states.partial.data_ptr()),
-            *(states.maxima.data_ptr(), states.sums.data_ptr()),
-            *(table.batch_size, kv.kv_heads, self._heads // kv.kv_heads, self._window),
+            *(table.seq_lens.data_ptr(), schedule.item_indptr.data_ptr()),
+            *(schedule.item_request.data_ptr(), states.out.data_ptr()),
+            *(states.max.data_ptr(), states.sum.data_ptr()),
+            *(table.batch_size, kv.kv_heads, self._gqa_group_size, self._sliding_window),
             *(scale, logit_cap),
         )
         if q.device.type == "cuda":
             with torch.cuda.device(q.device):
                 stream = torch.cuda.current_stream().cuda_stream
-                self._library.decode(params, schedule.bound, stream)
+                self._library.decode(params, schedule.max_items, stream)
         else:
-            self._library.decode(params, schedule.bound, 0)
+            self._library.decode(params, schedule.max_items, 0)
 
 
 def instance_for(
-    head_dim: int, v_head_dim: int, grouped: int, dtype: torch.dtype, *, stages: int
+    head_dim: int, v_head_dim: int, gqa_group_size: int, dtype: torch.dtype, *, stages: int
 ) -> Instance:
-    """Wide heads and long groups share registers: more tiles only where they fit."""
-    tiles = 2 if grouped > HEADS_A_TILE and max(head_dim, v_head_dim) <= 128 else 1
+    """Two tiles of query heads a block only where the registers hold both."""
+    tiles = 2 if gqa_group_size > HEADS_PER_TILE and max(head_dim, v_head_dim) <= 128 else 1
     return Instance(QUERIES[dtype], head_dim, v_head_dim, tiles, stages)
 
 
 def library_for(kv: PagedKV, heads: int, dtype: torch.dtype) -> DecodeLibrary | None:
-    """The kernel for these heads on this device; None, and a line in the log, where Triton must do.
+    """The kernel for these heads on this device, or None, with a line in the log, where only the
+    Triton kernel works.
 
-    The first time on a device it must answer a small problem as torch does in float64.
+    It is returned only if it has solved a small problem on the device as torch does in float64.
     """
     pages = [*kv.k_bfp8, *kv.v_bfp8, *kv.k_bf16, *kv.v_bf16]
     aligned = all(
         x.data_ptr() % ALIGNMENT == 0 and x.stride(0) * x.element_size() % ALIGNMENT == 0
         for x in pages
     )
-    grouped = heads // kv.kv_heads
-    return _library(kv.device, kv.head_dim, kv.v_head_dim, grouped, dtype, aligned)
+    gqa_group_size = heads // kv.kv_heads
+    return _library(kv.device, kv.head_dim, kv.v_head_dim, gqa_group_size, dtype, aligned)
 
 
 @functools.cache
@@ -92,7 +93,7 @@ def _library(
     device: torch.device,
     head_dim: int,
     v_head_dim: int,
-    grouped: int,
+    gqa_group_size: int,
     dtype: torch.dtype,
     aligned: bool,
 ) -> DecodeLibrary | None:
@@ -106,13 +107,13 @@ def _library(
             raise RuntimeError(f"head dims {head_dim} and {v_head_dim}; at most {MAX_DIM}")
         if not aligned:
             raise RuntimeError(f"pages are not aligned to {ALIGNMENT} bytes")
-        # What fits beside a second block in a multiprocessor's shared memory.
+        # As many as leave room for a second block in a multiprocessor's shared memory.
         stages = 3 if (major, minor) in ((9, 0), (10, 0)) else 2
-        instance = instance_for(head_dim, v_head_dim, grouped, dtype, stages=stages)
+        instance = instance_for(head_dim, v_head_dim, gqa_group_size, dtype, stages=stages)
         library = DecodeLibrary(build(instance, 10 * major + minor))
         probe.check(
             lambda kv, table, heads: DecodePlan(kv, table, heads, -1, library),
-            *(head_dim, v_head_dim, grouped, dtype, device),
+            *(head_dim, v_head_dim, gqa_group_size, dtype, device),
         )
     except (RuntimeError, OSError) as error:
         logger.warning("Decode attention in Triton, not CUDA C++, on %s: %s", device, error)

@@ -5,13 +5,13 @@ from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 
-class PageLists(ctypes.Structure):
-    """PageLists of include/hma/params.h."""
+class PagedKVParams(ctypes.Structure):
+    """PagedKVParams of include/hma/params.h."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("k", "v")),
         *((name, c_int64) for name in ("k_page_bytes", "v_page_bytes")),
-        *((name, c_void_p) for name in ("ids", "positions", "start")),
+        *((name, c_void_p) for name in ("indptr", "indices", "pos")),
     ]
 
 
@@ -20,17 +20,18 @@ class DecodeParams(ctypes.Structure):
 
     _fields_ = [
         ("query", c_void_p),
-        *((name, c_int64) for name in ("query_stride", "head_stride")),
-        *((name, PageLists) for name in ("bfp8", "bf16")),
-        *((name, c_void_p) for name in ("lengths", "item_start", "item_request")),
-        *((name, c_void_p) for name in ("partial", "maxima", "sums")),
-        *((name, c_int32) for name in ("batch", "kv_heads", "grouped", "window")),
+        *((name, c_int64) for name in ("query_stride", "query_head_stride")),
+        *((name, PagedKVParams) for name in ("bfp8", "bf16")),
+        *((name, c_void_p) for name in ("seq_lens", "item_indptr", "item_request")),
+        *((name, c_void_p) for name in ("partial_out", "partial_max", "partial_sum")),
+        *((name, c_int32) for name in ("batch_size", "kv_heads")),
+        *((name, c_int32) for name in ("gqa_group_size", "sliding_window")),
         *((name, c_float) for name in ("scale", "logit_cap")),
     ]
 
 
 class DecodeLibrary:
-    """Raises OSError if the file is no library, RuntimeError if it is another version's."""
+    """Raises OSError if the file is no library, RuntimeError if its DecodeParams are others."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -42,7 +43,7 @@ class DecodeLibrary:
         self._decode.restype = c_char_p
 
     def decode(self, params: DecodeParams, items: int, stream: int) -> None:
-        """Enqueue the kernel. Raises RuntimeError with CUDA's words if it cannot start."""
+        """Enqueue the kernel. Raises RuntimeError with CUDA's message if it cannot start."""
         failure = self._decode(ctypes.byref(params), items, stream)
         if failure is not None:
             raise RuntimeError(f"the decode kernel did not start: {failure.decode()}")

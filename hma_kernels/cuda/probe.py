@@ -1,4 +1,4 @@
-"""A small problem that a kernel must solve on the card at hand before it is trusted there."""
+"""A small problem that a kernel must solve on a GPU before it is used there."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 
 from hma_kernels import portable
 from hma_kernels.base import Plan
-from hma_kernels.layout import PAGE, TILE, TILE_BYTES
+from hma_kernels.layout import EXPONENT_BYTES, PAGE, TILE, TILE_BYTES
 from hma_kernels.paged import PagedKV, PageTable
 
 TOLERANCE = 2e-2  # of the largest value; a wrong fragment or exponent is off by far more
@@ -16,13 +16,13 @@ def check(
     plan: Callable[[PagedKV, PageTable, int], Plan],
     head_dim: int,
     v_head_dim: int,
-    grouped: int,
+    gqa_group_size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Three requests over both formats with a part-full page; what nobody may see is poisoned.
+    """Three requests over both formats with a part-full page, whose unused rows are NaN.
 
-    Raises RuntimeError if the plan's answer is not torch's in float64.
+    Raises RuntimeError if the plan's answer differs from torch's in float64.
     """
     generator = torch.Generator().manual_seed(1)
     kv_heads, pages = 2, 6
@@ -31,7 +31,7 @@ def check(
         tiles = torch.randint(
             256, (pages, kv_heads, dim // TILE, TILE_BYTES), generator=generator, dtype=torch.uint8
         )
-        tiles[..., :64] = 120 + tiles[..., :64] % 8
+        tiles[..., :EXPONENT_BYTES] = 120 + tiles[..., :EXPONENT_BYTES] % 8
         return tiles
 
     def bf16(dim: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ def check(
         bf16_pos=torch.tensor([128, 160, 0]),
         seq_lens=torch.tensor([161, 17, 32]),
     )
-    heads = kv_heads * grouped
+    heads = kv_heads * gqa_group_size
     q = torch.randn((3, heads, head_dim), generator=generator).to(dtype)
     scale = head_dim**-0.5
     expected = torch.empty((3, heads, v_head_dim))
@@ -60,4 +60,4 @@ def check(
     plan(kv, table.to(device), heads).run(q.to(device), 0, scale, 0.0, out)
     error = ((out.float().cpu() - expected).abs().max() / expected.abs().max()).item()
     if not error < TOLERANCE:
-        raise RuntimeError(f"a probe's answer is off by {error:.2g} of the largest value")
+        raise RuntimeError(f"the answer to a probe is off by {error:.2g} of the largest value")

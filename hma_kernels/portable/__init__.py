@@ -1,4 +1,4 @@
-"""The operations in torch, on any device: the fallback, and where kernels start from."""
+"""The operations in torch, on any device: used where no kernel is."""
 
 from hma_kernels.portable.attention import DecodePlan as decode_plan
 from hma_kernels.portable.codec import pack, round_values, unpack, write_rows

@@ -1,7 +1,7 @@
-"""Decode attention in torch over BFP8 and BF16 pages: plan once per step, run once per layer.
+"""Decode attention in torch over BFP8 and BF16 pages: planned once a step, run once a layer.
 
-Each page yields a partial softmax state (maximum, denominator, weighted sum); the states of a
-request's pages merge exactly, so pages of any request may share a batched product.
+Each page gives a partial softmax state (maximum, sum of weights, weighted sum of V). The states of
+a request's pages merge exactly, so pages of any requests may share a batched product.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 from hma_kernels.layout import PAGE
 from hma_kernels.paged import PagedKV, PageTable
-from hma_kernels.portable.codec import decode_strips
+from hma_kernels.portable.codec import unpack_strips
 
 # K and V elements unpacked at once: 4 MB as float32, so that a chunk stays in cache.
 _CHUNK_ELEMENTS = 1 << 20
@@ -29,7 +29,7 @@ def load_pages(pages: torch.Tensor, page_ids: torch.Tensor, dtype: torch.dtype) 
     picked = pages.index_select(0, page_ids)
     if picked.dtype != torch.uint8:
         return picked.to(dtype)
-    rows = decode_strips(picked.flatten(0, 1), dtype)
+    rows = unpack_strips(picked.flatten(0, 1), dtype)
     return rows.view(*picked.shape[:2], *rows.shape[1:])
 
 
@@ -41,9 +41,9 @@ def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
 @dataclass(frozen=True)
 class _Chunk:
     is_bfp8: bool
-    page_ids: torch.Tensor  # [n]
+    indices: torch.Tensor  # [n]
     request: torch.Tensor  # [n]
-    hidden_page: torch.Tensor  # [m], page (of n) and row of each token that nobody may read
+    hidden_page: torch.Tensor  # [m], of 0..n-1, and the row of each token outside begin..end-1
     hidden_row: torch.Tensor  # [m]
 
 
@@ -54,23 +54,30 @@ class DecodePlan:
         self._kv = kv
         self._table = table
         self._heads = heads
-        self._window = sliding_window
+        self._sliding_window = sliding_window
         self.refresh()
 
     def refresh(self) -> None:
         kv, table, device = self._kv, self._table, self._kv.device
-        stop = table.seq_lens.to(device)
-        start = (stop - 1 - self._window if self._window >= 0 else stop * 0).clamp(min=0)
+        end = table.seq_lens.to(device)
+        window = self._sliding_window
+        begin = (end - 1 - window if window >= 0 else end * 0).clamp(min=0)
         page_elements = PAGE * kv.kv_heads * (kv.head_dim + kv.v_head_dim)
         per_chunk = max(1, _CHUNK_ELEMENTS // page_elements)
         self._chunks = [
             chunk
-            for is_bfp8, indptr, ids, pos in (
+            for is_bfp8, indptr, indices, pos in (
                 (True, table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
                 (False, table.bf16_indptr, table.bf16_indices, table.bf16_pos),
             )
             for chunk in _chunks(
-                is_bfp8, indptr.to(device), ids.to(device), pos.to(device), start, stop, per_chunk
+                is_bfp8,
+                indptr.to(device),
+                indices.to(device),
+                pos.to(device),
+                begin,
+                end,
+                per_chunk,
             )
         ]
 
@@ -78,20 +85,20 @@ class DecodePlan:
         self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
     ) -> None:
         kv, batch, heads = self._kv, self._table.batch_size, self._heads
-        group = heads // kv.kv_heads
+        gqa_group_size = heads // kv.kv_heads
         dtype = compute_dtype(q)
-        query = (q.to(dtype) * scale).reshape(batch, kv.kv_heads, group, kv.head_dim)
+        query = (q.to(dtype) * scale).reshape(batch, kv.kv_heads, gqa_group_size, kv.head_dim)
         query = query.transpose(2, 3).contiguous()
 
         state = _State(batch, heads, kv.v_head_dim, dtype, q.device)
         for chunk in self._chunks:
             k_pages, v_pages = (kv.k_bfp8, kv.v_bfp8) if chunk.is_bfp8 else (kv.k_bf16, kv.v_bf16)
-            k = load_pages(k_pages[layer], chunk.page_ids, dtype)
+            k = load_pages(k_pages[layer], chunk.indices, dtype)
             own_query = query.index_select(0, chunk.request)
             logits = torch.bmm(k.flatten(0, 1), own_query.flatten(0, 1)).transpose(1, 2)
             logits = soft_cap(logits.contiguous(), logit_cap).view(-1, heads, PAGE)
-            v = load_pages(v_pages[layer], chunk.page_ids, dtype)
-            # Hidden rows may hold anything, NaN included: replaced, never multiplied away.
+            v = load_pages(v_pages[layer], chunk.indices, dtype)
+            # Hidden rows may hold anything, even NaN, so they are replaced, not multiplied by zero.
             logits[chunk.hidden_page, :, chunk.hidden_row] = -torch.inf
             v[chunk.hidden_page, :, chunk.hidden_row] = 0
             state.add(logits, v, chunk.request)
@@ -101,30 +108,30 @@ class DecodePlan:
 def _chunks(
     is_bfp8: bool,
     indptr: torch.Tensor,
-    page_ids: torch.Tensor,
+    indices: torch.Tensor,
     pos: torch.Tensor,
-    start: torch.Tensor,
-    stop: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
     per_chunk: int,
 ) -> list[_Chunk]:
-    """Pages with a visible row (start <= position < stop, per request), cut into chunks."""
+    """Pages with a visible row (begin <= position < end, per request), cut into chunks."""
     entries = int(indptr[-1])
-    page_ids, pos = page_ids[:entries], pos[:entries]
-    requests = torch.arange(len(stop), device=indptr.device)
+    indices, pos = indices[:entries], pos[:entries]
+    requests = torch.arange(len(end), device=indptr.device)
     request = torch.repeat_interleave(requests, indptr.diff(), output_size=entries)
     position = pos[:, None] + torch.arange(PAGE, device=pos.device)
-    visible = (position >= start[request, None]) & (position < stop[request, None])
+    visible = (position >= begin[request, None]) & (position < end[request, None])
     used = visible.any(-1).nonzero().view(-1)
     chunks = []
     for first in range(0, len(used), per_chunk):
         picked = used[first : first + per_chunk]
         page, row = (~visible[picked]).nonzero(as_tuple=True)
-        chunks.append(_Chunk(is_bfp8, page_ids[picked], request[picked], page, row))
+        chunks.append(_Chunk(is_bfp8, indices[picked], request[picked], page, row))
     return chunks
 
 
 class _State:
-    """Softmax state per request and query head: maximum, denominator, weighted sum of V."""
+    """Softmax state per request and query head: maximum, sum of weights, weighted sum of V."""
 
     def __init__(
         self, batch: int, heads: int, v_dim: int, dtype: torch.dtype, device: torch.device
@@ -134,11 +141,11 @@ class _State:
         self._out = torch.zeros((batch, heads, v_dim), dtype=dtype, device=device)
 
     def add(self, logits: torch.Tensor, v: torch.Tensor, request: torch.Tensor) -> None:
-        """Merge pages: logits [n, Hq, 32], v [n, H, 32, Dv], request [n]; takes logits over."""
+        """Merges pages: logits [n, Hq, 32], overwritten, v [n, H, 32, Dv], request [n]."""
         pages, heads, _ = logits.shape
         slot = request[:, None].expand(-1, heads)
         new_max = self._max.scatter_reduce(0, slot, logits.amax(-1), "amax")
-        # A request without a page so far keeps -inf; -inf - -inf must not become NaN.
+        # Before its first page a request's maximum is -inf; -inf - -inf must not become NaN.
         decay = torch.exp(self._max - new_max).masked_fill_(self._max == -torch.inf, 0)
         weights = logits.sub_(new_max.index_select(0, request)[..., None]).exp_()
         per_kv_head = weights.view(pages * v.shape[1], -1, PAGE)

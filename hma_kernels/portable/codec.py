@@ -1,4 +1,4 @@
-"""The BFP8 codec in torch; arguments are those of hma_kernels.ops, checked there."""
+"""Packing and unpacking in torch; arguments are those of hma_kernels.ops, checked there."""
 
 from functools import lru_cache
 
@@ -8,7 +8,6 @@ from hma_kernels.layout import (
     EXPONENT_BYTES,
     FACE,
     GROUP,
-    PAGE,
     TILE,
     TILE_BYTES,
     Rounding,
@@ -25,7 +24,7 @@ def pack(x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None:
     full_height, full_width = padded(height), padded(width)
     if (full_height, full_width) != (height, width):
         x = torch.nn.functional.pad(x, (0, full_width - width, 0, full_height - height))
-    exponents, data = _encode(x.reshape(-1, GROUP), rounding)
+    exponents, data = _quantize(x.reshape(-1, GROUP), rounding)
     faces = (*lead, full_height // TILE, 2, FACE, full_width // TILE, 2)
     rank = len(lead)
     tile_order = (*range(rank), rank, rank + 3, rank + 1, rank + 4, rank + 2)
@@ -41,7 +40,7 @@ def unpack(tiles: torch.Tensor, out: torch.Tensor) -> None:
     flat = out.view(-1, TILE, wide * TILE)
     for start in range(0, len(strips), per_chunk):
         part = slice(start, start + per_chunk)
-        flat[part] = decode_strips(strips[part], out.dtype)
+        flat[part] = unpack_strips(strips[part], out.dtype)
 
 
 def round_values(x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None:
@@ -49,36 +48,36 @@ def round_values(x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None
     per_chunk = max(1, _CHUNK // x.shape[-1])
     for start in range(0, len(rows), per_chunk):
         part = rows[start : start + per_chunk]
-        exponents, data = _encode(part.reshape(-1, GROUP), rounding)
-        out_rows[start : start + per_chunk] = _decode(exponents, data, x.dtype).view(part.shape)
+        exponents, data = _quantize(part.reshape(-1, GROUP), rounding)
+        out_rows[start : start + per_chunk] = _dequantize(exponents, data, x.dtype).view(part.shape)
 
 
 def write_rows(
     pages: torch.Tensor, page_ids: torch.Tensor, rows: torch.Tensor, x: torch.Tensor
 ) -> None:
     count, heads, width = x.shape
-    exponents, data = _encode(x.reshape(-1, GROUP), "device")
+    exponents, data = _quantize(x.reshape(-1, GROUP), "device")
     groups = width // GROUP
     page = page_ids.view(-1, 1, 1)
     head = torch.arange(heads, device=x.device).view(1, -1, 1)
     group = torch.arange(groups, device=x.device).expand(count, 1, -1)
     row = rows.view(-1, 1, 1).expand(-1, 1, groups)
-    at_exponent, at_data = exponent_offset(row, group), data_offset(row, group)
+    exponent_at, data_at = exponent_offset(row, group), data_offset(row, group)
     tile, shape = group // 2, (count, heads, groups)
-    pages[page, head, tile, at_exponent % TILE_BYTES] = exponents.view(shape)
-    byte = at_data[..., None] % TILE_BYTES + torch.arange(GROUP, device=x.device)
+    pages[page, head, tile, exponent_at % TILE_BYTES] = exponents.view(shape)
+    byte = data_at[..., None] % TILE_BYTES + torch.arange(GROUP, device=x.device)
     pages[page[..., None], head[..., None], tile[..., None], byte] = data.view(*shape, GROUP)
 
 
-def decode_strips(strips: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [S, Wt, 1088] -> dtype [S, 32, Wt*32]; the caller bounds S."""
+def unpack_strips(strips: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 [S, Wt, 1088] -> dtype [S, 32, Wt*32]; the caller limits S."""
     count, wide, _ = strips.shape
     unit_index, exponent_index = _strip_index(_capacity(count), wide, strips.device)
-    groups = count * PAGE * 2 * wide
+    groups = count * TILE * wide * TILE // GROUP
     flat = strips.reshape(-1)
     exponents = flat.index_select(0, exponent_index[:groups])
     data = flat.view(-1, GROUP).index_select(0, unit_index[:groups])
-    return _decode(exponents, data, dtype).view(count, TILE, wide * TILE)
+    return _dequantize(exponents, data, dtype).view(count, TILE, wide * TILE)
 
 
 def _capacity(strips: int) -> int:
@@ -87,7 +86,7 @@ def _capacity(strips: int) -> int:
 
 @lru_cache(maxsize=16)
 def _strip_index(strips: int, wide: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row-major order of groups: 16-byte unit of each one's data, byte of its exponent."""
+    """Of each group, in row-major order: the 16-byte unit of its data, the byte of its exponent."""
     row = torch.arange(TILE, device=device).view(-1, 1)
     group = torch.arange(2 * wide, device=device).view(1, -1)
     start = torch.arange(strips, device=device).view(-1, 1, 1) * (wide * TILE_BYTES)
@@ -97,19 +96,19 @@ def _strip_index(strips: int, wide: int, device: torch.device) -> tuple[torch.Te
     return data.flatten().to(kind), exponent.flatten().to(kind)
 
 
-def _encode(groups: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(groups: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
     """float [n, 16] -> exponents uint8 [n], data uint8 [n, 16]."""
     exponents = torch.empty(len(groups), dtype=torch.uint8, device=groups.device)
     data = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     for start in range(0, len(groups), _CHUNK // GROUP):
         part = slice(start, start + _CHUNK // GROUP)
         if rounding == "host":
-            encoded = _encode_host(_bits(groups[part].float()))
+            quantized = _quantize_host(_bits(groups[part].float()))
         elif groups.dtype == torch.bfloat16:
-            encoded = _encode_device(_bits(groups[part]))
+            quantized = _quantize_device(_bits(groups[part]))
         else:
-            encoded = _encode_device(_bits(groups[part].float()) >> 16)
-        exponents[part], data[part] = encoded
+            quantized = _quantize_device(_bits(groups[part].float()) >> 16)
+        exponents[part], data[part] = quantized
     return exponents, data
 
 
@@ -118,7 +117,7 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).to(torch.int32)
 
 
-def _encode_host(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_host(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     exponent = (bits >> 23) & 0xFF
     shared = exponent.amax(-1, keepdim=True)
     mantissa = (bits & 0x7FFFFF) | 0x800000
@@ -130,7 +129,7 @@ def _encode_host(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return shared[:, 0].to(torch.uint8), _with_sign(bits, q)
 
 
-def _encode_device(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_device(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     exponent = (bits >> 7) & 0xFF
     shared = exponent.amax(-1, keepdim=True)
     # NaN becomes infinity, a denormal zero.
@@ -147,19 +146,19 @@ def _with_sign(bits: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.where((bits < 0) & (q > 0), q | 0x80, q).to(torch.uint8)
 
 
-def _decode(exponents: torch.Tensor, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _dequantize(exponents: torch.Tensor, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """exponents uint8 [n], data uint8 [n, 16] -> dtype [n, 16], by value = +-q * 2^(E-133)."""
     if exponents.numel() == 0:
         return torch.empty_like(data, dtype=dtype)
     if data.device.type != "cpu":
-        return _decode_by_table(exponents, data, dtype)
+        return _dequantize_by_table(exponents, data, dtype)
     byte = data.view(torch.int8)
     negative = byte >> 7
     signed = (byte ^ (negative & 0x7F)).sub_(negative)
     scales = _scale_rows(dtype).index_select(0, exponents.to(torch.int32))
     values = scales.mul_(signed.to(dtype))
 
-    # The product is the value unless it leaves the normal range (E < 7, E = 255) or is -0.
+    # The product is exact unless it leaves the normal range (E < 7, E = 255) or is -0.
     lowest, highest = (int(e) for e in exponents.aminmax())
     has_negative_zero = int(byte.min()) == -128
     if lowest < 7 or highest == 255 or has_negative_zero:
@@ -167,11 +166,11 @@ def _decode(exponents: torch.Tensor, data: torch.Tensor, dtype: torch.dtype) -> 
         if has_negative_zero:
             special |= (byte == -128).any(-1)
         at = special.nonzero().view(-1)
-        values[at] = _decode_by_table(exponents[at], data[at], dtype)
+        values[at] = _dequantize_by_table(exponents[at], data[at], dtype)
     return values
 
 
-def _decode_by_table(
+def _dequantize_by_table(
     exponents: torch.Tensor, data: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     index = exponents.to(torch.int32)[:, None] << 8 | data
@@ -180,7 +179,7 @@ def _decode_by_table(
 
 @lru_cache(maxsize=8)
 def _scale_rows(dtype: torch.dtype) -> torch.Tensor:
-    """Row E: 2^(E-133), sixteen times; whole rows are copied far faster than one broadcast."""
+    """Row E: 2^(E-133), 16 times. Copying whole rows is far faster than broadcasting a value."""
     scale = torch.exp2(torch.arange(256, dtype=torch.float64) - 133)
     return scale.to(dtype)[:, None].repeat(1, GROUP)
 

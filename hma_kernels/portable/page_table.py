@@ -1,4 +1,4 @@
-"""Page tables of a batch, from SGLang's req_to_token and the formats of the arena's slabs."""
+"""The page table of a batch, made from SGLang's req_to_token and the formats of the slabs."""
 
 import torch
 
@@ -12,11 +12,11 @@ def page_table(
     seq_lens: torch.Tensor,
     slab_is_bf16: torch.Tensor | None,
 ) -> PageTable:
-    """Both page lists of the first `seq_lens` tokens of each request.
+    """The table of the first seq_lens[b] tokens of each request.
 
-    req_to_token: int32 [requests, tokens], slots. rows: [B], which of its rows. seq_lens: [B].
-    slab_is_bf16: bool [slabs]; None where every page is BFP8. The lists are exact, so a GPU is
-    waited for.
+    req_to_token: int32 [requests, tokens], slots. rows: [B], row of req_to_token of each request.
+    seq_lens: [B]. slab_is_bf16: bool [slabs]; None where every page is BFP8. The sizes of the
+    result depend on the data, so this waits for a GPU.
     """
     seq_lens = seq_lens.to(torch.int64)
     counts = (seq_lens + PAGE - 1) // PAGE

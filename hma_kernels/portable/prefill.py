@@ -7,16 +7,15 @@ from hma_kernels.base import ExtendCall
 from hma_kernels.layout import PAGE
 from hma_kernels.portable.attention import compute_dtype, load_pages, soft_cap
 
-# Logits that may exist at once; a longer prompt's queries go in blocks.
+# Logits held at once; the queries of a longer prompt are taken in blocks.
 _BLOCK_LOGITS = 1 << 23
 
 
 def extend(call: ExtendCall) -> None:
     q, k, v, out = call.q, call.k, call.v, call.out
     scale, logit_cap, sliding_window = call.scale, call.logit_cap, call.sliding_window
-    compute = compute_dtype(q)
     use_sdpa = q.dtype == torch.bfloat16 and logit_cap == 0
-    work = q.dtype if use_sdpa else compute
+    dtype = q.dtype if use_sdpa else compute_dtype(q)
     prefix_lengths = call.table.seq_lens.tolist()
     bounds = call.q_indptr.tolist()
     for request, prefix in enumerate(prefix_lengths):
@@ -24,12 +23,12 @@ def extend(call: ExtendCall) -> None:
         count = rows.stop - rows.start
         if count == 0:
             continue
-        old_k, old_v, old_positions = _prefix(call, request, prefix, work)
-        keys = torch.cat([old_k, k[rows].transpose(0, 1).to(work)], 1)
-        values = torch.cat([old_v, v[rows].transpose(0, 1).to(work)], 1)
+        old_k, old_v, old_positions = _prefix(call, request, prefix, dtype)
+        keys = torch.cat([old_k, k[rows].transpose(0, 1).to(dtype)], 1)
+        values = torch.cat([old_v, v[rows].transpose(0, 1).to(dtype)], 1)
         positions = torch.arange(prefix, prefix + count, device=q.device)
         key_positions = torch.cat([old_positions, positions])
-        query = q[rows].to(work).transpose(0, 1)
+        query = q[rows].to(dtype).transpose(0, 1)
         result = out[rows].transpose(0, 1)
         if use_sdpa and prefix == 0 and sliding_window < 0 and keys.shape[-1] == values.shape[-1]:
             result.copy_(_sdpa(query, keys, values, None, scale))
@@ -65,9 +64,9 @@ def _prefix(
         (table.bf16_indptr, table.bf16_indices, table.bf16_pos, kv.k_bf16, kv.v_bf16),
     ):
         own = slice(int(indptr[request]), int(indptr[request + 1]))
-        ids = indices[own].to(device)
-        keys.append(load_pages(k_pages[layer], ids, dtype))
-        values.append(load_pages(v_pages[layer], ids, dtype))
+        own_indices = indices[own].to(device)
+        keys.append(load_pages(k_pages[layer], own_indices, dtype))
+        values.append(load_pages(v_pages[layer], own_indices, dtype))
         positions.append(pos[own].to(device)[:, None] + torch.arange(PAGE, device=device))
     position = torch.cat(positions).flatten()
     order = position.argsort()

@@ -1,4 +1,4 @@
-"""Generated rows into BF16 pages, in torch."""
+"""Writes generated rows into BF16 pages, in torch."""
 
 import torch
 
@@ -12,7 +12,7 @@ def store_generated(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
 ) -> None:
-    """Rows k, v [n, kv_heads, dim] into BF16 pages, rounded to bfloat16."""
+    """As hma_kernels.triton.store.store_generated, for any strides."""
     page, row = bf16_index(slots.long() // PAGE), slots.long() % PAGE
     k_pages[page, :, row] = k.to(torch.bfloat16)
     v_pages[page, :, row] = v.to(torch.bfloat16)

@@ -32,7 +32,7 @@ def _secret_words(offset: int) -> list[int]:
     return [int.from_bytes(SECRET[offset + 8 * i :][:8], "little") for i in range(8)]
 
 
-# [18][8]: the keys of the 16 stripes of a chunk, of the scrambling, of the last stripe.
+# [18][8]: the keys of the 16 stripes of a chunk, of scrambling, and of the last stripe.
 KEYS = np.array(
     [*(_secret_words(8 * row) for row in range(STRIPES + 1)), _secret_words(len(SECRET) - 64 - 7)],
     dtype=np.uint64,
@@ -86,7 +86,7 @@ def merge(acc: Words, length: int) -> Words:
 
 
 def _fold(a: Words, b: Words) -> Words:
-    """Low and high half of the 128-bit products, one xor the other."""
+    """The xor of the low and the high half of the 128-bit products a * b."""
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     al, ah, bl, bh = a & low, a >> half, b & low, b >> half
     middle = ah * bl + (al * bl >> half)

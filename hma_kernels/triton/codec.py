@@ -4,23 +4,26 @@ import torch
 import triton
 import triton.language as tl
 
-from hma_kernels.layout import TILE, TILE_BYTES, Rounding, padded
-from hma_kernels.triton.pages import (
+from hma_kernels import layout
+from hma_kernels.layout import Rounding, padded
+from hma_kernels.triton.layout import (
     GROUP,
+    TILE,
+    TILE_BYTES,
     data_of_column,
     data_of_row,
     exponent_of_group,
     exponent_of_row,
-    load_bfp8,
 )
+from hma_kernels.triton.pages import load_bfp8
 
-ROWS = tl.constexpr(16)
+ROWS = tl.constexpr(16)  # rows of one program
 
 
 @triton.jit
-def _encode_device(bits):
-    """float32 bits [R, G, 16] -> shared exponents [R, G], data bytes; half away from zero on the
-    upper 16 bits."""
+def _quantize_device(bits):
+    """float32 bits [R, G, 16] -> shared exponents [R, G], data bytes [R, G, 16]: the upper 16 bits
+    rounded half away from zero."""
     exponent = (bits >> 23) & 0xFF
     fraction = (bits >> 16) & 0x7F
     # NaN becomes infinity, a denormal zero.
@@ -34,8 +37,8 @@ def _encode_device(bits):
 
 
 @triton.jit
-def _encode_host(bits):
-    """As _encode_device; half to even on all 32 bits."""
+def _quantize_host(bits):
+    """As _quantize_device, but all 32 bits rounded half to even."""
     exponent = (bits >> 23) & 0xFF
     shared = tl.max(exponent, 2)
     mantissa = ((bits & 0x7FFFFF) | 0x800000) >> tl.minimum(shared[:, :, None] - exponent, 31)
@@ -46,7 +49,7 @@ def _encode_host(bits):
 
 
 @triton.jit
-def _encode_rows(
+def _pack_rows(
     x,
     out,
     page_ids,
@@ -65,51 +68,56 @@ def _encode_rows(
     HOST: tl.constexpr,
     SCATTER: tl.constexpr,
 ):
-    """Rows of x, [outer][height][width], to where they lie in tiles.
+    """Packs rows of x, [outer, height, width], into tiles.
 
-    Row i is row i % PADDED_HEIGHT of strip i // PADDED_HEIGHT; with SCATTER it is head i % heads of
-    token i // heads, which goes to row page_rows[token] of page page_ids[token].
+    Row i is row i % PADDED_HEIGHT of matrix i // PADDED_HEIGHT. With SCATTER it is head i % heads
+    of token i // heads, which goes to row page_rows[token] of page page_ids[token].
     """
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    live = i < count
+    valid = i < count
     if SCATTER:
         token, head = i // heads, i % heads
         source = token * outer_stride + head * row_stride
-        row = tl.load(page_rows + token, mask=live, other=0)
-        page = tl.load(page_ids + token, mask=live, other=0)
-        strip = page * page_stride + head * (TILES * 1088)
-        filled = live
+        row = tl.load(page_rows + token, mask=valid, other=0)
+        page = tl.load(page_ids + token, mask=valid, other=0)
+        strip = page * page_stride + head * (TILES * TILE_BYTES)
+        has_source = valid
     else:
-        line = i % PADDED_HEIGHT
-        source = i // PADDED_HEIGHT * outer_stride + line * row_stride
-        row = line % 32
-        strip = i // 32 * (TILES * 1088)
-        filled = live & (line < height)
+        source_row = i % PADDED_HEIGHT
+        source = i // PADDED_HEIGHT * outer_stride + source_row * row_stride
+        row = source_row % TILE
+        strip = i // TILE * (TILES * TILE_BYTES)
+        has_source = valid & (source_row < height)
     column = tl.arange(0, COLUMNS)
     value = tl.load(
         x + source[:, None] + (column * column_stride)[None, :],
-        mask=filled[:, None] & (column < WIDTH)[None, :],
+        mask=has_source[:, None] & (column < WIDTH)[None, :],
         other=0.0,
     )
     bits = value.to(tl.float32).to(tl.int32, bitcast=True)
     groups = bits.reshape(ROWS, COLUMNS // GROUP, GROUP)
     if HOST:
-        shared, data = _encode_host(groups)
+        shared, data = _quantize_host(groups)
     else:
-        shared, data = _encode_device(groups)
-    at = out + (strip + data_of_row(row))[:, None] + data_of_column(column)[None, :]
-    stored = live[:, None] & (column < TILES * 32)[None, :]
-    tl.store(at, data.reshape(ROWS, COLUMNS).to(tl.uint8), mask=stored)
+        shared, data = _quantize_device(groups)
+    tl.store(
+        out + (strip + data_of_row(row))[:, None] + data_of_column(column)[None, :],
+        data.reshape(ROWS, COLUMNS).to(tl.uint8),
+        mask=valid[:, None] & (column < TILES * TILE)[None, :],
+    )
     group = tl.arange(0, COLUMNS // GROUP)
-    at = out + (strip + exponent_of_row(row))[:, None] + exponent_of_group(group)[None, :]
-    tl.store(at, shared.to(tl.uint8), mask=live[:, None] & (group < TILES * 2)[None, :])
+    tl.store(
+        out + (strip + exponent_of_row(row))[:, None] + exponent_of_group(group)[None, :],
+        shared.to(tl.uint8),
+        mask=valid[:, None] & (group < TILES * TILE // GROUP)[None, :],
+    )
 
 
 @triton.jit
-def _decode_rows(tiles, out, count, strip_stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _unpack_rows(tiles, out, count, strip_stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    live = i < count
-    values = load_bfp8(tiles, i // 32 * strip_stride, i % 32, live, WIDTH, COLUMNS)
+    valid = i < count
+    values = load_bfp8(tiles, i // TILE * strip_stride, i % TILE, valid, WIDTH, COLUMNS)
     column = tl.arange(0, COLUMNS)
     if out.dtype.element_ty == tl.bfloat16:
         # The upper half of the bits; a conversion would not keep those of a NaN.
@@ -118,7 +126,7 @@ def _decode_rows(tiles, out, count, strip_stride, WIDTH: tl.constexpr, COLUMNS: 
     tl.store(
         out + (i * WIDTH)[:, None] + column[None, :],
         values,
-        mask=live[:, None] & (column < WIDTH)[None, :],
+        mask=valid[:, None] & (column < WIDTH)[None, :],
     )
 
 
@@ -126,11 +134,11 @@ def pack(x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None:
     height, width = x.shape[-2:]
     x = x.reshape(-1, height, width)
     count = x.shape[0] * padded(height)
-    _encode_rows[_grid(count)](
+    _pack_rows[_grid(count)](
         *(x, out, out, out, count, 1, *x.stride(), 0, height),
         PADDED_HEIGHT=padded(height),
         WIDTH=width,
-        TILES=padded(width) // TILE,
+        TILES=padded(width) // layout.TILE,
         COLUMNS=triton.next_power_of_2(padded(width)),
         HOST=rounding == "host",
         SCATTER=False,
@@ -141,11 +149,11 @@ def write_rows(
     pages: torch.Tensor, page_ids: torch.Tensor, rows: torch.Tensor, x: torch.Tensor
 ) -> None:
     count, heads, width = x.shape
-    _encode_rows[_grid(count * heads)](
+    _pack_rows[_grid(count * heads)](
         *(x, pages, page_ids, rows, count * heads, heads, *x.stride(), pages.stride(0), 0),
-        PADDED_HEIGHT=TILE,
+        PADDED_HEIGHT=layout.TILE,
         WIDTH=width,
-        TILES=width // TILE,
+        TILES=width // layout.TILE,
         COLUMNS=triton.next_power_of_2(width),
         HOST=False,
         SCATTER=True,
@@ -153,25 +161,27 @@ def write_rows(
 
 
 def unpack(tiles: torch.Tensor, out: torch.Tensor) -> None:
-    wide = tiles.shape[-2]
-    strips = tiles.reshape(-1, wide * TILE_BYTES)
-    count = len(strips) * TILE
-    _decode_rows[_grid(count)](
-        *(strips, out, count, wide * TILE_BYTES),
-        WIDTH=wide * TILE,
-        COLUMNS=triton.next_power_of_2(wide * TILE),
+    width = tiles.shape[-2] * layout.TILE
+    strips = tiles.reshape(-1, tiles.shape[-2] * layout.TILE_BYTES)
+    count = len(strips) * layout.TILE
+    _unpack_rows[_grid(count)](
+        *(strips, out, count, strips.shape[1]),
+        WIDTH=width,
+        COLUMNS=triton.next_power_of_2(width),
     )
 
 
 def round_values(x: torch.Tensor, rounding: Rounding, out: torch.Tensor) -> None:
-    """Through packed tiles: a third of the memory of `out`, for as long as it takes."""
+    """Packs and unpacks x; meanwhile the tiles and a padded copy of x take memory."""
     rows = x.reshape(-1, x.shape[-1])
-    wide = padded(rows.shape[1]) // TILE
+    height, width = padded(rows.shape[0]), padded(rows.shape[1])
     tiles = torch.empty(
-        (padded(len(rows)) // TILE, wide, TILE_BYTES), dtype=torch.uint8, device=x.device
+        (height // layout.TILE, width // layout.TILE, layout.TILE_BYTES),
+        dtype=torch.uint8,
+        device=x.device,
     )
     pack(rows, rounding, tiles)
-    values = torch.empty((padded(len(rows)), wide * TILE), dtype=x.dtype, device=x.device)
+    values = torch.empty((height, width), dtype=x.dtype, device=x.device)
     unpack(tiles, values)
     out.view(rows.shape).copy_(values[: len(rows), : rows.shape[1]])
 

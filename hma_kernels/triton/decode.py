@@ -1,7 +1,8 @@
-"""Decode attention over BFP8 and BF16 pages: split over the keys, merged exactly.
+"""Decode attention over BFP8 and BF16 pages, split over the keys.
 
-A program takes one item of the schedule (pages of one request, BFP8 first) and one KV head with all
-of its query heads, and leaves a partial softmax state; a second kernel merges each request's.
+A program takes one work item of the schedule (some of one request's pages, BFP8 first) and one KV
+head with all of its query heads, and writes a partial softmax state. A second kernel merges the
+states of each request's items exactly.
 """
 
 import torch
@@ -9,145 +10,111 @@ import triton
 import triton.language as tl
 
 from hma_kernels.paged import PagedKV, PageTable
+from hma_kernels.triton.attention import attend_pages
 from hma_kernels.triton.merge import PartialStates
-from hma_kernels.triton.pages import load_tile
 from hma_kernels.triton.schedule import Schedule
-from hma_kernels.triton.softmax import attend, empty_state, mma_type, split_query
+from hma_kernels.triton.softmax import empty_state, mma_type, split_query
 
-PAGES_A_TILE = 2
-ROWS = 16  # query heads a tensor-core tile holds
+PAGES_PER_TILE = 2
+MIN_ROWS = 16  # rows of a matrix product on tensor cores; a row is a query head
 
 
 @triton.jit
 def _partial(
     query,
-    out,
-    maxima,
-    sums,
-    k8,
-    v8,
-    k16,
-    v16,
-    ids8,
-    pos8,
-    start8,
-    ids16,
-    pos16,
-    start16,
+    partial_out,
+    partial_max,
+    partial_sum,
+    k_bfp8,
+    v_bfp8,
+    k_bf16,
+    v_bf16,
+    bfp8_indptr,
+    bfp8_indices,
+    bfp8_pos,
+    bf16_indptr,
+    bf16_indices,
+    bf16_pos,
     seq_lens,
+    item_indptr,
     item_request,
-    item_start,
-    batch,
-    window,
+    batch_size,
+    sliding_window,
     scale,
     logit_cap,
     query_stride,
-    head_stride,
-    k8_page,
-    v8_page,
-    k16_page,
-    v16_page,
+    query_head_stride,
+    k_bfp8_stride,
+    v_bfp8_stride,
+    k_bf16_stride,
+    v_bf16_stride,
     KV_HEADS: tl.constexpr,
-    GROUPED: tl.constexpr,
+    GQA_GROUP_SIZE: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     V_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
-    PAGES: tl.constexpr,
+    PAGES_PER_TILE: tl.constexpr,
     SPLIT_Q: tl.constexpr,
     CAPPED: tl.constexpr,
     MMA: tl.constexpr,
 ):
-    item, head = tl.program_id(0), tl.program_id(1)
+    item, kv_head = tl.program_id(0), tl.program_id(1)
     request = tl.load(item_request + item)
-    if request >= batch:
+    if request >= batch_size:
         return
-    stop = tl.load(seq_lens + request)
-    begin = tl.where(window >= 0, tl.maximum(stop - 1 - window, 0), 0)
-    first8, first16 = tl.load(start8 + request), tl.load(start16 + request)
-    count8 = tl.load(start8 + request + 1) - first8
-    count = count8 + tl.load(start16 + request + 1) - first16
-    first_item = tl.load(item_start + request)
-    items = tl.load(item_start + request + 1) - first_item
-    tiles = (count + PAGES - 1) // PAGES
-    first = tiles * (item - first_item) // items * PAGES
-    last = tl.minimum(tiles * (item - first_item + 1) // items * PAGES, count)
+    seq_len = tl.load(seq_lens + request)
+    begin = tl.where(sliding_window >= 0, tl.maximum(seq_len - 1 - sliding_window, 0), 0)
 
-    query_row = tl.arange(0, ROWS)
+    # The item's pages as a range of the request's, which count BFP8 first.
+    bfp8_start, bf16_start = tl.load(bfp8_indptr + request), tl.load(bf16_indptr + request)
+    bfp8_pages = tl.load(bfp8_indptr + request + 1) - bfp8_start
+    pages = bfp8_pages + tl.load(bf16_indptr + request + 1) - bf16_start
+    first_item = tl.load(item_indptr + request)
+    items = tl.load(item_indptr + request + 1) - first_item
+    tiles = (pages + PAGES_PER_TILE - 1) // PAGES_PER_TILE
+    first = tiles * (item - first_item) // items * PAGES_PER_TILE
+    last = tl.minimum(tiles * (item - first_item + 1) // items * PAGES_PER_TILE, pages)
+    last_bfp8, first_bf16 = tl.minimum(last, bfp8_pages), tl.maximum(first, bfp8_pages)
+
+    row = tl.arange(0, ROWS)
     column = tl.arange(0, DIM_PADDED)
-    q_at = query + request * query_stride + (head * GROUPED + query_row)[:, None] * head_stride
+    query_head = kv_head * GQA_GROUP_SIZE + row
     given = tl.load(
-        q_at + column[None, :],
-        mask=(query_row < GROUPED)[:, None] & (column < DIM)[None, :],
+        query
+        + request * query_stride
+        + (query_head * query_head_stride)[:, None]
+        + column[None, :],
+        mask=(row < GQA_GROUP_SIZE)[:, None] & (column < DIM)[None, :],
         other=0.0,
     )
     q, q_low = split_query(given, MMA)
+    state = empty_state(ROWS, V_PADDED)
+    state = attend_pages(
+        *(state, q, q_low, k_bfp8, v_bfp8, bfp8_indices, bfp8_pos),
+        *(bfp8_start + first, bfp8_start + last_bfp8, begin, seq_len, None),
+        *(k_bfp8_stride, v_bfp8_stride, kv_head, scale, logit_cap, True, False),
+        *(DIM, V_DIM, DIM_PADDED, V_PADDED, PAGES_PER_TILE, SPLIT_Q, CAPPED, MMA),
+    )
+    bf16_start -= bfp8_pages
+    state = attend_pages(
+        *(state, q, q_low, k_bf16, v_bf16, bf16_indices, bf16_pos),
+        *(bf16_start + first_bf16, bf16_start + last, begin, seq_len, None),
+        *(k_bf16_stride, v_bf16_stride, kv_head, scale, logit_cap, False, False),
+        *(DIM, V_DIM, DIM_PADDED, V_PADDED, PAGES_PER_TILE, SPLIT_Q, CAPPED, MMA),
+    )
 
-    top, total, acc = empty_state(ROWS, V_PADDED)
-    token = tl.arange(0, PAGES * 32)
-    page_of, row = token // 32, token % 32
-
-    last8 = tl.minimum(last, count8)
-    for page in range(first, last8, PAGES):
-        k, v, _, live = load_tile(
-            k8,
-            v8,
-            ids8,
-            pos8,
-            first8 + page + page_of,
-            page + page_of < last8,
-            row,
-            begin,
-            stop,
-            k8_page,
-            v8_page,
-            head,
-            True,
-            DIM,
-            V_DIM,
-            DIM_PADDED,
-            V_PADDED,
-            MMA,
-        )
-        top, total, acc = attend(
-            top, total, acc, q, q_low, k, v, live[None, :], scale, logit_cap, SPLIT_Q, CAPPED
-        )
-
-    for page in range(tl.maximum(first, count8), last, PAGES):
-        k, v, _, live = load_tile(
-            k16,
-            v16,
-            ids16,
-            pos16,
-            first16 + page - count8 + page_of,
-            page + page_of < last,
-            row,
-            begin,
-            stop,
-            k16_page,
-            v16_page,
-            head,
-            False,
-            DIM,
-            V_DIM,
-            DIM_PADDED,
-            V_PADDED,
-            MMA,
-        )
-        top, total, acc = attend(
-            top, total, acc, q, q_low, k, v, live[None, :], scale, logit_cap, SPLIT_Q, CAPPED
-        )
-
-    slot = (item * KV_HEADS + head) * GROUPED + query_row
-    held = query_row < GROUPED
-    tl.store(maxima + slot, top, mask=held)
-    tl.store(sums + slot, total, mask=held)
+    state_max, state_sum, state_out = state
+    slot = (item * KV_HEADS + kv_head) * GQA_GROUP_SIZE + row
+    stored = row < GQA_GROUP_SIZE
+    tl.store(partial_max + slot, state_max, mask=stored)
+    tl.store(partial_sum + slot, state_sum, mask=stored)
     v_column = tl.arange(0, V_PADDED)
     tl.store(
-        out + slot[:, None] * V_DIM + v_column[None, :],
-        acc,
-        mask=held[:, None] & (v_column < V_DIM)[None, :],
+        partial_out + slot[:, None] * V_DIM + v_column[None, :],
+        state_out,
+        mask=stored[:, None] & (v_column < V_DIM)[None, :],
     )
 
 
@@ -157,10 +124,10 @@ class DecodePlan:
     def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
         self._kv = kv
         self._table = table
-        self._heads = heads
-        self._window = sliding_window
+        self._gqa_group_size = heads // kv.kv_heads
+        self._sliding_window = sliding_window
         self._schedule = Schedule(table, kv.kv_heads)
-        self._states = PartialStates(self._schedule.bound, heads, kv.v_head_dim, kv.device)
+        self._states = PartialStates(self._schedule.max_items, heads, kv.v_head_dim, kv.device)
 
     def refresh(self) -> None:
         self._schedule.update()
@@ -172,25 +139,25 @@ class DecodePlan:
         self._states.merge(self._schedule, out)
 
     def _attend(self, q: torch.Tensor, layer: int, scale: float, logit_cap: float) -> None:
-        """Fills the states; q's last dimension is contiguous."""
+        """Writes the partial states. The last dimension of q is contiguous."""
         kv, table, schedule, states = self._kv, self._table, self._schedule, self._states
-        k8, v8, k16, v16 = kv.k_bfp8[layer], kv.v_bfp8[layer], kv.k_bf16[layer], kv.v_bf16[layer]
-        grouped = self._heads // kv.kv_heads
-        _partial[(schedule.bound, kv.kv_heads)](
-            *(q, states.partial, states.maxima, states.sums, k8, v8, k16, v16),
-            *(table.bfp8_indices, table.bfp8_pos, table.bfp8_indptr),
-            *(table.bf16_indices, table.bf16_pos, table.bf16_indptr),
-            *(table.seq_lens, schedule.item_request, schedule.item_start, table.batch_size),
-            *(self._window, scale, logit_cap, q.stride(0), q.stride(1)),
-            *(k8.stride(0), v8.stride(0), k16.stride(0), v16.stride(0)),
+        k_bfp8, v_bfp8 = kv.k_bfp8[layer], kv.v_bfp8[layer]
+        k_bf16, v_bf16 = kv.k_bf16[layer], kv.v_bf16[layer]
+        _partial[(schedule.max_items, kv.kv_heads)](
+            *(q, states.out, states.max, states.sum, k_bfp8, v_bfp8, k_bf16, v_bf16),
+            *(table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
+            *(table.bf16_indptr, table.bf16_indices, table.bf16_pos, table.seq_lens),
+            *(schedule.item_indptr, schedule.item_request, table.batch_size),
+            *(self._sliding_window, scale, logit_cap, q.stride(0), q.stride(1)),
+            *(k_bfp8.stride(0), v_bfp8.stride(0), k_bf16.stride(0), v_bf16.stride(0)),
             KV_HEADS=kv.kv_heads,
-            GROUPED=grouped,
+            GQA_GROUP_SIZE=self._gqa_group_size,
             DIM=kv.head_dim,
             V_DIM=kv.v_head_dim,
             DIM_PADDED=triton.next_power_of_2(kv.head_dim),
             V_PADDED=triton.next_power_of_2(kv.v_head_dim),
-            ROWS=max(ROWS, triton.next_power_of_2(grouped)),
-            PAGES=PAGES_A_TILE,
+            ROWS=max(MIN_ROWS, triton.next_power_of_2(self._gqa_group_size)),
+            PAGES_PER_TILE=PAGES_PER_TILE,
             SPLIT_Q=q.dtype != torch.bfloat16,
             CAPPED=logit_cap > 0,
             MMA=mma_type(kv.device),

@@ -1,25 +1,27 @@
 """Page tables on a GPU in tensors that stay where they are, made without waiting for it."""
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from hma_kernels.layout import IDS_PER_SLAB, PAGE
+from hma_kernels import layout
 from hma_kernels.paged import PageTable
-from hma_kernels.triton.pages import bf16_index
+from hma_kernels.triton.layout import IDS_PER_SLAB, PAGE, bf16_index
 
 BLOCK = 128
 
 
 @triton.jit
-def _page_formats(slots, slab_is_bf16, index, count, PAGE: tl.constexpr, SLAB: tl.constexpr):
-    """Page ids, and 1 where a page is BF16, of a request's pages `index`; 0 beyond `count`."""
-    live = index < count
-    page = tl.load(slots + index * PAGE, mask=live, other=0).to(tl.int64) // PAGE
-    is16 = tl.load(slab_is_bf16 + page // SLAB, mask=live, other=0).to(tl.int64)
-    return page, is16, live
+def _load_pages(slots, slab_is_bf16, index, pages):
+    """Of pages `index` of a request: the page id, whether it is BF16 (int64 0 or 1), and whether
+    index < pages, else 0."""
+    valid = index < pages
+    page = tl.load(slots + index * PAGE, mask=valid, other=0).to(tl.int64) // PAGE
+    is_bf16 = tl.load(slab_is_bf16 + page // IDS_PER_SLAB, mask=valid, other=0).to(tl.int64)
+    return page, is_bf16, valid
 
 
 @triton.jit
@@ -28,27 +30,28 @@ def _count(
     rows,
     seq_lens,
     slab_is_bf16,
-    lengths,
-    counts,
+    table_seq_lens,
+    page_counts,
     row_stride,
-    batch,
-    PAGE: tl.constexpr,
-    SLAB: tl.constexpr,
+    batch_size,
     BLOCK: tl.constexpr,
 ):
-    """One program a request: how many pages of each format it has."""
+    """One program a request: how many pages of each format it has.
+
+    page_counts: [2 * batch_size], all BFP8 counts before the BF16 counts.
+    """
     request = tl.program_id(0)
-    length = tl.load(seq_lens + request).to(tl.int64)
-    pages = (length + PAGE - 1) // PAGE
+    seq_len = tl.load(seq_lens + request).to(tl.int64)
+    pages = (seq_len + PAGE - 1) // PAGE
     slots = req_to_token + tl.load(rows + request).to(tl.int64) * row_stride
-    found = tl.zeros([], tl.int64)
+    bf16_pages = tl.zeros([], tl.int64)
     for first in range(0, pages, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        _, is16, _ = _page_formats(slots, slab_is_bf16, index, pages, PAGE, SLAB)
-        found += tl.sum(is16, 0)
-    tl.store(lengths + request, length)
-    tl.store(counts + request, pages - found)
-    tl.store(counts + batch + request, found)
+        _, is_bf16, _ = _load_pages(slots, slab_is_bf16, index, pages)
+        bf16_pages += tl.sum(is_bf16, 0)
+    tl.store(table_seq_lens + request, seq_len)
+    tl.store(page_counts + request, pages - bf16_pages)
+    tl.store(page_counts + batch_size + request, bf16_pages)
 
 
 @triton.jit
@@ -56,47 +59,46 @@ def _place(
     req_to_token,
     rows,
     slab_is_bf16,
-    counts,
-    start8,
-    ids8,
-    pos8,
-    start16,
-    ids16,
-    pos16,
+    page_counts,
+    bfp8_indptr,
+    bfp8_indices,
+    bfp8_pos,
+    bf16_indptr,
+    bf16_indices,
+    bf16_pos,
     row_stride,
-    batch,
-    PAGE: tl.constexpr,
-    SLAB: tl.constexpr,
-    BATCH: tl.constexpr,
+    batch_size,
+    BATCH_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a request: its entries in both lists, behind those of the requests before."""
+    """One program a request: its entries of both formats, behind those of the requests before."""
     request = tl.program_id(0)
-    each = tl.arange(0, BATCH)
+    each = tl.arange(0, BATCH_PADDED)
     before = each < request
-    at8 = tl.sum(tl.load(counts + each, mask=before, other=0), 0)
-    at16 = tl.sum(tl.load(counts + batch + each, mask=before, other=0), 0)
-    count8, count16 = tl.load(counts + request), tl.load(counts + batch + request)
-    tl.store(start8 + request, at8)
-    tl.store(start16 + request, at16)
-    if request == batch - 1:
-        tl.store(start8 + batch, at8 + count8)
-        tl.store(start16 + batch, at16 + count16)
-    pages = count8 + count16
+    bfp8_end = tl.sum(tl.load(page_counts + each, mask=before, other=0), 0)
+    bf16_end = tl.sum(tl.load(page_counts + batch_size + each, mask=before, other=0), 0)
+    bfp8_pages = tl.load(page_counts + request)
+    bf16_pages = tl.load(page_counts + batch_size + request)
+    tl.store(bfp8_indptr + request, bfp8_end)
+    tl.store(bf16_indptr + request, bf16_end)
+    if request == batch_size - 1:
+        tl.store(bfp8_indptr + batch_size, bfp8_end + bfp8_pages)
+        tl.store(bf16_indptr + batch_size, bf16_end + bf16_pages)
+    pages = bfp8_pages + bf16_pages
     slots = req_to_token + tl.load(rows + request).to(tl.int64) * row_stride
     for first in range(0, pages, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        page, is16, live = _page_formats(slots, slab_is_bf16, index, pages, PAGE, SLAB)
-        is8 = tl.where(live, 1 - is16, 0)
-        to8 = at8 + tl.cumsum(is8, 0) - 1
-        to16 = at16 + tl.cumsum(is16, 0) - 1
+        page, is_bf16, valid = _load_pages(slots, slab_is_bf16, index, pages)
+        is_bfp8 = tl.where(valid, 1 - is_bf16, 0)
+        bfp8_entry = bfp8_end + tl.cumsum(is_bfp8, 0) - 1
+        bf16_entry = bf16_end + tl.cumsum(is_bf16, 0) - 1
         position = index.to(tl.int64) * PAGE
-        tl.store(ids8 + to8, page, mask=is8 != 0)
-        tl.store(pos8 + to8, position, mask=is8 != 0)
-        tl.store(ids16 + to16, bf16_index(page), mask=is16 != 0)
-        tl.store(pos16 + to16, position, mask=is16 != 0)
-        at8 += tl.sum(is8, 0)
-        at16 += tl.sum(is16, 0)
+        tl.store(bfp8_indices + bfp8_entry, page, mask=is_bfp8 != 0)
+        tl.store(bfp8_pos + bfp8_entry, position, mask=is_bfp8 != 0)
+        tl.store(bf16_indices + bf16_entry, bf16_index(page), mask=is_bf16 != 0)
+        tl.store(bf16_pos + bf16_entry, position, mask=is_bf16 != 0)
+        bfp8_end += tl.sum(is_bfp8, 0)
+        bf16_end += tl.sum(is_bf16, 0)
 
 
 class StaticPageTables:
@@ -116,43 +118,46 @@ class StaticPageTables:
         self._req_to_token = req_to_token
         self._slab_is_bf16 = slab_is_bf16
         device = req_to_token.device
-        pages = max_batch * -(-max_tokens // PAGE)
+        max_pages = max_batch * -(-max_tokens // layout.PAGE)
 
         def room(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.int64, device=device)
 
-        self._counts = room(2 * max_batch)
-        self._seq_lens = room(max_batch)
-        self._starts = room(max_batch + 1), room(max_batch + 1)
-        self._lists = tuple(room(pages) for _ in range(4))
+        self._page_counts = room(2 * max_batch)
+        self._largest = PageTable(
+            bfp8_indptr=room(max_batch + 1),
+            bfp8_indices=room(max_pages),
+            bfp8_pos=room(max_pages),
+            bf16_indptr=room(max_batch + 1),
+            bf16_indices=room(max_pages),
+            bf16_pos=room(max_pages),
+            seq_lens=room(max_batch),
+        )
         self._table = cache(self._make_table)
 
-    def _make_table(self, batch: int) -> PageTable:
-        (start8, start16), (ids8, pos8, ids16, pos16) = self._starts, self._lists
-        return PageTable(
-            *(start8[: batch + 1], ids8, pos8, start16[: batch + 1], ids16, pos16),
-            self._seq_lens[:batch],
+    def _make_table(self, batch_size: int) -> PageTable:
+        return replace(
+            self._largest,
+            bfp8_indptr=self._largest.bfp8_indptr[: batch_size + 1],
+            bf16_indptr=self._largest.bf16_indptr[: batch_size + 1],
+            seq_lens=self._largest.seq_lens[:batch_size],
         )
 
     def fill(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> PageTable:
         """rows, seq_lens: [B] on the GPU. Only enqueues."""
-        batch = len(rows)
+        batch_size, table = len(rows), self._largest
         slots, formats = self._req_to_token, self._slab_is_bf16
-        (start8, start16), (ids8, pos8, ids16, pos16) = self._starts, self._lists
-        _count[(batch,)](
-            *(slots, rows, seq_lens, formats, self._seq_lens, self._counts),
-            *(slots.stride(0), batch),
-            PAGE=PAGE,
-            SLAB=IDS_PER_SLAB,
+        _count[(batch_size,)](
+            *(slots, rows, seq_lens, formats, table.seq_lens, self._page_counts),
+            *(slots.stride(0), batch_size),
             BLOCK=BLOCK,
         )
-        _place[(batch,)](
-            *(slots, rows, formats, self._counts),
-            *(start8, ids8, pos8, start16, ids16, pos16),
-            *(slots.stride(0), batch),
-            PAGE=PAGE,
-            SLAB=IDS_PER_SLAB,
-            BATCH=triton.next_power_of_2(batch),
+        _place[(batch_size,)](
+            *(slots, rows, formats, self._page_counts),
+            *(table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
+            *(table.bf16_indptr, table.bf16_indices, table.bf16_pos),
+            *(slots.stride(0), batch_size),
+            BATCH_PADDED=triton.next_power_of_2(batch_size),
             BLOCK=BLOCK,
         )
-        return self._table(batch)
+        return self._table(batch_size)

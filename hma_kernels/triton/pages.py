@@ -1,47 +1,22 @@
-"""BFP8 bytes and pages of either format as tiles of values in registers.
-
-Offsets within a strip of tiles (hma_kernels/layout.py) are a part that depends on the row and one
-that depends on the column.
-"""
+"""Rows of BFP8 and BF16 pages as tiles of values in registers."""
 
 import triton
 import triton.language as tl
 
-from hma_kernels import layout
-
-GROUP = tl.constexpr(layout.GROUP)
-IDS_PER_SLAB = tl.constexpr(layout.IDS_PER_SLAB)
-BF16_PAGES_PER_SLAB = tl.constexpr(layout.BF16_PAGES_PER_SLAB)
-
-
-@triton.jit
-def bf16_index(page):
-    """layout.bf16_index, for page ids in registers."""
-    return page // IDS_PER_SLAB * BF16_PAGES_PER_SLAB + page % IDS_PER_SLAB
-
-
-@triton.jit
-def data_of_row(row):
-    return 64 + row // 16 * 512 + row % 16 * 16
+from hma_kernels.triton.layout import (
+    GROUP,
+    PAGE,
+    TILE,
+    TILE_BYTES,
+    data_of_column,
+    data_of_row,
+    exponent_of_group,
+    exponent_of_row,
+)
 
 
 @triton.jit
-def data_of_column(column):
-    return column // 32 * 1088 + column // 16 % 2 * 256 + column % 16
-
-
-@triton.jit
-def exponent_of_row(row):
-    return row // 16 * 32 + row % 16
-
-
-@triton.jit
-def exponent_of_group(group):
-    return group // 2 * 1088 + group % 2 * 16
-
-
-@triton.jit
-def bfp8_value(byte, exponent):
+def dequantize(byte, exponent):
     """float32 of data bytes and their shared exponents E: +-q * 2^(E-133), by the format's rule at
     both ends of the range. q becomes a float by its bits, and E is added to its exponent."""
     q = (byte & 0x7F).to(tl.int32)
@@ -54,41 +29,52 @@ def bfp8_value(byte, exponent):
 
 
 @triton.jit
-def load_bfp8(pages, page_offset, row, live, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Token rows as float32 [N, PADDED]; zeros where not live and beyond DIM.
+def load_bfp8(pages, page_offset, row, valid, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Token rows as float32 [N, PADDED]; zeros where not valid and beyond DIM.
 
     page_offset [N]: bytes from `pages` to the row's page of one KV head; row [N]: 0..31.
     """
     column = tl.arange(0, PADDED)
     byte = tl.load(
         pages + (page_offset + data_of_row(row))[:, None] + data_of_column(column)[None, :],
-        mask=live[:, None] & (column < DIM)[None, :],
+        mask=valid[:, None] & (column < DIM)[None, :],
         other=0,
     )
     group = tl.arange(0, PADDED // GROUP)
     exponent = tl.load(
         pages + (page_offset + exponent_of_row(row))[:, None] + exponent_of_group(group)[None, :],
-        mask=live[:, None] & (group * GROUP < DIM)[None, :],
+        mask=valid[:, None] & (group * GROUP < DIM)[None, :],
         other=0,
     )
-    each = exponent[:, :, None].broadcast_to(exponent.shape[0], PADDED // GROUP, GROUP)
-    return bfp8_value(byte, each.reshape(exponent.shape[0], PADDED))
+    per_value = exponent[:, :, None].broadcast_to(exponent.shape[0], PADDED // GROUP, GROUP)
+    return dequantize(byte, per_value.reshape(exponent.shape[0], PADDED))
+
+
+@triton.jit
+def load_bf16(pages, page_offset, row, valid, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """As load_bfp8, but bfloat16; page_offset in elements."""
+    column = tl.arange(0, PADDED)
+    return tl.load(
+        pages + (page_offset + row * DIM)[:, None] + column[None, :],
+        mask=valid[:, None] & (column < DIM)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
 def load_tile(
     k_pages,
     v_pages,
-    ids,
-    positions,
-    at,
-    listed,
+    indices,
+    pos,
+    entry,
+    has_entry,
     row,
     begin,
-    stop,
-    k_page,
-    v_page,
-    head,
+    end,
+    k_page_stride,
+    v_page_stride,
+    kv_head,
     BFP8: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -96,33 +82,24 @@ def load_tile(
     V_PADDED: tl.constexpr,
     MMA: tl.constexpr,
 ):
-    """K and V [N, PADDED] of some pages' rows in one KV head, with their positions [N] and which of
-    them lie in begin..stop-1; the others are zeros and are not read.
+    """K and V [N, PADDED] of N page rows in one KV head, their positions [N], and which of them lie
+    in begin..end-1: the others are zeros and are not read.
 
-    at [N]: the row's page in the lists `ids` and `positions`; listed [N]: whether it is in them.
+    entry [N]: index into the page table's `indices` and `pos`; has_entry [N]: whether it is within
+    the request's entries.
     """
-    position = tl.load(positions + at, mask=listed, other=0) + row
-    live = listed & (position >= begin) & (position < stop)
-    page = tl.load(ids + at, mask=live, other=0)
+    position = tl.load(pos + entry, mask=has_entry, other=0) + row
+    valid = has_entry & (position >= begin) & (position < end)
+    page = tl.load(indices + entry, mask=valid, other=0)
+    k_offset, v_offset = page * k_page_stride, page * v_page_stride
     if BFP8:
-        k = load_bfp8(
-            k_pages, page * k_page + head * (DIM // 32 * 1088), row, live, DIM, DIM_PADDED
-        )
-        v = load_bfp8(
-            v_pages, page * v_page + head * (V_DIM // 32 * 1088), row, live, V_DIM, V_PADDED
-        )
+        k_offset += kv_head * (DIM // TILE * TILE_BYTES)
+        v_offset += kv_head * (V_DIM // TILE * TILE_BYTES)
+        k = load_bfp8(k_pages, k_offset, row, valid, DIM, DIM_PADDED)
+        v = load_bfp8(v_pages, v_offset, row, valid, V_DIM, V_PADDED)
     else:
-        k = load_bf16(k_pages, page * k_page + head * (32 * DIM), row, live, DIM, DIM_PADDED)
-        v = load_bf16(v_pages, page * v_page + head * (32 * V_DIM), row, live, V_DIM, V_PADDED)
-    return k.to(MMA), v.to(MMA), position, live
-
-
-@triton.jit
-def load_bf16(pages, page_offset, row, live, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """As load_bfp8, but bfloat16; page_offset in elements."""
-    column = tl.arange(0, PADDED)
-    return tl.load(
-        pages + (page_offset + row * DIM)[:, None] + column[None, :],
-        mask=live[:, None] & (column < DIM)[None, :],
-        other=0.0,
-    )
+        k_offset += kv_head * (PAGE * DIM)
+        v_offset += kv_head * (PAGE * V_DIM)
+        k = load_bf16(k_pages, k_offset, row, valid, DIM, DIM_PADDED)
+        v = load_bf16(v_pages, v_offset, row, valid, V_DIM, V_PADDED)
+    return k.to(MMA), v.to(MMA), position, valid

@@ -1,11 +1,10 @@
-"""Generated rows into BF16 pages on a GPU: one kernel for K and V, from SGLang's slots."""
+"""Writes generated rows into BF16 pages on a GPU: one kernel for K and V."""
 
 import torch
 import triton
 import triton.language as tl
 
-from hma_kernels.layout import PAGE
-from hma_kernels.triton.pages import bf16_index
+from hma_kernels.triton.layout import PAGE, bf16_index
 
 
 @triton.jit
@@ -24,8 +23,8 @@ def _store(
     V_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     V_PADDED: tl.constexpr,
-    PAGE: tl.constexpr,
 ):
+    """One program a token and KV head."""
     token, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + token).to(tl.int64)
     page = slot // PAGE
@@ -45,8 +44,8 @@ def store_generated(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
 ) -> None:
-    """slots: [n], no BF16 slot twice. k, v: [n, heads, dim], the last dimension contiguous.
-    k_pages, v_pages: bfloat16 [pages, heads, 32, dim], contiguous."""
+    """slots: [n], SGLang's: page id * 32 + row, no BF16 slot twice. k, v: [n, heads, dim], the last
+    dimension contiguous. k_pages, v_pages: bfloat16 [pages, heads, 32, dim], contiguous."""
     k, v = k.to(torch.bfloat16), v.to(torch.bfloat16)
     count, heads, dim = k.shape
     v_dim = v.shape[2]
@@ -58,5 +57,4 @@ def store_generated(
             V_DIM=v_dim,
             DIM_PADDED=triton.next_power_of_2(dim),
             V_PADDED=triton.next_power_of_2(v_dim),
-            PAGE=PAGE,
         )

@@ -1,7 +1,7 @@
 """The accumulators of XXH3 over blocks of GPU memory; the algorithm is in portable/xxh3.py.
 
-A block's chunks depend on each other, so blocks run in parallel: one warp takes BLOCKS_A_WARP of
-them, 8 lanes each.
+The chunks of a block depend on each other, so only blocks run in parallel: one warp takes
+BLOCKS_PER_WARP of them, 8 lanes each.
 """
 
 import functools
@@ -10,42 +10,53 @@ import torch
 import triton
 import triton.language as tl
 
-from hma_kernels.portable.xxh3 import KEYS, START, Addresses, Words
+from hma_kernels.portable import xxh3
+from hma_kernels.portable.xxh3 import Addresses, Words
 
-BLOCKS_A_WARP = 4
+BLOCKS_PER_WARP = 4
+
+STRIPE = tl.constexpr(xxh3.STRIPE)
+STRIPES = tl.constexpr(xxh3.STRIPES)
+CHUNK = tl.constexpr(xxh3.CHUNK)
+LANES = tl.constexpr(8)  # 64-bit accumulators of a block, and words of a stripe
+PRIME32_1 = tl.constexpr(xxh3.PRIME32_1)
 
 
 @triton.jit
-def _stripe(acc, base, keys, word, row, live):
-    lane = tl.arange(0, 8)
-    data = tl.load(base[:, None] + (word + lane)[None, :], mask=live[:, None], other=0)
-    swapped = tl.load(base[:, None] + (word + (lane ^ 1))[None, :], mask=live[:, None], other=0)
-    key = data ^ tl.load(keys + row * 8 + lane)[None, :]
+def _stripe(acc, base, keys, word, key_row, valid):
+    """The accumulators [BLOCKS, 8] after the stripe that begins at `word` of each block."""
+    lane = tl.arange(0, LANES)
+    data = tl.load(base[:, None] + (lane + word)[None, :], mask=valid[:, None], other=0)
+    swapped = tl.load(base[:, None] + ((lane ^ 1) + word)[None, :], mask=valid[:, None], other=0)
+    key = data ^ tl.load(keys + key_row * LANES + lane)[None, :]
     return acc + swapped + (key & 0xFFFFFFFF) * (key >> 32)
 
 
 @triton.jit
 def _accumulate(addresses, keys, start, out, count, LENGTH: tl.constexpr, BLOCKS: tl.constexpr):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    live = block < count
-    lane = tl.arange(0, 8)
-    base = tl.load(addresses + block, mask=live, other=0).to(tl.pointer_type(tl.uint64))
-    acc = tl.zeros([BLOCKS, 8], dtype=tl.uint64) + tl.load(start + lane)[None, :]
-    CHUNKS: tl.constexpr = (LENGTH - 1) // 1024
-    REST: tl.constexpr = (LENGTH - 1 - CHUNKS * 1024) // 64
+    valid = block < count
+    lane = tl.arange(0, LANES)
+    base = tl.load(addresses + block, mask=valid, other=0).to(tl.pointer_type(tl.uint64))
+    acc = tl.zeros([BLOCKS, LANES], dtype=tl.uint64) + tl.load(start + lane)[None, :]
+    CHUNKS: tl.constexpr = (LENGTH - 1) // CHUNK
+    REST: tl.constexpr = (LENGTH - 1 - CHUNKS * CHUNK) // STRIPE
     for chunk in range(CHUNKS):
-        for stripe in tl.static_range(16):
-            acc = _stripe(acc, base, keys, chunk * 128 + stripe * 8, stripe, live)
-        acc = (acc ^ (acc >> 47) ^ tl.load(keys + 16 * 8 + lane)[None, :]) * 0x9E3779B1
+        for stripe in tl.static_range(STRIPES):
+            word = chunk * (CHUNK // 8) + stripe * LANES
+            acc = _stripe(acc, base, keys, word, stripe, valid)
+        scramble = tl.load(keys + STRIPES * LANES + lane)[None, :]
+        acc = (acc ^ (acc >> 47) ^ scramble) * PRIME32_1
     for stripe in tl.static_range(REST):
-        acc = _stripe(acc, base, keys, CHUNKS * 128 + stripe * 8, stripe, live)
-    acc = _stripe(acc, base, keys, (LENGTH - 64) // 8, 17, live)
-    tl.store(out + (block * 8)[:, None] + lane[None, :], acc, mask=live[:, None])
+        word = CHUNKS * (CHUNK // 8) + stripe * LANES
+        acc = _stripe(acc, base, keys, word, stripe, valid)
+    acc = _stripe(acc, base, keys, (LENGTH - STRIPE) // 8, STRIPES + 1, valid)
+    tl.store(out + (block * LANES)[:, None] + lane[None, :], acc, mask=valid[:, None])
 
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(KEYS).to(device), torch.from_numpy(START).to(device)
+    return torch.from_numpy(xxh3.KEYS).to(device), torch.from_numpy(xxh3.START).to(device)
 
 
 def accumulate(addresses: Addresses, length: int, device: torch.device) -> Words:
@@ -53,9 +64,9 @@ def accumulate(addresses: Addresses, length: int, device: torch.device) -> Words
     keys, start = _tables(device)
     where = torch.from_numpy(addresses).to(device)
     out = torch.empty((len(addresses), 8), dtype=torch.uint64, device=device)
-    grid = (triton.cdiv(len(addresses), BLOCKS_A_WARP),)
+    grid = (triton.cdiv(len(addresses), BLOCKS_PER_WARP),)
     _accumulate[grid](
-        where, keys, start, out, len(addresses), LENGTH=length, BLOCKS=BLOCKS_A_WARP, num_warps=1
+        where, keys, start, out, len(addresses), LENGTH=length, BLOCKS=BLOCKS_PER_WARP, num_warps=1
     )
     words: Words = out.cpu().numpy()
     return words

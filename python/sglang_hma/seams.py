@@ -121,13 +121,6 @@ SEAMS = (
         "prefill, decode",
     ),
     Seam(
-        "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue",
-        "tells the sender of the allocator's page holds, once both exist",
-        _from("transfer.prefill.queue", "HmaPrefillBootstrapQueue"),
-        lambda config: config.sends_early,
-        "prefill, unless `--hma-layers-per-send all`",
-    ),
-    Seam(
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         "before a prefill batch runs, its requests' pages are queued behind a gate that the pool "
         "completes layer by layer; the gate ends with the forward, whatever happens",

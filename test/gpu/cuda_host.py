@@ -21,14 +21,17 @@ def folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="hma-cuda-on-host-"))
 
 
+def compile_on_host(source: Path, *options: str) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    includes = ("-I", str(SHIM), "-I", str(SOURCES / "include"))
+    subprocess.run([compiler, *FLAGS, *includes, *options, "-x", "c++", str(source)], check=True)
+
+
 @functools.cache
 def library(instance: Instance) -> DecodeLibrary:
     target = folder() / f"{instance.name}.so"
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    includes = ("-I", str(SHIM), "-I", str(SOURCES / "include"))
-    command = [compiler, *FLAGS, *SANITIZE, *includes, *instance.macros()]
-    source = str(SOURCES / "decode.cu")
-    subprocess.run([*command, "-x", "c++", source, "-o", str(target)], check=True)
+    options = (*SANITIZE, *instance.macros(), "-o", str(target))
+    compile_on_host(SOURCES / "decode.cu", *options)
     return DecodeLibrary(target)
 
 

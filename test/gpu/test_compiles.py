@@ -1,13 +1,17 @@
 """Every kernel compiles to machine code for the GPUs that it is meant for, without one."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cuda_host import compile_on_host
 
+from hma_kernels import layout
 from hma_kernels.cuda import build
+from hma_kernels.cuda.library import DecodeParams, PagedKVParams
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 
@@ -51,3 +55,19 @@ def test_cuda_compiles(
     made = path.stat().st_mtime_ns
     assert build.build(instance, architecture) == path
     assert path.stat().st_mtime_ns == made  # once
+
+
+def test_cuda_constants_and_structs_are_those_of_python(tmp_path: Path) -> None:
+    names = ("TILE", "GROUP", "FACE", "PAGE", "EXPONENT_BYTES", "TILE_BYTES")
+    claims = [f"hma::{name} == {getattr(layout, name)}" for name in names]
+    claims.append(f"hma::HEADS_PER_TILE == {build.HEADS_PER_TILE}")
+    for struct in (PagedKVParams, DecodeParams):
+        full_name = f"hma::{struct.__name__}"
+        claims.append(f"sizeof({full_name}) == {ctypes.sizeof(struct)}")
+        for name, _ in struct._fields_:
+            offset = getattr(struct, name).offset
+            claims.append(f"offsetof({full_name}, {name}) == {offset}")
+    source = tmp_path / "claims.cpp"
+    lines = ["#include <hma/attention.cuh>", "#include <cstddef>"]
+    source.write_text("\n".join([*lines, *(f"static_assert({claim});" for claim in claims), ""]))
+    compile_on_host(source, "-fsyntax-only")

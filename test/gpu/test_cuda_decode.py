@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_host import eager_copies, library
-from kernel_cases import Cache, Spec, random_cache
+from kernel_cases import Cache, Spec, empty_table, random_cache
 from test_triton_decode import check_against_reference, to
 
 from hma_kernels.cuda import probe
@@ -16,13 +16,13 @@ from hma_kernels.paged import PagedKV, PageTable
 
 
 def compiled(
-    kv: PagedKV, grouped: int, dtype: torch.dtype, device: torch.device, stages: int = 3
+    kv: PagedKV, gqa_group_size: int, dtype: torch.dtype, device: torch.device, stages: int = 3
 ) -> DecodeLibrary:
     if device.type == "cuda":
-        found = library_for(kv, grouped * kv.kv_heads, dtype)
+        found = library_for(kv, gqa_group_size * kv.kv_heads, dtype)
         assert found is not None, "no CUDA kernel on this GPU: see the log"
         return found
-    return library(instance_for(kv.head_dim, kv.v_head_dim, grouped, dtype, stages=stages))
+    return library(instance_for(kv.head_dim, kv.v_head_dim, gqa_group_size, dtype, stages=stages))
 
 
 def run(
@@ -35,8 +35,8 @@ def run(
     stages: int = 3,
 ) -> torch.Tensor:
     moved = to(cache, device)
-    grouped = q.shape[1] // moved.kv.kv_heads
-    kernel = compiled(moved.kv, grouped, q.dtype, device, stages)
+    gqa_group_size = q.shape[1] // moved.kv.kv_heads
+    kernel = compiled(moved.kv, gqa_group_size, q.dtype, device, stages)
     plan = DecodePlan(moved.kv, moved.table, q.shape[1], window, kernel)
     out = q.new_full((*q.shape[:2], cache.kv.v_head_dim), torch.nan, device=device)
     plan.run(q.to(device), 1, q.shape[2] ** -0.5, cap, out)
@@ -50,13 +50,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "eager"])
-@pytest.mark.parametrize(("dim", "v_dim", "group", "dtype"), SHAPES)
+@pytest.mark.parametrize(("dim", "v_dim", "gqa_group_size", "dtype"), SHAPES)
 def test_equals_reference(
     rng: np.random.Generator,
     device: torch.device,
     dim: int,
     v_dim: int,
-    group: int,
+    gqa_group_size: int,
     dtype: torch.dtype,
     eager: bool,
 ) -> None:
@@ -67,7 +67,7 @@ def test_equals_reference(
     heads = int(rng.integers(1, 3))
     lengths = rng.integers(1, 900, int(rng.integers(1, 4))).tolist()
     cache = random_cache(rng, Spec(lengths, heads, dim, v_dim, magnitude, v_magnitude))
-    q = np.ldexp(rng.standard_normal((len(lengths), heads * group, dim)), -magnitude)
+    q = np.ldexp(rng.standard_normal((len(lengths), heads * gqa_group_size, dim)), -magnitude)
     query = torch.from_numpy(q).to(dtype)
     check_against_reference(
         rng, cache, query, lambda **options: run(cache, query, device, **options)
@@ -87,7 +87,7 @@ def test_nothing_to_see_is_zero(rng: np.random.Generator, device: torch.device) 
     q = torch.from_numpy(rng.standard_normal((3, 8, 64))).bfloat16()
     got = run(cache, q, device)
     assert not got[[0, 2]].any() and got[1].any()
-    assert not run(Cache(cache.kv, PageTable.empty(3)), q, device).any()
+    assert not run(Cache(cache.kv, empty_table(3)), q, device).any()
 
 
 def test_same_bits_from_run_to_run(rng: np.random.Generator, device: torch.device) -> None:

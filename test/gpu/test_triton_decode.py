@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate
-from kernel_cases import Cache, Spec, random_cache
+from kernel_cases import Cache, Spec, empty_table, random_cache
 
-from hma_kernels import PagedKV, PageTable, reference
+from hma_kernels import PagedKV, reference
 from hma_kernels.triton import decode
 
 
@@ -51,11 +51,11 @@ def test_equals_reference(
 ) -> None:
     magnitude = 0 if dtype == torch.float16 else int(rng.choice([0, 0, -60, 60]))
     v_magnitude = 0 if dtype == torch.float16 else int(rng.choice([0, 0, -100, 100]))
-    heads, group = int(rng.integers(1, 3)), int(rng.choice([1, 4, 5, 17]))
+    heads, gqa_group_size = int(rng.integers(1, 3)), int(rng.choice([1, 4, 5, 17]))
     dim, v_dim = (int(d) for d in rng.choice([32, 64, 96, 128, 256], 2))
     lengths = rng.integers(1, 400, int(rng.integers(1, 4))).tolist()
     cache = random_cache(rng, Spec(lengths, heads, dim, v_dim, magnitude, v_magnitude))
-    q = np.ldexp(rng.standard_normal((len(lengths), heads * group, dim)), -magnitude)
+    q = np.ldexp(rng.standard_normal((len(lengths), heads * gqa_group_size, dim)), -magnitude)
     query = torch.from_numpy(q).to(dtype)
     check_against_reference(
         rng, cache, query, lambda **options: run(cache, query, device, **options)
@@ -67,7 +67,7 @@ def test_nothing_to_see_is_zero(rng: np.random.Generator, device: torch.device) 
     q = torch.from_numpy(rng.standard_normal((3, 2, 32))).bfloat16()
     got = run(cache, q, device)
     assert not got[[0, 2]].any() and got[1].any()
-    empty = Cache(cache.kv, PageTable.empty(3))
+    empty = Cache(cache.kv, empty_table(3))
     assert not run(empty, q, device).any()
 
 

@@ -21,8 +21,10 @@ def test_equals_reference(
     trial: int,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(prefill, "ROWS", int(rng.choice([16, 32])))  # several blocks a request
-    heads, group = int(rng.integers(1, 3)), int(rng.choice([1, 2, 3]))
+    monkeypatch.setattr(
+        prefill, "ROWS_PER_BLOCK", int(rng.choice([16, 32]))
+    )  # several blocks a request
+    heads, gqa_group_size = int(rng.integers(1, 3)), int(rng.choice([1, 2, 3]))
     dim, v_dim = (int(d) for d in rng.choice([32, 64, 96], 2))
     batch = int(rng.integers(1, 4))
     prefixes = (rng.integers(0, 5, batch) * PAGE - rng.integers(0, 2, batch)).clip(0).tolist()
@@ -33,7 +35,7 @@ def test_equals_reference(
     def normal(count: int, width: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal((rows, count, width), np.float32))
 
-    q = normal(heads * group, dim).to(dtype)
+    q = normal(heads * gqa_group_size, dim).to(dtype)
     k, v = (bfp8_round(normal(heads, width)).to(dtype) for width in (dim, v_dim))
     options = {
         "scale": dim**-0.5,
@@ -41,7 +43,7 @@ def test_equals_reference(
         "sliding_window": int(rng.choice([-1, -1, 0, 9, 50])),
     }
     moved = to(cache, device)
-    out = torch.full((rows, heads * group, v_dim), torch.nan, dtype=dtype, device=device)
+    out = torch.full((rows, heads * gqa_group_size, v_dim), torch.nan, dtype=dtype, device=device)
     if rows:
         prefill.extend(
             ExtendCall(

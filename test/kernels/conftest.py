@@ -19,7 +19,7 @@ import hma_kernels.portable
 from hma_kernels import implementation
 
 if extension := os.environ.get("HMA_TEST_EXTENSION"):
-    # Another build of the C++ kernels than the installed one: scripts/sanitize.sh.
+    # Another build of the C++ kernels than the installed one: scripts/sanitize.sh, emulate.sh.
     spec = importlib.util.spec_from_file_location("hma_kernels.cpu._ext", extension)
     assert spec and spec.loader
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)

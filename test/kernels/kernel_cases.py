@@ -47,6 +47,13 @@ class Cache:
         )
 
 
+def empty_table(batch_size: int) -> PageTable:
+    """The table of requests that have no page and no token."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    zeros = torch.zeros(batch_size + 1, dtype=torch.int64)
+    return PageTable(zeros, nothing, nothing, zeros, nothing, nothing, zeros[:batch_size])
+
+
 def random_cache(rng: np.random.Generator, spec: Spec) -> Cache:
     """Pages in random order and of random format; sometimes one page more than the tokens need."""
     entries: dict[str, list[list[tuple[int, int]]]] = {"bfp8": [], "bf16": []}
@@ -54,16 +61,16 @@ def random_cache(rng: np.random.Generator, spec: Spec) -> Cache:
     for length in spec.lengths:
         pages = -(-length // PAGE) + int(rng.random() < 0.2)
         formats = rng.choice(["bfp8", "bf16"], pages)
-        for name, lists in entries.items():
+        for name, per_request in entries.items():
             pos = rng.permutation(np.flatnonzero(formats == name) * PAGE)
-            lists.append([(counts[name] + i, int(p)) for i, p in enumerate(pos)])
+            per_request.append([(counts[name] + i, int(p)) for i, p in enumerate(pos)])
             counts[name] += len(pos)
 
     fields, owner = {}, {}
-    for name, lists in entries.items():
+    for name, per_request in entries.items():
         place = rng.permutation(counts[name] + 3)
-        flat = [(int(place[i]), pos) for own in lists for i, pos in own]
-        sizes = [len(own) for own in lists]
+        flat = [(int(place[i]), pos) for own in per_request for i, pos in own]
+        sizes = [len(own) for own in per_request]
         fields[f"{name}_indptr"] = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int64)
         fields[f"{name}_indices"] = torch.tensor([p for p, _ in flat], dtype=torch.int64)
         fields[f"{name}_pos"] = torch.tensor([pos for _, pos in flat], dtype=torch.int64)

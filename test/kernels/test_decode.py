@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import Cache, Spec
+from kernel_cases import Cache, Spec, empty_table
 
 from hma_kernels import DecodePlan, PagedKV, PageTable, reference
 from hma_kernels.portable import attention as portable_attention
@@ -47,11 +47,11 @@ def test_equals_reference(rng, make_cache, assert_near, monkeypatch, trial, dtyp
     v_magnitude = 0 if dtype == torch.float16 else int(rng.choice([0, 0, -100, 100]))
     chunk = int(rng.choice([1, 1 << 16, 1 << 19]))
     monkeypatch.setattr(portable_attention, "_CHUNK_ELEMENTS", chunk)
-    heads, group = int(rng.integers(1, 4)), int(rng.choice([1, 2, 3, 8]))
+    heads, gqa_group_size = int(rng.integers(1, 4)), int(rng.choice([1, 2, 3, 8]))
     dim, v_dim = (int(d) for d in rng.choice(DIMS, 2))
     lengths = rng.integers(1, 150, rng.integers(1, 7)).tolist()
     cache = make_cache(Spec(lengths, heads, dim, v_dim, magnitude, v_magnitude))
-    q = queries(rng, len(lengths), heads * group, dim, magnitude, dtype)
+    q = queries(rng, len(lengths), heads * gqa_group_size, dim, magnitude, dtype)
     options = random_options(rng)
     layer = int(rng.integers(2))
 
@@ -84,15 +84,15 @@ def test_nothing_to_see_is_zero(rng, make_cache):
     q = queries(rng, 3, 2, 32, 0, torch.bfloat16)
     got = run(cache, q, 0, scale=1.0)
     assert not got[[0, 2]].any() and got[1].any()
-    empty = Cache(cache.kv, PageTable.empty(3))
+    empty = Cache(cache.kv, empty_table(3))
     assert not run(empty, q, 0, scale=1.0).any()
-    assert run(Cache(cache.kv, PageTable.empty(0)), q[:0], 0, scale=1.0).shape == (0, 2, 32)
+    assert run(Cache(cache.kv, empty_table(0)), q[:0], 0, scale=1.0).shape == (0, 2, 32)
 
 
 def test_writes_into_out_and_takes_strides(rng, make_cache):
     cache = make_cache(Spec([70, 3], 2, 64, 32))
     q = queries(rng, 4, 4, 64, 0, torch.bfloat16)[::2]
-    out = torch.empty(2, 8, 32, dtype=torch.bfloat16)[:, ::2]
+    out = torch.empty(2, 4, 32, dtype=torch.bfloat16)
     plan = DecodePlan(cache.kv, cache.table, num_q_heads=4)
     assert plan.run(q, 0, scale=0.1, out=out) is out
     assert torch.equal(out, plan.run(q.contiguous(), 0, scale=0.1))
@@ -109,6 +109,8 @@ def test_refuses_what_does_not_fit(make_cache):
         plan.run(torch.zeros(1, 2, 64, dtype=torch.float64), 0, scale=1.0)
     with pytest.raises(ValueError, match="out is"):
         plan.run(torch.zeros(1, 2, 64), 0, scale=1.0, out=torch.zeros(1, 2, 64))
+    with pytest.raises(ValueError, match="out has strides"):
+        plan.run(torch.zeros(1, 2, 64), 0, scale=1.0, out=torch.zeros(1, 2, 64)[..., ::2])
     kv = cache.kv
     with pytest.raises(ValueError, match="v_bfp8"):
         PagedKV(kv.k_bfp8, kv.k_bfp8, kv.k_bf16, kv.v_bf16)

@@ -35,7 +35,7 @@ def absolute(kv: reference.KV) -> reference.KV:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("trial", range(10))
 def test_any_exponent(rng, make_cache, trial, dtype):
-    heads, group = int(rng.integers(1, 3)), int(rng.choice([1, 4, 5]))
+    heads, gqa_group_size = int(rng.integers(1, 3)), int(rng.choice([1, 4, 5]))
     dim, v_dim = (int(d) for d in rng.choice([32, 64, 128, 256], 2))
     lengths = rng.integers(1, 140, rng.integers(1, 5)).tolist()
     cache = make_cache(Spec(lengths, heads, dim, v_dim, layers=1))
@@ -43,14 +43,14 @@ def test_any_exponent(rng, make_cache, trial, dtype):
     top = int(rng.integers(20, 211))
     fill_exponents(rng, cache.kv.k_bfp8[0], top - 6, top)
     fill_exponents(rng, cache.kv.v_bfp8[0], 0, 240)
-    q = np.ldexp(rng.standard_normal((len(lengths), heads * group, dim)), 126 - top)
+    q = np.ldexp(rng.standard_normal((len(lengths), heads * gqa_group_size, dim)), 126 - top)
     q = torch.from_numpy(q).to(dtype)
     kv, table = cache.reference(0)
     # BF16 keys would dwarf or drown in these logits: they count as zeros here.
     cache.kv.k_bf16[0].mul_(0).nan_to_num_(0)
     kv = dataclasses.replace(kv, k_bf16=np.zeros_like(kv.k_bf16))
 
-    plan = DecodePlan(cache.kv, cache.table, num_q_heads=heads * group)
+    plan = DecodePlan(cache.kv, cache.table, num_q_heads=heads * gqa_group_size)
     got = plan.run(q, 0, scale=dim**-0.5).double().numpy()
     truth = reference.decode_attention(q.double().numpy(), kv, table, scale=dim**-0.5)
     size = reference.decode_attention(q.double().numpy(), absolute(kv), table, scale=dim**-0.5)

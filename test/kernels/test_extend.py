@@ -25,7 +25,7 @@ def normal(rng, shape, dtype):
 @pytest.mark.parametrize("trial", range(8))
 def test_equals_reference(rng, make_cache, assert_near, monkeypatch, trial, dtype):
     monkeypatch.setattr(portable_prefill, "_BLOCK_LOGITS", int(rng.choice([1, 5000, 1 << 23])))
-    heads, group = int(rng.integers(1, 3)), int(rng.choice([1, 2, 4]))
+    heads, gqa_group_size = int(rng.integers(1, 3)), int(rng.choice([1, 2, 4]))
     dim = int(rng.choice([32, 64, 96]))
     v_dim = dim if rng.random() < 0.5 else 32
     batch = int(rng.integers(1, 4))
@@ -33,7 +33,7 @@ def test_equals_reference(rng, make_cache, assert_near, monkeypatch, trial, dtyp
     cache = make_cache(Spec(prefixes, heads, dim, v_dim))
     indptr = np.concatenate([[0], rng.integers(0, 40, batch).cumsum()])
     rows = int(indptr[-1])
-    q = normal(rng, (rows, heads * group, dim), dtype)
+    q = normal(rng, (rows, heads * gqa_group_size, dim), dtype)
     k, v = (bfp8_round(normal(rng, (rows, heads, d), torch.float32)) for d in (dim, v_dim))
     options = {
         "scale": dim**-0.5,
@@ -44,7 +44,7 @@ def test_equals_reference(rng, make_cache, assert_near, monkeypatch, trial, dtyp
     got = extend_attention(
         q, k.to(dtype), v.to(dtype), cache.kv, 1, cache.table, torch.from_numpy(indptr), **options
     )
-    assert got.dtype == dtype and got.shape == (rows, heads * group, v_dim)
+    assert got.dtype == dtype and got.shape == (rows, heads * gqa_group_size, v_dim)
     expected = reference.extend_attention(
         q.double().numpy(), k.to(dtype).double().numpy(), v.to(dtype).double().numpy(),
         *cache.reference(1), indptr, **options,

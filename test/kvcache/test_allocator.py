@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hma_kernels import PAGE, bfp8_pack, bfp8_round, bfp8_unpack
-from hma_kernels.layout import bf16_index
+from hma_kernels.layout import IDS_PER_SLAB, bf16_index
 from sglang_hma.kvcache.allocator import SlabPageAllocator
 from sglang_hma.kvcache.pool import MixedKVPool
 
@@ -43,6 +43,11 @@ def extend(alloc: SlabPageAllocator, spans: list[tuple[int, int]], last: list[in
     ends = torch.tensor([e for _, e in spans])
     total = int((ends - starts).sum())
     return alloc.alloc_extend(starts, starts, ends, ends, torch.tensor(last), total)
+
+
+def is_bf16(alloc: SlabPageAllocator, pages):
+    """What kernels are told of the pages."""
+    return alloc._kvcache.slab_is_bf16[pages // IDS_PER_SLAB]
 
 
 class AllocatorMachine(RuleBasedStateMachine):
@@ -79,13 +84,13 @@ class AllocatorMachine(RuleBasedStateMachine):
         if slots is None:
             return
         pages = slots[::PAGE].numpy() // PAGE
-        bf16 = self.alloc.arena.is_bf16(pages)
+        bf16 = is_bf16(self.alloc, pages)
         full = length // PAGE
         assert not bf16[:full].any() and bf16[full:].all()
         targets = self.alloc.transfer_pages(pages[: -(-length // PAGE)].astype("int32"))
         lands = generated == 0 and length % PAGE != 0
         if lands:
-            assert not self.alloc.arena.is_bf16(targets.astype("int64")).any()
+            assert not is_bf16(self.alloc, targets).any()
         if generated == 0:
             assert len(set(targets.tolist())) == len(targets)
         if lands:
@@ -113,7 +118,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert (slots is not None) == fits
         if slots is not None:
             for request, slot in zip(batch, slots.tolist(), strict=True):
-                assert self.alloc.arena.is_bf16(torch.tensor([slot // PAGE]).numpy()).all()
+                assert is_bf16(self.alloc, slot // PAGE)
                 self.requests[request].append(slot)
 
     @rule(data=st.data(), as_segment=st.booleans())
@@ -169,7 +174,7 @@ def test_prompt_spills_into_bf16_pages_when_no_bfp8_page_is_left() -> None:
     assert generated is not None  # takes a slab for BF16, 16 pages of it stay spare
     slots = extend(alloc, [(0, 40 * PAGE)], [-1])
     assert slots is not None
-    assert alloc.arena.is_bf16(slots[::PAGE].numpy() // PAGE).sum() == 8
+    assert is_bf16(alloc, slots[::PAGE] // PAGE).sum() == 8
 
 
 @pytest.mark.parametrize("spare_bfp8", [0, 1, 5])

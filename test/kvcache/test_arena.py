@@ -87,9 +87,9 @@ class ArenaMachine(RuleBasedStateMachine):
     @invariant()
     def counts_are_true(self) -> None:
         assert self.arena.live_pages == len(self.owned)
-        pages = np.asarray(sorted(self.owned), dtype=np.int64)
-        expected = [self.owned[page] is BF16 for page in sorted(self.owned)]
-        assert self.arena.is_bf16(pages).tolist() == expected
+        formats = {page // IDS_PER_SLAB: fmt for page, fmt in self.owned.items()}
+        expected = [formats.get(slab, PageFormat.FREE) for slab in range(self.arena.num_slabs + 1)]
+        assert self.arena.formats.tolist() == expected
         if not self.owned:
             assert self.arena.available(BFP8) == 32 * self.arena.num_slabs
             assert self.arena.available(BF16) == 17 * self.arena.num_slabs

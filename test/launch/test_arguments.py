@@ -1,7 +1,9 @@
 """A server's arguments: read as SGLang reads them, and refused in one line each."""
 
+import contextlib
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -15,7 +17,7 @@ import pytest
 
 from sglang_hma.config import CONFIG_ENV, HmaConfig, WeightFormats
 from sglang_hma.launch import arguments, checks, defaults
-from sglang_hma.launch.flags import Refusal
+from sglang_hma.launch.flags import Refusal, read
 from sglang_hma.launch.model import check_model
 
 CPU = ("--model-path", "m", "--device", "cpu")
@@ -48,8 +50,9 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(*argv: str) -> tuple[HmaConfig, Any]:
-    """The launcher's reading of `argv`, as far as it needs neither a model nor the platform."""
-    config = arguments.assume(argv)
+    """The launcher's reading of `argv`, as far as it needs neither a model nor the platform, and
+    without the early look at words."""
+    config = arguments.configure(read(arguments.early_parser(), argv))
     server_args = arguments.parse(config, argv)
     checks.check_arguments(config, server_args)
     return config, server_args
@@ -126,6 +129,40 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
 def test_what_is_refused(argv: list[str], words: list[str]) -> None:
     message = refusal(*CPU, *argv)
     assert all(word in message for word in words), message
+    with contextlib.suppress(Refusal):
+        arguments.assume([*CPU, *argv])
+        return
+    with pytest.raises(Refusal) as early:
+        arguments.assume([*CPU, *argv])
+    assert str(early.value) == message or "ambiguous" in message or "invalid" in message
+
+
+EARLY = """
+import sys
+from sglang_hma.launch_server import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert not {"torch", "sglang"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_plain_words_are_refused_at_once(file: bool, tmp_path: Path) -> None:
+    argv = yaml(tmp_path, enable_mixed_chunk=True) if file else ("--enable-mixed",)
+    command = [sys.executable, "-c", EARLY, "--model-path", "m", *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sglang_hma.launch_server: error: --enable-mixed-chunk does not go with")
+
+
+def test_what_serves_is_not_refused_early(tmp_path: Path) -> None:
+    given = {"enable_mixed_chunk": False, "page_size": 32, "pp_size": 1, "attention_backend": "hma"}
+    arguments.assume([*CPU, *DECODE, *yaml(tmp_path, **given)])
+    own = ["--disaggregation-decode-retraction-backup", "none", "--kv-cache-dtype=auto"]
+    arguments.assume([*CPU, *DECODE, *own, "--disaggregation-transfer-backend", "mooncake"])
+    arguments.assume([*CPU, *NATIVE, "--enable-mixed-chunk", "--speculative-algorithm", "NGRAM"])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from sglang_hma.config import HmaConfig
+from sglang_hma.launch import checks
 from sglang_hma.launch.arguments import early_parser, full_parser
+from sglang_hma.launch.checks import rules
 from sglang_hma.launch.flags import Parser, Refusal, parser_of, read
 from sglang_hma.launch.pd_checks import (
     ASKED,
@@ -25,7 +28,9 @@ VALUES = {
     "--hma-mesh": "1x2",
 }
 VALUED = [flag for flag in NOT_HERE | NOT_FOR_ONE_ROLE if flag not in SWITCHES]
+BFP8 = rules(HmaConfig(role="decode"))
 READERS = {
+    "early checks": lambda: checks.early_parser(BFP8),
     "launch_server": early_parser,
     "launch_pd": servers_flags,
     "launch_pd's refusals": lambda: parser_of(*VALUED),
@@ -45,23 +50,33 @@ def test_sglang_reads_the_same_or_refuses(reader: str, sglangs: Parser) -> None:
     parser = READERS[reader]()
     nothing = read(parser, [])
     shortened = 0
-    for flag in parser._option_string_actions:
+    for flag, action in parser._option_string_actions.items():
         if flag == "--config":
             continue
-        value = VALUES.get(flag, "7")
+        value = [] if action.nargs == "?" else [VALUES.get(flag, "7")]
         for end in range(len("--a"), len(flag) + 1):
             try:
-                found = vars(sglangs.parse_args([*model, flag[:end], value]))
+                found = vars(sglangs.parse_args([*model, flag[:end], *value]))
             except Refusal as refusal:
-                assert str(refusal).startswith(("ambiguous option", "expected one argument"))
-                assert end < len(flag)
+                its_own = flag in str(refusal).partition(":")[0].split("/")
+                assert its_own or str(refusal).startswith("ambiguous option"), refusal
                 continue
             changed = {name for name in found if found[name] != untouched[name]}
             dest = sglangs._option_string_actions[flag].dest
             assert changed == {dest}, (flag[:end], changed)
-            assert read(parser, [flag[:end], value]) != nothing
+            assert read(parser, [flag[:end], *value]) != nothing
             shortened += end < len(flag)
     assert shortened > 20
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_no_other_flag_is_taken_for_one(reader: str, sglangs: Parser) -> None:
+    parser = READERS[reader]()
+    nothing = read(parser, [])
+    for flag, action in sglangs._option_string_actions.items():
+        if flag in parser._option_string_actions or action.dest in ("help", "config"):
+            continue
+        assert read(parser, [flag, "7"]) == nothing, flag
 
 
 def test_all_spellings_of_what_launch_pd_asks(sglangs: Parser) -> None:

@@ -45,6 +45,7 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--decode-args", "--disaggregation-m=prefill"], ["--disaggregation-mode prefill in"]),
         (["--decode-args", "--smg-grpc"], ["--smg-grpc-mode in --decode-args", "HTTP"]),
         (["--tp-size", "2", "--prefill-args", "--tp 4"], ["is 4 on prefill and 2 on decode"]),
+        (["--decode-args", "--enable-mixed"], ["--enable-mixed-chunk does not go", "leave it out"]),
         (["--tp-size", "two"], ["--tp-size is two", "at least 1"]),
         (
             ["--hma-kv-format=native", "--decode-args", "--tensor-par=2"],
@@ -54,7 +55,11 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--decode-args", "--config a.yaml"], ["--config is a.yaml", "No such file"]),
         (["--decode-args", "--config a.yaml --config b.yaml"], ["more than once"]),
         (["--decode-args", "--hma-kv-format native"], ["bfp8 on prefill and native on decode"]),
-        (["--prefill-args", "--page-size=64"], ["--page-size is 64 on prefill and 32 on decode"]),
+        (["--prefill-args", "--page-size=64"], ["--page-size 64 does not go"]),
+        (
+            ["--hma-kv-format=native", "--prefill-args", "--page-size=64"],
+            ["--page-size is 64 on prefill and 32 on decode"],
+        ),
     ],
 )
 def test_refusals(argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_hma.config import HmaConfig
-from sglang_hma.kvcache.holds import PageHolds
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.decode.receiver import DecodeReceiver
@@ -99,7 +98,6 @@ class Servers:
         self.sender = PrefillSender(
             self, self.link, HostMemory(), sizer, trace, layers=LAYERS, rank=0
         )
-        self.sender.holds = PageHolds(PAGES)
         self.receiver = DecodeReceiver(self, self.decode.buffers, HostMemory(), SESSION)
 
     # -- both protocols --
@@ -119,7 +117,6 @@ class Servers:
 
     def fail(self, room: int, reason: str) -> None:
         self.sent_status[room] = "failed"
-        self.sender.release_pages(room)
         self.wire.append(lambda: self.reject(room, reason))
 
     def succeed(self, room: int) -> None:
@@ -170,7 +167,6 @@ class Servers:
         """SGLang's own message from a decode server that has given a request up."""
         if self.sent_status[room] == "sending":
             self.sent_status[room] = "failed"
-            self.sender.release_pages(room)
 
     def start(self, room: int, source: Sequence[int], target: Sequence[int]) -> Destination:
         """Decode has reserved `target` for a request whose pages are `source` here."""
@@ -258,9 +254,7 @@ def requests(servers: Servers, rooms: int) -> list[Request]:
 
 
 def assert_settled(servers: Servers) -> None:
-    sender = servers.sender
-    assert not sender.requests and not servers.outstanding
-    assert sender.holds is not None and not sender.holds.any()
+    assert not servers.sender.requests and not servers.outstanding
 
 
 @settings(max_examples=40)
@@ -283,19 +277,40 @@ def test_requests_arrive_whole_and_nothing_else_changes(
     assert_settled(servers)
 
 
-def test_pages_are_held_until_decode_has_verified_them(seed: int) -> None:
+def test_a_request_ends_when_decode_has_verified_its_pages(seed: int) -> None:
     servers = Servers(seed)
     (one,) = requests(servers, 1)
-    held = servers.sender.holds.held
     one.add(slice(0, len(one.source)), None, one.row)
     while servers.got_status[0] == "waiting":
-        assert held(one.source).all()
+        assert servers.sent_status[0] == "sending"
         servers.sender.thread.step()
         if servers.wire:
             servers.wire.popleft()()
-    assert held(one.source).all()  # the confirmation is still on its way
+    assert servers.sent_status[0] == "sending"  # the confirmation is still on its way
     servers.run()
+    assert servers.sent_status[0] == "succeeded"
     assert_settled(servers)
+
+
+def test_nothing_is_sent_again_after_a_success(seed: int) -> None:
+    """The scheduler may have given the pages to another request, even if an earlier range that was
+    sent again has not been acknowledged yet."""
+    servers = Servers(seed)
+    (one,) = requests(servers, 1)
+    one.add(slice(0, len(one.source)), None, one.row)
+    generation = one.destination.generation
+    assert generation is not None
+    while servers.got_status[0] == "waiting":
+        servers.sender.thread.step()
+        if servers.wire:
+            servers.wire.popleft()()
+    servers.add_sends(0, 1)
+    servers.sender.on_message(messages.Verified(0, generation, SESSION))
+    assert servers.sent_status[0] == "succeeded"
+    submitted = servers.link.handles
+    late = messages.Resend(0, generation, SESSION, first_layer=0, layers=1, first_page=0, pages=1)
+    servers.sender.on_message(late)
+    assert not servers.sender.thread.step() and servers.link.handles == submitted
 
 
 @pytest.mark.parametrize("lasting", [False, True])

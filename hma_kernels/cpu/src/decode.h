@@ -1,7 +1,7 @@
 // Decode attention of one work item: the query heads of one KV head over pages of one format.
 //
-// A page's scores come before the values of the page before it, and its softmax after them: so
-// neither waits for the other's last sums.
+// Scores of a page come before the values of the page before it, and its softmax after these, so
+// that no step needs what the step right before it has just computed.
 #pragma once
 
 #include <cmath>
@@ -16,12 +16,12 @@ namespace {
 // Query heads that share one pass over a page.
 constexpr int HEADS = 4;
 constexpr float NOTHING = -1e30f;  // below every logit, and finite: exp2(-inf - NOTHING) is 0
-constexpr float NEGLIGIBLE = -64;  // log2; such a weight is nothing beside the largest
+constexpr float NEGLIGIBLE = -64;  // log2; smaller weights count as 0
 constexpr float SLACK = 4;         // log2; how far logits may pass the maximum before it is raised
 
 // Per head: query, softmax state, accumulators; logits of two pages; which rows exist.
 struct Scratch {
-    float* query;  // BFP8 [group][head][GROUP], float or for VDPBF16PS bfloat16; BF16 [head][dim]
+    float* query;  // BF16 [head][dim]; BFP8 [group][head][GROUP], bfloat16 for VDPBF16PS
     F* out;        // [head][v_dim/W]
     F* sum;        // [head], in lanes
     float* max;
@@ -85,9 +85,9 @@ HMA_INLINE float total(F v) {
     return across(v, [](auto a, auto b) { return a + b; });
 }
 
-// Turns one page's logits into weights times 2^UNIT, and adds them to `sum`. If they pass the head's maximum by SLACK, it
-// is raised, and the head's sums are to be multiplied by what is returned.
-template <int UNIT>
+// Turns one page's logits into weights times 2^LOG2 and adds these to `sum`. A maximum that logits
+// pass by more than SLACK is raised; the head's `out` must be multiplied by what is returned.
+template <int LOG2>
 HMA_INLINE float weigh(float* logits, const VisiblePage& page, const Softmax& softmax, float& max,
                        F& sum) {
     F s[PAGE / W];
@@ -107,14 +107,14 @@ HMA_INLINE float weigh(float* logits, const VisiblePage& page, const Softmax& so
     }
     for (int i = 0; i < PAGE / W; i++) {
         const F x = s[i] - max;
-        const F p = (F)((Reg<int32_t>)exp2_in_range<float, UNIT>(x) & ~(x < NEGLIGIBLE));
+        const F p = (F)((Reg<int32_t>)exp2_in_range<float, LOG2>(x) & ~(x < NEGLIGIBLE));
         sum += p;
         store(logits + i * W, p);
     }
     return decay;
 }
 
-// Times the softmax's factor but in bfloat16, which is the query's own.
+// Floats are multiplied by softmax_factor, for which bfloat16 has no room.
 template <Format format, class T>
 void load_query(const DecodeArgs& args, const DecodeItem& item, T* query) {
     const Heads& h = args.heads;
@@ -138,11 +138,11 @@ void load_query(const DecodeArgs& args, const DecodeItem& item, T* query) {
     }
 }
 
-// One item's pages in turn; PAIRS: BFP8 scores with VDPBF16PS.
+// The pages of one item. PAIRS: scores by decode_pairs.h.
 template <Format format, bool PAIRS = false>
 struct Decode {
     using Element = std::conditional_t<PAIRS, uint16_t, float>;
-    static constexpr int UNIT = format == BFP8 ? WEIGHT_UNIT : 0;
+    static constexpr int LOG2 = format == BFP8 ? WEIGHT_LOG2 : 0;
 
     const DecodeArgs& args;
     const DecodeItem& item;
@@ -162,7 +162,7 @@ struct Decode {
     HMA_INLINE const uint8_t* v(int page) const {
         return at(args.pages.v[format], args.pages.v_stride[format], page, heads.v_dim);
     }
-    // A later page of the item, or the last: what to prefetch.
+    // What to prefetch.
     HMA_INLINE int later(int page) const { return page + 1 < item.last ? page + 1 : item.last - 1; }
     HMA_INLINE float* logits(int page) const { return scratch.logits[page % 2]; }
 
@@ -186,7 +186,7 @@ struct Decode {
 
     HMA_INLINE void weights(int page) const {
         for (int head = 0; head < heads.gqa_group_size; head++) {
-            const float decay = weigh<UNIT>(logits(page) + head * PAGE, list[page], args.softmax,
+            const float decay = weigh<LOG2>(logits(page) + head * PAGE, list[page], args.softmax,
                                             scratch.max[head], scratch.sum[head]);
             if (decay == 1.f) continue;
             for (int64_t i = 0; i < out_vectors; i++)
@@ -230,13 +230,13 @@ struct Decode {
             values(page);
             if (more) weights(page + 1);
         }
-        const float out_unit = format == BFP8 ? SUM_SCALE : 1, weight_unit = std::ldexp(1.f, -UNIT);
+        const float out_scale = format == BFP8 ? SUM_SCALE : 1;
         for (int head = 0; head < heads.gqa_group_size; head++) {
             partial.max[head] = scratch.max[head];
-            partial.sum[head] = total(scratch.sum[head]) * weight_unit;
+            partial.sum[head] = std::ldexp(total(scratch.sum[head]), -LOG2);
             for (int64_t i = 0; i < out_vectors; i++)
                 store(partial.out + head * heads.v_dim + i * W,
-                      scratch.out[head * out_vectors + i] * out_unit);
+                      scratch.out[head * out_vectors + i] * out_scale);
         }
     }
 };

@@ -11,24 +11,30 @@
 namespace hma {
 namespace {
 
+// Where row `row` of a page begins in group `group` of a head's dims.
+HMA_INLINE const uint8_t* bytes_of(const uint8_t* page, int group, int row) {
+    return page + group / 2 * TILE_BYTES + EXPONENT_BYTES +
+           (row / 16 * 2 + group % 2) * FACE_BYTES + row % 16 * GROUP;
+}
+HMA_INLINE const uint8_t* exponents_of(const uint8_t* page, int group, int row) {
+    return page + group / 2 * TILE_BYTES + (row / 16 * 2 + group % 2) * 16 + row % 16;
+}
+
 // query [group][head][GROUP], logits [head][PAGE]
 template <int N>
 HMA_INLINE void bfp8_scores(const uint8_t* k, const uint8_t* later, int tiles, const float* query,
                             int heads, int first, float* logits) {
     constexpr int AT_ONCE = 2;  // vectors of rows that share a load of the query
-    constexpr int ROWS_AT_ONCE = AT_ONCE * W;
-    for (int row = 0; row < PAGE; row += ROWS_AT_ONCE) {
+    for (int row = 0; row < PAGE; row += AT_ONCE * W) {
         F sum[N][AT_ONCE] = {};
         const float* q = query + first * GROUP;
         for (int group = 0; group < 2 * tiles; group++, q += heads * GROUP) {
             Keys keys[AT_ONCE];
             F scale[AT_ONCE];
             for (int b = 0; b < AT_ONCE; b++) {
-                const int face = (row + b * W) / 16 * 2 + group % 2, at = (row + b * W) % 16;
-                const uint8_t* tile = k + group / 2 * TILE_BYTES;
-                const uint8_t* data = tile + EXPONENT_BYTES + face * FACE_BYTES + at * GROUP;
+                const uint8_t* data = bytes_of(k, group, row + b * W);
                 keys[b] = load_keys(data);
-                scale[b] = key_scales(tile + face * 16 + at);
+                scale[b] = key_scales(exponents_of(k, group, row + b * W));
                 for (int line = 0; line < W * GROUP; line += 64)
                     __builtin_prefetch(later + (data - k) + line);
             }
@@ -53,38 +59,33 @@ HMA_INLINE void bfp8_scores(const uint8_t* k, const uint8_t* later, int tiles, c
     }
 }
 
-// Half a tile's columns as bfp8_values reads them back, by broadcasting loads: cheaper than
-// shuffles of registers.
+// 16 columns of a page as bfp8_values reads them back, by broadcasting loads: cheaper than shuffles
+// of registers.
 template <int N>
 struct Column {
     alignas(64) float weights[N * PAGE];  // times the rows' scales
-    alignas(64) uint8_t bytes[PREPARED ? PAGE * GROUP : 1];
+    alignas(64) uint8_t bytes[Values::PREPARED ? PAGE * GROUP : 1];
 
     // A quarter of the work for rows first..first+W-1, whose bytes lie at `data`.
     HMA_INLINE void prepare(const uint8_t* data, int first, int quarter, F scale,
                             const float* from) {
         const int at = quarter * HMA_VECTOR_BYTES;
-        if constexpr (PREPARED)
+        if constexpr (Values::PREPARED)
             store_vector(bytes + first * GROUP + at, twos_complement(load_bytes(data + at)));
+        static_assert(N <= 4);
         if (quarter < N)
             store(weights + quarter * PAGE + first, load<F>(from + quarter * PAGE + first) * scale);
     }
 };
 
-// Row `first` of a page in column `group`.
-HMA_INLINE const uint8_t* bytes_of(const uint8_t* page, int group, int first) {
-    return page + group / 2 * TILE_BYTES + EXPONENT_BYTES +
-           (first / 16 * 2 + group % 2) * FACE_BYTES + first % 16 * GROUP;
-}
-
-// A row that is hidden has weight 0 and may have an infinite scale.
+// 0 for a row that is hidden: its weight is 0, and its own scale may be infinite.
 HMA_INLINE F visible_scales(const uint8_t* page, int group, int first, const int32_t* visible) {
-    const int face = first / 16 * 2 + group % 2;
-    const F scale = scales(page + group / 2 * TILE_BYTES + face * 16 + first % 16);
+    const F scale = scales(exponents_of(page, group, first));
     return (F)((Reg<int32_t>)scale & load<Reg<int32_t>>(visible + first));
 }
 
-// weights [head][PAGE], visible [PAGE]: all bits or none, out [head][16 * 2 * tiles]
+// weights [head][PAGE], visible [PAGE]: all bits or none, out [head][2 * tiles * GROUP]. While a
+// column is read, the next one is prepared.
 template <int N>
 HMA_INLINE void bfp8_values(const uint8_t* v, const uint8_t* later, int tiles,
                             const float* weights, const int32_t* visible, int first, F* out) {
@@ -100,7 +101,7 @@ HMA_INLINE void bfp8_values(const uint8_t* v, const uint8_t* later, int tiles,
             columns[0].prepare(bytes_of(v, 0, row), row, quarter, scale, weights);
     }
     for (int group = 0; group < groups; group++, out += VECTORS) {
-        if (group % 2 == 0) {  // a tile has 17 lines, W rows of a group 16 / W of 8
+        if (group % 2 == 0) {  // a tile is 17 lines of 64 bytes, the rows of a group are 8
             __builtin_prefetch(later);
             later += 64;
         }
@@ -109,10 +110,10 @@ HMA_INLINE void bfp8_values(const uint8_t* v, const uint8_t* later, int tiles,
             for (int i = 0; i < VECTORS; i++) sum[0][h][i] = out[h * stride + i];
         const float* weight = columns[group % 2].weights;
         const uint8_t* bytes = columns[group % 2].bytes;
-        asm("" : "+r"(weight), "+r"(bytes) : "m"(columns));
+        asm("" : "+r"(weight), "+r"(bytes) : "m"(columns));  // are read through these two
         const int next = group + 1 < groups ? group + 1 : group;
         for (int row = 0; row < PAGE; row += W, weight += W) {
-            if (!PREPARED) bytes = bytes_of(v, group, row);
+            if (!Values::PREPARED) bytes = bytes_of(v, group, row);
             const F scale = visible_scales(v, next, row, visible);
 #pragma GCC unroll 4
             for (int quarter = 0; quarter < 4; quarter++, bytes += HMA_VECTOR_BYTES) {
@@ -127,7 +128,8 @@ HMA_INLINE void bfp8_values(const uint8_t* v, const uint8_t* later, int tiles,
                 }
                 columns[~group & 1].prepare(bytes_of(v, next, row), row, quarter, scale, weights);
             }
-            for (int line = 0; line < W * GROUP; line += 64, later += 64) __builtin_prefetch(later);
+            for (int line = 0; line < W * GROUP; line += 64, later += 64)
+                __builtin_prefetch(later);
         }
         for (int h = 0; h < N; h++)
             for (int i = 0; i < VECTORS; i++)

@@ -1,19 +1,20 @@
 // Scores of one BFP8 page with VDPBF16PS, for N query heads of one KV head.
 //
-// Bytes become bfloat16 by a table, exactly; queries are bfloat16 as they come, so that products
-// are exact too and sums are float's. What float would have lost is lost here: VDPBF16PS takes
-// denormals for 0, far below what rows.h promises.
+// It multiplies pairs of bfloat16 and adds both products to a float. Magnitudes have 7 bits and the
+// queries are bfloat16 as they come: nothing is rounded before the sums, which are float's as in
+// decode_bfp8.h. VDPBF16PS takes denormals for 0, which lie below what rows.h promises.
+// Weights would not be exact in bfloat16, so values stay with float's multiply-add.
 #pragma once
 
-#include "rows.h"
+#include "decode_bfp8.h"
+
+#if defined(HMA_AVX512_BF16)
 
 namespace hma {
 namespace {
 
-#if defined(HMA_AVX512_BF16)
-
-// 16 rows of a face, in rows.h's order of lanes: 32-bit lanes of at[j]'s low half of each 128 bits
-// hold values 4j and 4j+1 of 4 rows, of the high half 4j+2 and 4j+3.
+// 16 rows of a face, lanes in rows.h's order. In each 128 bits of at[j], the low half has values 4j
+// and 4j + 1 of 4 rows, and the high half 4j + 2 and 4j + 3.
 HMA_INLINE Keys load_pairs(const uint8_t* data) {
     __m512i rows[4];
     for (int p = 0; p < 4; p++) rows[p] = load_bytes(data + p * 64);
@@ -31,18 +32,16 @@ HMA_INLINE void pair_scores(const uint8_t* k, const uint8_t* later, int tiles,
                             const uint16_t* query, int heads, int first, float unit,
                             float* logits) {
     constexpr int FACES = PAGE / 16;  // that share a load of the query
-    const Bfloat16 table;
+    const Bfloat16Table table;
     F sum[N][FACES] = {};
     const uint16_t* q = query + first * GROUP;
     for (int group = 0; group < 2 * tiles; group++, q += heads * GROUP) {
-        const uint8_t* tile = k + group / 2 * TILE_BYTES;
         Keys keys[FACES];
         F scale[FACES], dot[N][FACES] = {};
         for (int f = 0; f < FACES; f++) {
-            const int face = 2 * f + group % 2;
-            const uint8_t* data = tile + EXPONENT_BYTES + face * FACE_BYTES;
+            const uint8_t* data = bytes_of(k, group, f * 16);
             keys[f] = load_pairs(data);
-            scale[f] = key_scales(tile + face * 16);
+            scale[f] = key_scales(exponents_of(k, group, f * 16));
             for (int line = 0; line < FACE_BYTES; line += 64)
                 __builtin_prefetch(later + (data - k) + line);
         }
@@ -74,7 +73,7 @@ HMA_INLINE void pair_scores(const uint8_t* k, const uint8_t* later, int tiles,
             store(logits + (first + h) * PAGE + f * 16, in_row_order(sum[h][f]) * unit);
 }
 
-#endif
-
 }  // namespace
 }  // namespace hma
+
+#endif

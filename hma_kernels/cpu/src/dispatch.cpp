@@ -18,7 +18,7 @@ std::vector<const Kernels*> usable() {
                      __builtin_cpu_supports("f16c");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(HMA_WITH_AVX512_BF16)
+#if defined(HMA_WITH_AVX512_BF16)  // Cooper Lake alone has BF16 without VBMI
     if (v4 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
         tables.push_back(&avx512_bf16::kernels());
 #endif

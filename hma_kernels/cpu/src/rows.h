@@ -1,9 +1,9 @@
-// BFP8 rows of a face in registers, in the order that each half of attention wants.
+// BFP8 rows of a face in registers, laid out as each half of attention reads them.
 //
-// Keys: lanes are rows, so that a dot product needs no sum across lanes and one scale serves a
-// lane's 16 values. A vector of bytes holds ROWS rows; 4 of them are transposed by 32-bit words, so
-// lane 4*i + p is row ROWS*p + i.
-// Values: lanes are the 16 values of a row, so that a row's weight is one broadcast.
+// Keys: a lane is a row, so that a dot product needs no sum across lanes and a lane's 16 values
+// share one scale. A vector of bytes holds ROWS rows; 4 vectors are transposed by 32-bit words,
+// which leaves row ROWS*p + i in lane 4*i + p.
+// Values: the lanes are the 16 values of a row, so that the row's weight is one broadcast.
 //
 // Everything is exact; scales are kept apart from the magnitudes:
 //     value = byte * 2^(E-127) * 2^-6
@@ -12,33 +12,21 @@
 // |query| above 2^-96 and |value| in 2^-102 .. 2^102: far from anything a model computes.
 #pragma once
 
-#include <bit>
-#include <utility>
-
+#include "bfloat16_table.h"
 #include "vec.h"
 
 namespace hma {
 namespace {
 
-// body(constant 0) .. body(constant COUNT - 1)
-template <int COUNT, class Body, int... I>
-HMA_INLINE void times(Body body, std::integer_sequence<int, I...>) {
-    (body(std::integral_constant<int, I>{}), ...);
-}
-template <int COUNT, class Body>
-HMA_INLINE void times(Body body) {
-    times<COUNT>(body, std::make_integer_sequence<int, COUNT>{});
-}
-
 constexpr int ROWS = HMA_VECTOR_BYTES / 16;
 constexpr int W = WIDTH<float>;
 using F = Reg<float>;
 
-// What a byte's unit is beside 1 in key(); queries carry the rest.
+// key() has bytes times 2^24; queries are multiplied by the inverse, and by 2^-6.
 constexpr float KEY_SCALE = 0x1p-30f;
-// The same of a byte in Values. Part of it goes on the weights and the rest on the sums, so
+// Values has bytes times 2^-WEIGHT_LOG2. Weights are multiplied by the inverse and sums by 2^-6, so
 // that neither leaves float's range.
-constexpr int WEIGHT_UNIT = W == 8 ? -24 : 0;  // log2
+constexpr int WEIGHT_LOG2 = W == 8 ? -24 : 0;
 constexpr float SUM_SCALE = 0x1p-6f;
 
 #if defined(HMA_AVX512)
@@ -82,61 +70,30 @@ HMA_INLINE F scales(const uint8_t* exponents) {
 
 #if defined(HMA_AVX512_BF16)
 
-// The low or the high bytes of the 128 magnitudes as bfloat16.
-template <int BYTE>
-HMA_INLINE void magnitude_table(__m512i (&table)[2]) {
-    alignas(64) static constexpr auto bytes = [] {
-        struct { uint8_t at[128]; } t{};
-        for (int q = 0; q < 128; q++)
-            t.at[q] = std::bit_cast<uint32_t>(float(q)) >> (16 + 8 * BYTE) & 0xff;
-        return t;
-    }();
-    for (int i = 0; i < 2; i++) table[i] = _mm512_load_si512(bytes.at + 64 * i);
-}
-
-struct Bfloat16 {
-    __m512i low[2], high[2];
-
-    HMA_INLINE Bfloat16() {
-        magnitude_table<0>(low);
-        magnitude_table<1>(high);
-    }
-    HMA_INLINE __m512i low_bytes(__m512i bytes) const {
-        return _mm512_permutex2var_epi8(low[0], bytes, low[1]);
-    }
-    HMA_INLINE __m512i high_bytes(__m512i bytes) const {
-        const __m512i sign = _mm512_and_si512(bytes, _mm512_set1_epi8(int8_t(0x80)));
-        return _mm512_or_si512(_mm512_permutex2var_epi8(high[0], bytes, high[1]), sign);
-    }
-};
-
-// What bfp8_values reads: the page itself.
-constexpr bool PREPARED = false;
-
-// HMA_VECTOR_BYTES of a column: W / 4 rows, GROUP / W vectors each.
+// HMA_VECTOR_BYTES of a column of a page: W / 4 rows, GROUP / W vectors each.
 struct Values {
+    static constexpr bool PREPARED = false;  // reads the page's own bytes
     __m512i low, high;
 
     HMA_INLINE explicit Values(const uint8_t* bytes) {
-        const Bfloat16 table;
+        const Bfloat16Table table;
         const __m512i packed = load_bytes(bytes);
         low = table.low_bytes(packed);
         high = table.high_bytes(packed);
     }
+    // A float's upper half is a bfloat16.
     HMA_INLINE void row(int r, F* values) const {
-        const __m512i dims = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i from = (__m512i)(((Vec<uint32_t, 16>)dims + 16 * r) * 0x01010000 + 0x40000000);
+        const Vec<uint32_t, 16> dims{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const auto from = (__m512i)((dims + 16 * r) * 0x01010000 + 0x40000000);
         values[0] = (F)_mm512_maskz_permutex2var_epi8(0xcccccccccccccccc, low, from, high);
     }
 };
 
 #else
 
-// What bfp8_values reads: the page's bytes as twos_complement.
-constexpr bool PREPARED = true;
-
 // HMA_VECTOR_BYTES of a column: W / 4 rows, GROUP / W vectors each.
 struct Values {
+    static constexpr bool PREPARED = true;  // reads twos_complement of a page's bytes
     const uint8_t* bytes;
 
     HMA_INLINE explicit Values(const uint8_t* from) : bytes(from) {}
@@ -191,9 +148,8 @@ HMA_INLINE F scales(const uint8_t* exponents) {
     return (F)_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight), 23);
 }
 
-constexpr bool PREPARED = true;
-
 struct Values {
+    static constexpr bool PREPARED = true;
     const uint8_t* bytes;
 
     HMA_INLINE explicit Values(const uint8_t* from) : bytes(from) {}
@@ -249,9 +205,8 @@ HMA_INLINE F scales(const uint8_t* exponents) { return key_scales(exponents); }
 
 HMA_INLINE F top_bytes(Words words) { return __builtin_convertvector(words >> 24, F); }
 
-constexpr bool PREPARED = true;
-
 struct Values {
+    static constexpr bool PREPARED = true;
     Bytes bytes;
 
     HMA_INLINE explicit Values(const uint8_t* from) : bytes(load_bytes(from)) {}
@@ -275,7 +230,7 @@ HMA_INLINE bool any_above(F a, float b) { return a[0] > b || a[1] > b || a[2] > 
 
 HMA_INLINE void store_vector(uint8_t* to, Bytes bytes) { std::memcpy(to, &bytes, sizeof bytes); }
 
-// sum += a * b. GCC would overwrite a factor and copy the sum back.
+// sum += a * b. Left to itself, GCC overwrites a factor and then copies the result.
 HMA_INLINE void add_product(F& sum, F a, F b) {
 #if defined(__FMA__) || defined(__AVX512F__)
     asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));

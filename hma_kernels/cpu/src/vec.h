@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -54,6 +55,16 @@ HMA_INLINE V load(const T* from) {
 template <class V, class T>
 HMA_INLINE void store(T* to, V v) {
     std::memcpy(to, &v, sizeof v);
+}
+
+// body(constant 0) .. body(constant COUNT - 1)
+template <int COUNT, class Body, int... I>
+HMA_INLINE void times(Body body, std::integer_sequence<int, I...>) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, class Body>
+HMA_INLINE void times(Body body) {
+    times<COUNT>(body, std::make_integer_sequence<int, COUNT>{});
 }
 
 // Both return b where b is NaN.

@@ -1,10 +1,9 @@
-"""The slab arena: one stretch of memory that serves BFP8 and BF16 pages.
+"""The slab arena: one range of memory for BFP8 and BF16 pages.
 
-A slab is 32 BFP8 pages or 17 BF16 pages, the same number of bytes for every
-head count and head dim (1088/2048 = 17/32). A slab takes a format when its
-first page is handed out and loses it when its last page returns, so neither
-format has a fixed share. Page id = slab * 32 + i, i < 32 (BFP8) or i < 17
-(BF16). Slab 0 is never handed out: SGLang writes padded tokens to slot 0.
+A slab holds 32 BFP8 pages or 17 BF16 pages (hma_kernels/layout.py). It takes a
+format when its first page is handed out and loses it when its last page
+returns, so neither format has a fixed share. Slab 0 is never handed out:
+SGLang writes padded tokens to slot 0.
 """
 
 from bisect import insort
@@ -31,7 +30,7 @@ CAPACITY = {PageFormat.BFP8: BFP8_PAGES_PER_SLAB, PageFormat.BF16: BF16_PAGES_PE
 
 
 class SlabArena:
-    """Who owns which page. Holds no memory; one thread (the scheduler's) uses it."""
+    """Which pages are handed out. Holds no memory; only the scheduler's thread uses it."""
 
     def __init__(self, num_slabs: int) -> None:
         """`num_slabs` usable slabs, beside the reserved slab 0."""
@@ -43,14 +42,7 @@ class SlabArena:
         self._free_slabs = list(range(1, num_slabs + 1))
         self._partial: dict[PageFormat, set[int]] = {f: set() for f in CAPACITY}
         self._spare = dict.fromkeys(CAPACITY, 0)
-        self._live = dict.fromkeys(CAPACITY, 0)
-
-    @property
-    def live_pages(self) -> int:
-        return sum(self._live.values())
-
-    def live(self, fmt: PageFormat) -> int:
-        return self._live[fmt]
+        self.live_pages = 0
 
     def available(self, fmt: PageFormat) -> int:
         """Pages of `fmt` that could be handed out if nothing else is."""
@@ -61,22 +53,22 @@ class SlabArena:
         return self._slabs_needed(bfp8, bf16) <= len(self._free_slabs)
 
     def available_beside(self, bf16: int) -> int:
-        """BFP8 pages that could be handed out beside `bf16` BF16 pages, -1 if not even those."""
+        """BFP8 pages that could be handed out beside `bf16` BF16 pages, -1 if those do not fit."""
         slabs = len(self._free_slabs) - self._slabs_needed(0, bf16)
         return self._spare[PageFormat.BFP8] + slabs * BFP8_PAGES_PER_SLAB if slabs >= 0 else -1
 
     def any_format_beside(self, bf16: int) -> int:
         """Pages of either format that could be handed out beside `bf16` BF16 pages, at least 0."""
         slabs = self._slabs_needed(0, bf16)
-        spare16 = self._spare[PageFormat.BF16] + slabs * BF16_PAGES_PER_SLAB - bf16
-        return max(0, self.available_beside(bf16)) + max(0, spare16)
+        spare_bf16 = self._spare[PageFormat.BF16] + slabs * BF16_PAGES_PER_SLAB - bf16
+        return max(0, self.available_beside(bf16)) + max(0, spare_bf16)
 
     def fits_when_empty(self, *, bfp8: int, bf16: int) -> bool:
         slabs = -(-bfp8 // BFP8_PAGES_PER_SLAB) - (-bf16 // BF16_PAGES_PER_SLAB)
         return slabs <= self.num_slabs
 
     def free_in_bfp8_pages(self) -> int:
-        """All free room, counted in BFP8 pages (a spare BF16 page is 32/17 of one)."""
+        """All free room, counted in BFP8 pages; a spare BF16 page is as large as 32/17 of one."""
         bf16 = self._spare[PageFormat.BF16] * BFP8_PAGES_PER_SLAB // BF16_PAGES_PER_SLAB
         return self.available(PageFormat.BFP8) + bf16
 
@@ -108,9 +100,10 @@ class SlabArena:
         if not self.fits(bfp8=bfp8, bf16=bf16):
             return None
         # BF16 first: it opens exactly the slabs that `fits` counted for it.
-        second, first = self.alloc(PageFormat.BF16, bf16), self.alloc(PageFormat.BFP8, bfp8)
-        assert first is not None and second is not None
-        return first, second
+        bf16_pages = self.alloc(PageFormat.BF16, bf16)
+        bfp8_pages = self.alloc(PageFormat.BFP8, bfp8)
+        assert bfp8_pages is not None and bf16_pages is not None
+        return bfp8_pages, bf16_pages
 
     def free(self, pages: Iterable[int]) -> None:
         """Return pages. Raises ValueError for a page that is not handed out."""
@@ -123,14 +116,11 @@ class SlabArena:
                 raise ValueError(f"page {page} is not handed out")
             self._free_mask[slab] |= 1 << index
             self._spare[fmt] += 1
-            self._live[fmt] -= 1
+            self.live_pages -= 1
             if self._free_mask[slab] == (1 << CAPACITY[fmt]) - 1:
                 self._close(slab, fmt)
             else:
                 self._partial[fmt].add(slab)
-
-    def is_bf16(self, pages: PageIds) -> npt.NDArray[np.bool_]:
-        return np.equal(self.formats[pages // IDS_PER_SLAB], PageFormat.BF16)
 
     def free_page_ids(self) -> PageIds:
         """Ids that could be handed out, a free slab's counted as BFP8 pages."""
@@ -142,9 +132,9 @@ class SlabArena:
         return np.asarray(ids, dtype=np.int64)
 
     def _slabs_needed(self, bfp8: int, bf16: int) -> int:
-        over8 = max(0, bfp8 - self._spare[PageFormat.BFP8])
-        over16 = max(0, bf16 - self._spare[PageFormat.BF16])
-        return -(-over8 // BFP8_PAGES_PER_SLAB) - (-over16 // BF16_PAGES_PER_SLAB)
+        new_bfp8 = max(0, bfp8 - self._spare[PageFormat.BFP8])
+        new_bf16 = max(0, bf16 - self._spare[PageFormat.BF16])
+        return -(-new_bfp8 // BFP8_PAGES_PER_SLAB) - (-new_bf16 // BF16_PAGES_PER_SLAB)
 
     def _free_run(self, count: int) -> list[int]:
         """Up to `count` free slabs, adjacent ones if there is such a run."""
@@ -156,7 +146,8 @@ class SlabArena:
         return self._free_slabs[:count]
 
     def _best_partial(self, fmt: PageFormat, count: int) -> int | None:
-        """The slab whose longest run fits `count` most tightly, else the longest run."""
+        """The slab whose longest run of free pages is the shortest that holds `count`, else the
+        slab with the longest run."""
 
         def waste(slab: int) -> tuple[bool, int, int]:
             run = longest_run(self._free_mask[slab])[1]
@@ -180,12 +171,12 @@ class SlabArena:
         insort(self._free_slabs, slab)
 
     def _take(self, slab: int, fmt: PageFormat, count: int) -> list[int]:
-        """The start of the slab's longest run, at most `count` pages."""
+        """Pages from the start of the slab's longest free run, at most `count`."""
         start, run = longest_run(self._free_mask[slab])
         count = min(count, run)
         self._free_mask[slab] &= ~(((1 << count) - 1) << start)
         self._spare[fmt] -= count
-        self._live[fmt] += count
+        self.live_pages += count
         if not self._free_mask[slab]:
             self._partial[fmt].discard(slab)
         return [slab * IDS_PER_SLAB + i for i in range(start, start + count)]

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Self
 
-from hma_kernels import GROUP, PAGE, TILE, TILE_BYTES
+from hma_kernels import GROUP, PAGE, TILE
 
 VERSION = 1
 _PREFIX = f"hma-kv/{VERSION}"
@@ -17,8 +17,9 @@ class KVFormat:
     """The wire descriptor of one server's KV pages.
 
     `kv_heads` counts the heads of all attention-TP ranks: how many ranks share
-    them is no part of the format (transfer/page_slices.py). Two servers may
-    exchange pages only if every field is equal.
+    them is no part of the format (transfer/page_slices.py). `block` is the
+    number of values that share an exponent. Two servers may exchange pages only
+    if every field is equal.
     """
 
     name: str
@@ -61,7 +62,7 @@ class KVFormat:
         layers: int,
         page: int,
     ) -> Self:
-        """SGLang's own pool: plain rows of the model's dtype."""
+        """SGLang's own pool: rows of the model's dtype, not packed."""
         return cls(
             name=f"native-{dtype}",
             kv_heads=kv_heads,
@@ -111,20 +112,6 @@ class KVFormat:
         """`field: ours/theirs` for each field that differs."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return [f"{name}: {ours}/{theirs}" for name, ours, theirs in pairs if ours != theirs]
-
-    @property
-    def k_page_bytes(self) -> int:
-        """Bytes of one BFP8 page of one layer's K, all ranks: [kv_heads][head_dim/32][1088]."""
-        return self.kv_heads * (self.head_dim // TILE) * TILE_BYTES
-
-    @property
-    def v_page_bytes(self) -> int:
-        return self.kv_heads * (self.v_head_dim // TILE) * TILE_BYTES
-
-    @property
-    def token_bytes(self) -> float:
-        """Bytes of one token's K and V over all layers, in BFP8: 8.5 bits an element."""
-        return self.layers * (self.k_page_bytes + self.v_page_bytes) / self.page
 
 
 def mismatch(ours: str, theirs: str | None, *, our_role: str, their_role: str) -> str | None:

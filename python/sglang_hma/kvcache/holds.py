@@ -4,63 +4,51 @@ Pages leave while the request still computes, under the ids that it was given. W
 the radix cache, SGLang frees those pages of which the cache has a copy already (the same prompt
 before it, or beside it) and points the request to the copy. A write in flight, or a range that
 decode asks for again, still reads the freed ones.
+
+All of it happens in the scheduler's thread, and a hold ends where the scheduler ends its request.
+So nothing is promised that is not there:
+- A held page is never evictable. In the cache it is locked by the request that holds it, which
+  unlocks it in the same call that ends the hold.
+- A held page that is freed is parked: it counts as used until the hold ends.
+- Tensor-parallel ranks, which must decide alike, count the same pages.
 """
 
-import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from typing_extensions import override
 
-# Writes end within Mooncake's own limits, which are shorter.
-PATIENCE_S = 90.0
-
 PageIds = npt.NDArray[np.integer[Any]]
-
-
-class PageHolds:
-    """How many transfers read each page. Any thread."""
-
-    def __init__(self, pages: int) -> None:
-        self._counts = np.zeros(pages + 1, dtype=np.int32)
-        self._total = 0
-        self._lock = threading.Lock()
-
-    def hold(self, pages: PageIds) -> None:
-        with self._lock:
-            np.add.at(self._counts, pages, 1)
-            self._total += len(pages)
-
-    def release(self, pages: PageIds) -> None:
-        """Inverse of `hold`. Raises ValueError for pages that nobody holds."""
-        with self._lock:
-            missing = pages[self._counts[pages] < 1]
-            if len(missing):
-                raise ValueError(f"pages {missing.tolist()} are not held")
-            np.subtract.at(self._counts, pages, 1)
-            self._total -= len(pages)
-
-    def any(self) -> bool:
-        return self._total > 0
-
-    def held(self, pages: PageIds) -> npt.NDArray[np.bool_]:
-        with self._lock:
-            return self._counts[pages] > 0
 
 
 class HoldingAllocator(PagedTokenToKVPoolAllocator):
     """SGLang's page allocator; pages that are freed while they are held wait until they are not."""
 
-    @override
-    def __init__(self, size: int, page_size: int, *args: Any, **kwargs: Any) -> None:
-        self.holds = PageHolds(size // page_size)
-        self._parked: list[torch.Tensor] = []
-        super().__init__(size, page_size, *args, **kwargs)
+    _held: npt.NDArray[np.bool_]
+    _parked: list[torch.Tensor]
+
+    def hold(self, pages: PageIds) -> Callable[[], None]:
+        """Keep these pages from being handed out again until the result is called.
+
+        Only their owner may hold pages: raises ValueError for pages that are held already.
+        """
+        twice = pages[self._held[pages]]
+        if len(twice):
+            raise ValueError(f"pages {twice.tolist()} are held already")
+        self._held[pages] = True
+        return partial(self._let_go, pages)
+
+    def _let_go(self, pages: PageIds) -> None:
+        self._held[pages] = False
+        parked, self._parked = self._parked, []
+        if parked:
+            self._release_page_ids(*parked)
 
     @property
     def parked_tokens(self) -> int:
@@ -70,42 +58,34 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
     @override
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         ids = torch.cat(page_ids)
-        if self.holds.any():
-            held = torch.from_numpy(self.holds.held(ids.cpu().numpy())).to(ids.device)
+        if self._held.any():
+            held = torch.from_numpy(self._held[ids.cpu().numpy()]).to(ids.device)
             self._parked += [ids[held]] if bool(held.any()) else []
             ids = ids[~held]
         super()._release_page_ids(ids)
 
-    def _reclaim(self) -> None:
-        if self._parked:
-            parked, self._parked = self._parked, []
-            self._release_page_ids(*parked)
-
-    @override
-    def available_size(self) -> int:
-        self._reclaim()
-        return int(super().available_size())
-
-    @override
-    def alloc(self, *args: Any, **kwargs: Any) -> Any:
-        return self._patiently(super().alloc, args, kwargs)
-
-    @override
-    def alloc_extend(self, *args: Any, **kwargs: Any) -> Any:
-        return self._patiently(super().alloc_extend, args, kwargs)
-
-    def _patiently(self, alloc: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """SGLang counts pages that it has just evicted as free, and dies if they are not: so wait
-        for those that are still on their way."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            self._reclaim()
-            result = alloc(*args, **kwargs)
-            if result is not None or not self._parked or time.monotonic() > deadline:
-                return result
-            time.sleep(1e-3)
-
     @override
     def clear(self) -> None:
-        self._parked = []
         super().clear()
+        self._held = np.zeros(self.num_pages + 1, dtype=np.bool_)
+        self._parked = []
+
+    @override
+    def create_prefill_budget(self, tree_cache: Any, **kwargs: Any) -> PrefillBudget:
+        return HoldingBudget(self, tree_cache, **kwargs)
+
+
+class HoldingBudget(PrefillBudget):
+    """A prompt's next chunk waits for parked pages.
+
+    SGLang admits a prompt when all of it fits, and then gives each chunk its pages even from an
+    empty budget, because a pool only gains from what others do. Here it may lose: a request that
+    points to a cached copy locks the copy and leaves its own page parked.
+    """
+
+    @override
+    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
+        # None keeps the prompt for the next pass; an empty budget admits no other request either.
+        if self.remaining_total <= 0 and self.allocator.parked_tokens:
+            return None
+        return super().available_chunk_tokens(chunk_limit)

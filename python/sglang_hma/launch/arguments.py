@@ -16,6 +16,7 @@ from sglang_hma import config as hma_config
 from sglang_hma import torch_ops
 from sglang_hma.config import HmaConfig, Role, WeightFormats
 from sglang_hma.launch.cards import cards, prefill_runtime
+from sglang_hma.launch.checks import check_early
 from sglang_hma.launch.defaults import defaults
 from sglang_hma.launch.flags import CONFIG, Parser, Refusal, parser_of, read
 
@@ -27,7 +28,16 @@ ROLE, DEVICE = "--disaggregation-mode", "--device"
 
 def assume(argv: Sequence[str]) -> HmaConfig:
     """What SGLang must find in the environment when it is imported. Raises Refusal."""
-    return configure(read(early_parser(), argv))
+    given = read(early_parser(), argv)
+    check_early(role_of(given), given, argv)
+    return configure(given)
+
+
+def role_of(given: argparse.Namespace) -> Role:
+    role: Role = given.disaggregation_mode
+    if role not in get_args(Role):
+        raise Refusal(f"{ROLE} is {role}: it must be prefill, decode or null")
+    return role
 
 
 def is_on(switch: str, argv: Sequence[str]) -> bool:
@@ -45,9 +55,7 @@ def early_parser() -> Parser:
 
 def configure(given: argparse.Namespace) -> HmaConfig:
     """Role, device and --hma-* flags, checked against each other and this machine."""
-    role = given.disaggregation_mode
-    if role not in get_args(Role):
-        raise Refusal(f"{ROLE} is {role}: it must be prefill, decode or null")
+    role = role_of(given)
     device = given.device or default_device()
     if device not in ("cpu", "cuda"):
         raise Refusal(f"{DEVICE} is {device}: sglang-hma serves on cpu and cuda")

@@ -1,21 +1,24 @@
 """What a server refuses of SGLang's arguments, in one line each.
 
 The rules look at the typed ServerArgs, so it does not matter how a flag was written. They look
-twice: at what the user asked for, and at what SGLang made of it for the model.
+twice: at what the user asked for, and at what SGLang made of it for the model. Before that,
+`check_early` refuses what is plain to see without SGLang, whose import takes seconds.
 """
 
+import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_hma.config import PAGE_TOKENS, HmaConfig
-from sglang_hma.launch.flags import Refusal
+from sglang_hma.config import PAGE_TOKENS, HmaConfig, Role
+from sglang_hma.launch.flags import Parser, Refusal, parser_of, read
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`allowed`: the values of a ServerArgs field that work, or a test for them."""
+    """`allowed`: the values of a ServerArgs field that work, or a test for them. Where False is
+    one of them, the flag takes no value."""
 
     field: str
     allowed: tuple[Any, ...] | Callable[[Any], bool]
@@ -32,7 +35,8 @@ class Rule:
 
 
 def _off(field: str, why: str, *allowed: Any) -> Rule:
-    return Rule(field, allowed or (False, None), why, "leave it out")
+    """A switch, or with `allowed` another flag, that must keep SGLang's default."""
+    return Rule(field, allowed or (False,), why, "leave it out")
 
 
 def _only(field: str, why: str, *allowed: Any) -> Rule:
@@ -45,6 +49,7 @@ HMA_READS = "only the hma backend reads BFP8 pages"
 OWN_LAYOUT = "it copies SGLang's own page layout"
 OTHER_POOL = "it replaces the KV pool"
 BOTH_PHASES = "prefill and decode use different weights and page formats"
+ADAPTERS = "adapters would be added to rounded weights"
 SPLIT_PAGES = "pages would be split between ranks"
 
 WITH_BFP8 = (
@@ -68,12 +73,12 @@ WITH_BFP8 = (
     _off("enable_mixed_chunk", BOTH_PHASES),
     _off("enable_pdmux", BOTH_PHASES),
     _off("enable_pd_role_switch", BOTH_PHASES),
-    _off("speculative_algorithm", "draft models need a second KV pool"),
+    _off("speculative_algorithm", "draft models need a second KV pool", None),
     _off("enable_hierarchical_cache", OWN_LAYOUT),
     _off("enable_lmcache", OWN_LAYOUT),
     _off("enable_flexkv", OWN_LAYOUT),
     _off("enable_unified_cache_external_linker", OWN_LAYOUT),
-    _off("radix_cache_backend", "not tried with BFP8 pages"),
+    _off("radix_cache_backend", "not tried with BFP8 pages", None),
     _off("kv_canary", OWN_LAYOUT, "none"),
     _off("enable_unified_memory", OTHER_POOL),
     _off("enable_hisparse", OTHER_POOL),
@@ -87,8 +92,8 @@ WITH_BFP8 = (
     _only("attn_dp_size", "not tried with BFP8 pages", 1),
     _off("enable_dp_attention", "not tried with BFP8 pages"),
     _off("enable_two_batch_overlap", "not tried with BFP8 pages"),
-    _off("enable_lora", "adapters would be added to rounded weights"),
-    _off("lora_paths", "adapters would be added to rounded weights"),
+    _off("enable_lora", ADAPTERS, False, None),
+    Rule("lora_paths", lambda value: not value, ADAPTERS, "leave it out"),
     _only(
         "disaggregation_transfer_backend",
         "BFP8 pages travel with mooncake or mooncake_tcp",
@@ -101,7 +106,12 @@ WITH_BFP8 = (
         "disaggregation_decode_enable_radix_cache",
         "a cached prefix on decode would mix page formats inside one transfer",
     ),
-    _off("disaggregation_decode_host_receive_threshold", OWN_LAYOUT, 1.0),
+    Rule(
+        "disaggregation_decode_host_receive_threshold",
+        lambda value: value >= 1,
+        OWN_LAYOUT,
+        "leave it out",
+    ),
     _off("disaggregation_decode_allocation_policy", "not tried with BFP8 pages", "early"),
     _off(
         "disaggregation_enable_kv_checksum",
@@ -148,14 +158,43 @@ def rules(config: HmaConfig) -> list[tuple[str, Sequence[Rule]]]:
     return found
 
 
+def check_early(role: Role, hma: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Refuse without SGLang what `check_arguments` would refuse, where the words show it.
+
+    `hma` has the --hma-* flags of `argv`.
+    """
+    found = rules(
+        HmaConfig(role=role, kv_format=hma.hma_kv_format, layers_per_send=hma.hma_layers_per_send)
+    )
+    given = vars(read(early_parser(found), argv))
+    for asks, table in found:
+        for rule in table:
+            if not isinstance(rule.allowed, tuple):
+                continue
+            value = given[rule.field]
+            if value not in (None, "false", *map(str, rule.allowed)):
+                raise _does_not_go(rule, True if rule.allows(False) else value, asks)
+
+
+def early_parser(found: Sequence[tuple[str, Sequence[Rule]]]) -> Parser:
+    """Of the flags whose value can be compared as a word."""
+    plain = [rule for _, table in found for rule in table if isinstance(rule.allowed, tuple)]
+    switches = [rule.flag for rule in plain if rule.allows(False)]
+    return parser_of(*(rule.flag for rule in plain if not rule.allows(False)), switches=switches)
+
+
+def _does_not_go(rule: Rule, value: Any, asks: str) -> Refusal:
+    shown = rule.flag if value is True else f"{rule.flag} {_shown(value)}"
+    return Refusal(f"{shown} does not go with {asks} ({rule.why}): {rule.remedy}")
+
+
 def check_arguments(config: HmaConfig, server_args: Any) -> None:
     """Refuse what the user asked for, if it cannot work. `server_args` are not resolved yet."""
     for asks, table in rules(config):
         for rule in table:
             value = getattr(server_args, rule.field)
             if not rule.allows(value):
-                shown = rule.flag if value is True else f"{rule.flag} {_shown(value)}"
-                raise Refusal(f"{shown} does not go with {asks} ({rule.why}): {rule.remedy}")
+                raise _does_not_go(rule, value, asks)
     from sglang.srt.environ import envs
 
     for name, why in ENVIRONMENT:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from sglang_hma.config import Role
+from sglang_hma.launch.checks import check_early
 from sglang_hma.launch.flags import Refusal, read
 from sglang_hma.launch.logs import default_dir
 from sglang_hma.launch.pd_checks import (
@@ -73,9 +75,9 @@ class Options:
     model: str
     host: str
     port: int
-    counts: dict[str, int]
-    role_args: dict[str, list[str]]
-    asked: dict[str, argparse.Namespace]  # by role: see servers_flags
+    counts: dict[Role, int]
+    role_args: dict[Role, list[str]]
+    asked: dict[Role, argparse.Namespace]  # by role: see servers_flags
     router_args: list[str]
     shared: list[str]
     log_dir: Path
@@ -159,7 +161,7 @@ def parse(argv: list[str]) -> Options:
             f"{shared[0]} belongs to no flag: give --prefill-args, --decode-args and "
             "--router-args one quoted string each"
         )
-    role_args = {"prefill": ours.prefill_args, "decode": ours.decode_args}
+    role_args: dict[Role, list[str]] = {"prefill": ours.prefill_args, "decode": ours.decode_args}
     try:
         model = {"--model-path": ours.model_path, "--model": ours.model_path}
         refuse("", shared, NOT_HERE | NOT_SHORTENED, model)
@@ -168,6 +170,8 @@ def parse(argv: list[str]) -> Options:
             refuse(f" in --{role}-args", args, NOT_HERE | NOT_FOR_ONE_ROLE, own)
         refuse(" in --router-args", ours.router_args, NOT_FOR_THE_ROUTER)
         asked = {role: read(servers_flags(), [*shared, *args]) for role, args in role_args.items()}
+        for role, args in role_args.items():
+            check_early(role, asked[role], [*shared, *args])
         check_model(ours.model_path)
         check_pair(asked["prefill"], asked["decode"], kv_heads(ours.model_path))
         check_port(ours.host, ours.port)

@@ -9,32 +9,69 @@ from typing_extensions import override
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
 
+Hold = Callable[[Pages], Callable[[], None]]
+
 
 class HmaKVSender(MooncakeKVSender):
-    """A sender whose early sends wait for layers and never close the request."""
+    """A sender whose early sends wait for layers and never close the request, and whose pages are
+    kept from reuse until SGLang ends it."""
 
     # Page indices stay on the host: there is no CUDA event to wait for.
     supports_host_tensor_indices = False
 
     @override
     def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
+        self._hold: Hold | None = None
+        self._holds: list[Callable[[], None]] = []
         super().__init__(mgr, *args, **kwargs)
         if mgr.sender is not None:
             mgr.sender.claims.opened(self.bootstrap_room)
 
-    def send_early(self, early: EarlySend, send: Callable[[], None]) -> None:
+    def send_early(
+        self, early: EarlySend, send: Callable[[], None], *, hold: Hold | None = None
+    ) -> None:
         """Run `send`, which sends pages of this request, with `early` in place of SGLang's event:
-        HmaKVManager.add_transfer_request gets it as `wait_event`."""
+        HmaKVManager.add_transfer_request gets it as `wait_event`.
+
+        `hold` takes the pages and returns what is called when the request has ended.
+        """
         self._early_send_wait_event: EarlySend | None = early
+        self._hold = hold
         try:
             send()
         finally:
-            self._early_send_wait_event = None
+            self._early_send_wait_event = self._hold = None
+
+    @override
+    def send(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
+        # Held whatever has become of the transfer: ranks that schedule alike must count alike.
+        if self._hold is not None and self.conclude_state is None:
+            self._holds.append(self._hold(kv_indices))
+        super().send(kv_indices, *args, **kwargs)
+
+    # SGLang's scheduler ends each request with one of these two. Only then may its pages be reused:
+    # nothing reads those of a success any more, and of a failed room, which is marked as failed
+    # before, decode discards what is written. So its last writes may read anything.
 
     @override
     def clear(self) -> None:
-        super().clear()
-        self.kv_mgr.forget(self.bootstrap_room)
+        try:
+            super().clear()
+            self.kv_mgr.forget(self.bootstrap_room)
+        finally:
+            self._let_go()
+
+    @override
+    def abort(self) -> None:
+        try:
+            super().abort()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        holds, self._holds = self._holds, []
+        for let_go in holds:
+            let_go()
 
     @override
     def _prepare_send_indices(self, *args: Any, **kwargs: Any) -> tuple[Any, slice, bool, bool]:

@@ -1,4 +1,4 @@
-// Starting a kernel.
+// Starts a kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,8 +11,8 @@ struct Grid {
 
 // nullptr, or why it could not start.
 template <typename Params>
-const char* launch(void (*kernel)(const Params), Grid grid, int threads, int shared_bytes, void* stream,
-                   const Params& params) {
+const char* launch(void (*kernel)(const Params), Grid grid, int threads, int shared_bytes,
+                   void* stream, const Params& params) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {

@@ -1,40 +1,40 @@
-// What the host tells the decode kernel. Python mirrors this struct (hma_kernels/cuda/library.py).
+// The arguments of the decode kernel. Python mirrors these structs (hma_kernels/cuda/library.py).
 #pragma once
 
 #include <cstdint>
 
 namespace hma {
 
-// One format's page memory in one layer, and the pages of each request: entries
-// start[b]..start[b+1]-1 of ids and positions.
-struct PageLists {
-  const uint8_t* k;           // page 0; a page holds kv_heads pieces of 32 tokens
+// The pages of one format in one layer, and which of them each request has: request b owns entries
+// indptr[b]..indptr[b+1]-1 of indices and pos.
+struct PagedKVParams {
+  const uint8_t* k;          // page 0; a page holds PAGE tokens of each KV head, head by head
   const uint8_t* v;
-  int64_t k_page_bytes;       // from one page to the next
+  int64_t k_page_bytes;      // from one page to the next
   int64_t v_page_bytes;
-  const int64_t* ids;
-  const int64_t* positions;   // of a page's first token
-  const int64_t* start;       // [batch + 1]
+  const int64_t* indptr;     // [batch_size + 1]
+  const int64_t* indices;    // page ids
+  const int64_t* pos;        // position of a page's first token
 };
 
 struct DecodeParams {
-  const void* query;          // [batch, heads, head_dim]
-  int64_t query_stride;       // elements from one request to the next
-  int64_t head_stride;        // elements from one head to the next
-  PageLists bfp8;
-  PageLists bf16;
-  const int64_t* lengths;     // [batch] tokens to attend to
-  const int32_t* item_start;  // [batch + 1] first item of each request
-  const int32_t* item_request;  // [items]; batch or more where there is no item
-  float* partial;             // [items, heads, v_head_dim] not divided by the sum
-  float* maxima;              // [items, heads] in units of log 2
-  float* sums;                // [items, heads]
-  int32_t batch;
+  const void* query;            // [batch_size, heads, head_dim]
+  int64_t query_stride;         // elements from one request to the next
+  int64_t query_head_stride;    // elements from one head to the next
+  PagedKVParams bfp8;
+  PagedKVParams bf16;
+  const int64_t* seq_lens;      // [batch_size] tokens to attend to
+  const int32_t* item_indptr;   // [batch_size + 1] first work item of each request
+  const int32_t* item_request;  // [items] request of each work item; batch_size: there is none
+  float* partial_out;           // [items, heads, v_head_dim] not divided by the sum
+  float* partial_max;           // [items, heads] in units of log 2
+  float* partial_sum;           // [items, heads]
+  int32_t batch_size;
   int32_t kv_heads;
-  int32_t grouped;            // query heads to a KV head
-  int32_t window;             // -1: none
+  int32_t gqa_group_size;       // query heads per KV head
+  int32_t sliding_window;       // -1: none
   float scale;
-  float logit_cap;            // 0: none
+  float logit_cap;              // 0: none
 };
 
 }  // namespace hma

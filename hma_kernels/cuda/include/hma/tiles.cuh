@@ -1,26 +1,28 @@
 // Tiles of K and V in shared memory, and how they become operands of the tensor cores.
 //
-// A format gives the tokens of a tile, and for `block` (16 tokens) and `group` (16 dims):
-//   rows     K as operand a: row m is token m; columns 2c, 2c+1, 2c+8, 2c+9 are dims 4c..4c+3.
-//   columns  V transposed as operand a: rows r and r+8 are dims 2r and 2r+1; column k is token k.
-// The order of dims differs from memory's so that a lane loads neighbours.
+// A format says how many tokens a tile has. Of 16 tokens (`block`) and 16 dims (`group`) it makes
+//   k_operand  K as operand a: row m is token m; columns 2c, 2c+1, 2c+8, 2c+9 are dims 4c..4c+3.
+//   v_operand  V transposed as operand a: rows r and r+8 are dims 2r and 2r+1; column k is token k.
+// The order of dims differs from that in memory, so that a lane loads neighbours.
 //
-// BFP8 data bytes become bfloat16 without arithmetic: sign and 7-bit magnitude are put where a
-// subnormal has them, which makes them q * 2^-133. The exponents of groups count later: K's after
-// the product of a group, V's in the weights.
+// BFP8 data bytes become bfloat16 without arithmetic: sign and 7-bit magnitude q are put where a
+// subnormal has them, which makes them q * 2^-133. The shared exponents are applied later: K's to
+// the products of a group, V's to the weights.
 #pragma once
 
+#include <hma/layout.h>
 #include <hma/warp.cuh>
 
 namespace hma {
 
-constexpr int PAGE = 32;
-constexpr int BLOCK = 16;
-constexpr int GROUP = 16;
-constexpr int COPY = 16;
+constexpr int BLOCK = 16;  // tokens of one tensor core operation
+constexpr int COPY_BYTES = 16;
 
-// What a query is multiplied by before it meets K, so that products with subnormals stay normal.
+// Queries are multiplied by this before they meet K, so that products with subnormals stay normal.
 constexpr float QUERY_LIFT = 0x1p60f;
+
+// Weighted sums of V, of either format, are held divided by this.
+constexpr float OUT_UNIT = 0x1p67f;
 
 template <typename T>
 HMA_DEVICE T load(const uint8_t* from) {
@@ -30,34 +32,36 @@ HMA_DEVICE T load(const uint8_t* from) {
 template <int DIM>
 struct Bfp8 {
   static constexpr int TOKENS = PAGE;
-  static constexpr int TILE_BYTES = 1088;
-  static constexpr int BYTES = DIM / 32 * TILE_BYTES;
+  static constexpr int BYTES = DIM / TILE * TILE_BYTES;
   static constexpr int PAGE_BYTES = BYTES;  // of one KV head
   static constexpr bool SCALED = true;
-  static constexpr float LOGIT = 0x1p67f;  // undoes QUERY_LIFT, 2^-133 and the exponents' bias
-  static constexpr float WEIGHT_LOG2 = 60;  // weights are lifted, as V is q * 2^-133
+  static constexpr float LOGIT_UNIT = 0x1p67f;  // undoes QUERY_LIFT, 2^-133 and the exponents' bias
+  // Weights are lifted, as V is q * 2^-133.
+  static constexpr float WEIGHT_LIFT_LOG2 = 60;
   static constexpr float WEIGHT_UNIT = 0x1p-60f;
 
   HMA_DEVICE static void copy(uint8_t* to, const uint8_t* page, int, int, int) {
-    for (int at = lane_index() * COPY; at < BYTES; at += 32 * COPY) {
+    for (int at = lane_index() * COPY_BYTES; at < BYTES; at += WARP_SIZE * COPY_BYTES) {
       copy_16_bytes(to + at, page + at, true);
     }
   }
 
+  HMA_DEVICE static int face(int block, int group) { return 2 * block + group % 2; }
+
   HMA_DEVICE static const uint8_t* exponents(const uint8_t* tile, int block, int group) {
-    return tile + group / 2 * TILE_BYTES + (2 * block + group % 2) * BLOCK;
+    return tile + group / 2 * TILE_BYTES + face(block, group) * FACE;
   }
 
-  HMA_DEVICE static const uint8_t* face(const uint8_t* tile, int block, int group) {
-    return tile + group / 2 * TILE_BYTES + 64 + (2 * block + group % 2) * BLOCK * GROUP;
+  HMA_DEVICE static const uint8_t* data(const uint8_t* tile, int block, int group) {
+    return tile + group / 2 * TILE_BYTES + EXPONENT_BYTES + face(block, group) * FACE * FACE;
   }
 
   HMA_DEVICE static uint32_t widen(uint32_t low, uint32_t high, uint32_t selector) {
     return permute_bytes(low, high, selector) & 0x807F807Fu;
   }
 
-  HMA_DEVICE static void rows(const uint8_t* tile, int block, int group, uint32_t (&a)[4]) {
-    const uint8_t* from = face(tile, block, group) + lane_index() * 4;
+  HMA_DEVICE static void k_operand(const uint8_t* tile, int block, int group, uint32_t (&a)[4]) {
+    const uint8_t* from = data(tile, block, group) + lane_index() * 4;
     const auto upper = load<uint32_t>(from), lower = load<uint32_t>(from + 8 * GROUP);
     a[0] = widen(upper, upper, 0x9180);
     a[1] = widen(lower, lower, 0x9180);
@@ -65,13 +69,13 @@ struct Bfp8 {
     a[3] = widen(lower, lower, 0xB3A2);
   }
 
-  HMA_DEVICE static float row_scale(const uint8_t* tile, int block, int group, int row) {
+  HMA_DEVICE static float k_scale(const uint8_t* tile, int block, int group, int row) {
     return float_from_bits(uint32_t(exponents(tile, block, group)[row]) << 23);
   }
 
-  HMA_DEVICE static void columns(const uint8_t* tile, int block, int group, uint32_t (&a)[4]) {
+  HMA_DEVICE static void v_operand(const uint8_t* tile, int block, int group, uint32_t (&a)[4]) {
     const int r = lane_index() / 4, c = lane_index() % 4;
-    const uint8_t* from = face(tile, block, group) + 2 * c * GROUP + 2 * r;
+    const uint8_t* from = data(tile, block, group) + 2 * c * GROUP + 2 * r;
     for (int half = 0; half < 2; ++half, from += 8 * GROUP) {
       const uint32_t even = load<uint16_t>(from), odd = load<uint16_t>(from + GROUP);
       a[2 * half] = widen(even, odd, 0xC480);
@@ -79,8 +83,8 @@ struct Bfp8 {
     }
   }
 
-  // Weights times 2^(E-127) of their tokens in this group. Those of tokens that nobody may see are
-  // zeros, and stay so beside an exponent that is not finite.
+  // Weights times 2^(E-127) of their tokens in this group. The weight of a hidden token is zero,
+  // and stays zero beside an exponent that is not finite.
   HMA_DEVICE static void scale_weights(const uint8_t* tile, int block, int group,
                                        const uint32_t (&weights)[2], const uint32_t (&visible)[2],
                                        uint32_t (&b)[2]) {
@@ -99,27 +103,30 @@ struct Bf16 {
   static constexpr int BYTES = TOKENS * PADDED * 2;
   static constexpr int PAGE_BYTES = PAGE * DIM * 2;
   static constexpr bool SCALED = false;
-  static constexpr float LOGIT = 0x1p-60f;
-  static constexpr float WEIGHT_LOG2 = -67;  // the same unit of sums as of BFP8
+  static constexpr float LOGIT_UNIT = 0x1p-60f;  // undoes QUERY_LIFT
+  // Weights are lowered, so that sums are in the same unit as those of BFP8.
+  static constexpr float WEIGHT_LIFT_LOG2 = -67;
   static constexpr float WEIGHT_UNIT = 0x1p67f;
 
-  // Where 16 bytes of a token lie: neighbours in memory, spread over the banks for both readers.
+  // Where 16 bytes of a token lie in a tile: spread over the banks as both operands need them.
   HMA_DEVICE static int place(int token, int chunk) {
     const int mixed = chunk ^ (((token & 6) ^ ((token & 1) << 2)) & (PADDED / 8 - 1));
-    return (token * (PADDED / 8) + mixed) * COPY;
+    return (token * (PADDED / 8) + mixed) * COPY_BYTES;
   }
 
-  // Tokens outside low..high-1 become zeros: nobody knows what they hold.
-  HMA_DEVICE static void copy(uint8_t* to, const uint8_t* page, int first, int low, int high) {
-    constexpr int CHUNKS = DIM / 8;
-    for (int i = lane_index(); i < TOKENS * CHUNKS; i += 32) {
+  // Tokens outside begin..end-1 become zeros: nobody knows what they hold.
+  HMA_DEVICE static void copy(uint8_t* to, const uint8_t* page, int first_token, int begin,
+                              int end) {
+    constexpr int CHUNKS = DIM * 2 / COPY_BYTES;
+    for (int i = lane_index(); i < TOKENS * CHUNKS; i += WARP_SIZE) {
       const int token = i / CHUNKS, chunk = i % CHUNKS;
-      copy_16_bytes(to + place(token, chunk), page + (first + token) * DIM * 2 + chunk * COPY,
-                    token >= low && token < high);
+      copy_16_bytes(to + place(token, chunk),
+                    page + (first_token + token) * DIM * 2 + chunk * COPY_BYTES,
+                    token >= begin && token < end);
     }
   }
 
-  HMA_DEVICE static void rows(const uint8_t* tile, int, int group, uint32_t (&a)[4]) {
+  HMA_DEVICE static void k_operand(const uint8_t* tile, int, int group, uint32_t (&a)[4]) {
     const int r = lane_index() / 4, c = lane_index() % 4;
     for (int half = 0; half < 2; ++half) {
       const uint8_t* from = tile + place(r + 8 * half, 2 * group + c / 2) + c % 2 * 8;
@@ -129,7 +136,7 @@ struct Bf16 {
     }
   }
 
-  HMA_DEVICE static void columns(const uint8_t* tile, int, int group, uint32_t (&a)[4]) {
+  HMA_DEVICE static void v_operand(const uint8_t* tile, int, int group, uint32_t (&a)[4]) {
     const int r = lane_index() / 4, c = lane_index() % 4;
     const int chunk = 2 * group + r / 4, within = r % 4 * 4;
     for (int half = 0; half < 2; ++half) {

@@ -1,5 +1,5 @@
 // The instructions that the kernels are made of, each with the PTX ISA's semantics. lane is 0..31;
-// r = lane / 4 and c = lane % 4 below, as in the PTX ISA's figures of fragments.
+// r = lane / 4 and c = lane % 4, as in the PTX ISA's figures of fragments.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,8 +13,10 @@
 
 namespace hma {
 
-HMA_DEVICE int lane_index() { return threadIdx.x % 32; }
-HMA_DEVICE int warp_index() { return threadIdx.x / 32; }
+constexpr int WARP_SIZE = 32;
+
+HMA_DEVICE int lane_index() { return threadIdx.x % WARP_SIZE; }
+HMA_DEVICE int warp_index() { return threadIdx.x / WARP_SIZE; }
 HMA_DEVICE int block_x() { return blockIdx.x; }
 HMA_DEVICE int block_y() { return blockIdx.y; }
 HMA_DEVICE int block_z() { return blockIdx.z; }
@@ -72,7 +74,7 @@ HMA_DEVICE uint32_t pack_bf16(float low, float high) {
 HMA_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 HMA_DEVICE float to_float(__half x) { return __half2float(x); }
 
-// Products of two pairs of bfloat16, subnormals kept: a * b + -0 rounds as a * b does.
+// Products of two pairs of bfloat16, subnormals kept: a * b + -0 is rounded like a * b.
 HMA_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0x80008000u));
@@ -97,18 +99,18 @@ HMA_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes from global to shared memory, zeros where not live; done after commit_copies and
-// wait_for_copies, and seen by other lanes after a sync.
-HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from, bool live) {
+// 16 bytes from global to shared memory, or zeros if not valid. They are there for this lane after
+// commit_copies and wait_for_copies, for other lanes after a sync as well.
+HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid) {
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
-               "r"(live ? 16 : 0)
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 
 HMA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `pending` of this lane's committed groups are under way.
+// Waits until at most `pending` of this lane's committed copies are under way.
 template <int pending>
 HMA_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");

@@ -148,12 +148,6 @@ class HmaPrefillManager(HmaKVManager):
                 return int(code)
         return 0
 
-    @override
-    def update_status(self, bootstrap_room: int, status: int) -> None:
-        super().update_status(bootstrap_room, status)
-        if status == KVPoll.Failed and self.sender is not None:
-            self.sender.release_pages(bootstrap_room)
-
     def forget(self, room: int) -> None:
         super().forget(room)
         if self.sender is not None:

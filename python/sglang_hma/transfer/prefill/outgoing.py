@@ -76,7 +76,6 @@ class OutgoingRequest:
     """`source` are this server's page ids, -1 for pages that were not queued yet.
 
     `submitted` lists (time.perf_counter(), bytes) of what was submitted, without what was resent.
-    `held` are the pages that are held for this request.
     """
 
     room: int
@@ -90,7 +89,6 @@ class OutgoingRequest:
     submitted: list[tuple[float, int]] = field(default_factory=list)
     forward: LayerGate | None = None
     last_send_s: float = 0.0
-    held: list[Pages] = field(default_factory=list)
 
     @classmethod
     def to(cls, room: int, destinations: Iterable[Destination], layers: int) -> "OutgoingRequest":

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from sglang_hma.kvcache.holds import HoldingAllocator
 from sglang_hma.kvcache.layer_gate import GatedPool, LayerGate
 from sglang_hma.transfer.prefill.jobs import EarlySend
 
@@ -20,13 +21,15 @@ def run_batch(
     if not batch.forward_mode.is_extend() or batch.forward_mode.is_prebuilt():
         return original(scheduler, batch, *args, **kwargs)
     sender = scheduler.disagg_prefill_bootstrap_queue.kv_manager.sender
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    allocator = scheduler.token_to_kv_pool_allocator
+    pool = allocator.get_kvcache()
     if sender is None or not isinstance(pool, GatedPool):
         return original(scheduler, batch, *args, **kwargs)
     gate = LayerGate(pool.layer_num, sender.thread.wake)
-    if sender.holds is not None:
+    # A page that is freed before it has arrived must not be handed out.
+    if isinstance(allocator, HoldingAllocator):
         for req in batch.reqs:
-            _send_early(scheduler, req, gate)
+            _send_early(scheduler, allocator, req, gate)
     else:
         sender.trace.forward(gate)
     pool.layer_gate = gate
@@ -41,14 +44,18 @@ def run_batch(
     return result
 
 
-def _send_early(scheduler: Any, req: Any, forward: LayerGate) -> None:
+def _send_early(scheduler: Any, allocator: HoldingAllocator, req: Any, forward: LayerGate) -> None:
     sender = req.disagg_kv_sender
     if req.pending_bootstrap or not hasattr(sender, "send_early"):
         return
-    page = scheduler.token_to_kv_pool_allocator.page_size
+    page = allocator.page_size
     end = min(req.extend_end, len(req.origin_input_ids)) // page * page
     cached = (req.prefix_len - req.host_hit_length) // page * page
-    for end_idx, gate in ((cached, LayerGate.open(forward.layers)), (end, forward)):
+    # Cached pages are locked in the cache until the request has ended, computed ones are not.
+    for end_idx, gate, hold in (
+        (cached, LayerGate.open(forward.layers), None),
+        (end, forward, allocator.hold),
+    ):
         if end_idx > req.start_send_idx:
             send = partial(scheduler.send_kv_chunk, req, last_chunk=False, end_idx=end_idx)
-            sender.send_early(EarlySend(gate, forward), send)
+            sender.send_early(EarlySend(gate, forward), send, hold=hold)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable
 
 from sglang_hma.config import HmaConfig
-from sglang_hma.kvcache.holds import PageHolds
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.base import PrefillManager
@@ -56,7 +55,6 @@ class PrefillSender:
         self.requests: dict[int, OutgoingRequest] = {}
         self.metrics = PrefillMetrics()
         self.claims = Claims(expected=HmaConfig.require().packs_kv)
-        self.holds: PageHolds | None = None  # of the pool's pages, when they leave early
         self._drained_s: dict[int, float] = {}  # when a room's failed writes will have ended
         self._lock = threading.Lock()
         self.thread = SendThread(link, self, sizer)
@@ -94,13 +92,9 @@ class PrefillSender:
             except ValueError as error:
                 jobs, reason = [], str(error)
             else:
-                # Counted and held before the lock is released: the room cannot be settled in
-                # between.
+                # Counted before the lock is released: the room cannot be settled in between.
                 reason = ""
                 self.manager.add_sends(room, len(jobs))
-                if self.holds is not None:
-                    self.holds.hold(source)
-                    request.held.append(source)
         if reason:
             self._fail(room, reason)
         for job in jobs:
@@ -120,11 +114,12 @@ class PrefillSender:
                 return
             if destination.generation != message.generation:
                 return
-            if isinstance(message, messages.Resend):
-                self._resend(request, message)
-            else:
+            if isinstance(message, messages.Verified):
                 request.verified.add(message.session)
                 self._maybe_conclude(request)
+            # A success lets the scheduler reuse the pages: none of them is sent after it.
+            elif message.session not in request.verified:
+                self._resend(request, message)
 
     def _resend(self, request: OutgoingRequest, resend: messages.Resend) -> None:
         try:
@@ -252,20 +247,8 @@ class PrefillSender:
         with self._lock:
             if self.manager.sends(room) > 0:
                 return
-            self._release(self.requests.pop(room, None))
+            self.requests.pop(room, None)
             self.manager.close_room(room)
-
-    def release_pages(self, room: int) -> None:
-        """The room has failed: what its last writes read does not matter any more."""
-        with self._lock:
-            self._release(self.requests.get(room))
-
-    def _release(self, request: OutgoingRequest | None) -> None:
-        if request is None or self.holds is None:
-            return
-        held, request.held = request.held, []
-        for pages in held:
-            self.holds.release(pages)
 
     def is_drained(self, room: int) -> bool:
         """Whether no failed write of this room can still reach decode's pages."""

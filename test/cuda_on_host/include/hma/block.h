@@ -1,6 +1,6 @@
-// One thread block at a time on the host: every thread is a coroutine that runs until it meets
-// others at a barrier. What the threads of a warp do between barriers happens in turn, lane by
-// lane, so that a missing barrier shows as a wrong result.
+// One thread block at a time on the host: every thread is a coroutine that runs until it waits at a
+// barrier. Between barriers the threads of a warp run one after another, so that a missing barrier
+// gives a wrong result.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +15,10 @@
 #include <string>
 #include <vector>
 
+namespace hma {
+constexpr int WARP_SIZE = 32;
+}
+
 namespace hma::on_host {
 
 inline void check(bool good, const char* what) {
@@ -24,7 +28,7 @@ inline void check(bool good, const char* what) {
 struct Copy {
   uint8_t* to;
   const uint8_t* from;
-  bool live;
+  bool valid;
 };
 
 struct Barrier {
@@ -34,7 +38,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  alignas(16) uint8_t slots[2][32][64];
+  alignas(16) uint8_t slots[2][WARP_SIZE][64];
 };
 
 struct Thread {
@@ -51,14 +55,14 @@ class Block {
   static constexpr size_t STACK = 1 << 18;
 
   Block(int x, int y, int z, int threads, int shared_bytes, std::function<void()> kernel)
-      : x(x), y(y), z(z), threads(threads), warps(threads / 32), kernel(std::move(kernel)) {
-    check(threads % 32 == 0, "threads are no multiple of 32");
+      : x(x), y(y), z(z), threads(threads), warps(threads / WARP_SIZE), kernel(std::move(kernel)) {
+    check(threads % WARP_SIZE == 0, "threads are no multiple of a warp");
     storage.assign(shared_bytes + 16, 0xFF);  // NaN until somebody writes
     const auto address = reinterpret_cast<uintptr_t>(storage.data());
     shared = storage.data() + (16 - address % 16) % 16;
     this->shared_bytes = shared_bytes;
     everyone.threads = threads;
-    for (auto& warp : warps) warp.barrier.threads = 32;
+    for (auto& warp : warps) warp.barrier.threads = WARP_SIZE;
     const char* mode = std::getenv("HMA_COPIES");
     eager = mode != nullptr && std::string(mode) == "eager";
   }
@@ -102,7 +106,7 @@ class Block {
     }
   }
 
-  // What every lane of this warp gives; valid until the next call.
+  // The value that lane `lane_wanted` of this warp gives; valid until the next call.
   template <typename T>
   const T& gather(const T& mine, int lane_wanted) {
     return *slot<T>(share(mine), lane_wanted);
@@ -112,23 +116,23 @@ class Block {
   int share(const T& mine) {
     static_assert(sizeof(T) <= 64);
     const int phase = threads[current].gathered++ % 2;
-    std::memcpy(warp().slots[phase][current % 32], &mine, sizeof(T));
+    std::memcpy(warp().slots[phase][current % WARP_SIZE], &mine, sizeof(T));
     meet(warp().barrier);
     return phase;
   }
 
   template <typename T>
   const T* slot(int phase, int lane) {
-    return reinterpret_cast<const T*>(warp().slots[phase][lane % 32]);
+    return reinterpret_cast<const T*>(warp().slots[phase][lane % WARP_SIZE]);
   }
 
-  Warp& warp() { return warps[current / 32]; }
+  Warp& warp() { return warps[current / WARP_SIZE]; }
   Thread& thread() { return threads[current]; }
 
   void perform(const Copy& copy) {
     check(copy.to >= shared && copy.to + 16 <= shared + shared_bytes, "a copy leaves the memory");
     check((copy.to - shared) % 16 == 0, "a copy's target is not aligned");
-    if (copy.live) {
+    if (copy.valid) {
       check(reinterpret_cast<uintptr_t>(copy.from) % 16 == 0, "a copy's source is not aligned");
       std::memcpy(copy.to, copy.from, 16);
     } else {

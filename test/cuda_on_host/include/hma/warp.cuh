@@ -1,7 +1,7 @@
 // hma/warp.cuh for threads on the host, from the PTX ISA's description of each instruction.
 //
-// HMA_COPIES=late (as by default) performs copies when their group is waited for, eager when they
-// are asked for: between them they show a wait that is missing and a buffer that is reused too soon.
+// HMA_COPIES=late (the default) performs copies when their group is waited for, eager at once.
+// Between them they show a missing wait and a buffer that is reused too soon.
 #pragma once
 
 #include <hma/block.h>
@@ -29,8 +29,8 @@ namespace hma {
 
 inline on_host::Block& block() { return *on_host::Block::active; }
 
-inline int lane_index() { return block().current % 32; }
-inline int warp_index() { return block().current / 32; }
+inline int lane_index() { return block().current % WARP_SIZE; }
+inline int warp_index() { return block().current / WARP_SIZE; }
 inline int block_x() { return block().x; }
 inline int block_y() { return block().y; }
 inline int block_z() { return block().z; }
@@ -51,7 +51,7 @@ T from_lane_xor(T value, int mask) {
 inline bool any_lane(bool value) {
   const int phase = block().share(value);
   bool found = false;
-  for (int lane = 0; lane < 32; ++lane) found |= *block().slot<bool>(phase, lane);
+  for (int lane = 0; lane < WARP_SIZE; ++lane) found |= *block().slot<bool>(phase, lane);
   return found;
 }
 
@@ -146,8 +146,8 @@ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_
   }
 }
 
-inline void copy_16_bytes(uint8_t* to, const uint8_t* from, bool live) {
-  const on_host::Copy copy{to, from, live};
+inline void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid) {
+  const on_host::Copy copy{to, from, valid};
   if (block().eager) block().perform(copy);
   block().thread().open.push_back(copy);
 }
