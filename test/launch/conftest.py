@@ -18,6 +18,12 @@ def own_logging() -> Iterator[None]:
     root.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """launch_pd's default log folder is not the user's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
     """fleet.start with a folder of its own, everything killed afterwards."""
