@@ -10,6 +10,8 @@ import pytest
 from sglang_hma.config import HmaConfig, WeightFormats
 from sglang_hma.seams import SEAMS
 
+from .warm_python import WarmPython
+
 DOCS = Path(__file__).parent.parent / "docs" / "sglang-seams.md"
 
 CHECK = """
@@ -53,10 +55,10 @@ print("checked", len(active))
         ),
     ],
 )
-def test_hooks_take_hold_and_their_loss_is_noticed(config: HmaConfig, active: int) -> None:
-    env = os.environ | config.environment()
-    command = [sys.executable, "-c", CHECK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+def test_hooks_take_hold_and_their_loss_is_noticed(
+    python: WarmPython, config: HmaConfig, active: int
+) -> None:
+    done = python("-c", CHECK, env=os.environ | config.environment())
     assert f"checked {active}" in done.stdout, done.stderr[-3000:]
 
 

@@ -1,8 +1,6 @@
 """One-line refusals at start, and what the launcher hands to SGLang."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
@@ -11,6 +9,8 @@ import pytest
 from sglang_hma.config import CONFIG_ENV, HmaConfig, WeightFormats
 from sglang_hma.launch.checks import flag_value
 from sglang_hma.launch_server import parse
+
+from ..warm_python import WarmPython
 
 PREFILL = ("--disaggregation-mode", "prefill")
 
@@ -189,7 +189,6 @@ MLA = {
 SSM = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -199,19 +198,17 @@ SSM = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
     ],
 )
 def test_models_that_cannot_be_served(
-    changes: dict[str, object], words: list[str], tmp_path: Path
+    python: WarmPython, changes: dict[str, object], words: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of(**changes)))
-    command = [sys.executable, "-m", "sglang_hma.launch_server", "--model-path", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = python("-m", "sglang_hma.launch_server", "--model-path", str(tmp_path))
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("sglang_hma.launch_server: error:"), done.stderr[-2000:]
     assert all(word in last for word in words), last
 
 
-def test_help_shows_both_flag_sets() -> None:
-    command = [sys.executable, "-m", "sglang_hma.launch_server", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_help_shows_both_flag_sets(python: WarmPython) -> None:
+    done = python("-m", "sglang_hma.launch_server", "--help")
     assert done.returncode == 0
     assert "--hma-kv-format" in done.stdout and "--disaggregation-mode" in done.stdout
