@@ -27,7 +27,7 @@ venv: ## Make or update .venv (VENV= REQUIREMENTS=cpu|cuda PYTHON=); the targets
 .PHONY: serve
 serve: venv $(if $(MODEL),,demo-model) ## Serve MODEL=, or a demo model, on PORT=30000 with PREFILL=1 DECODE=1 servers; more flags in ARGS=
 	@exec $(RUN) -m sglang_hma.launch_pd --model-path '$(or $(MODEL),$(DEMO_MODEL))' --port $(PORT) \
-		--prefill $(PREFILL) --decode $(DECODE) $(ARGS)
+		--prefill $(PREFILL) --decode $(DECODE) --log-dir build/logs/$(PORT) $(ARGS)
 
 .PHONY: demo-model
 demo-model: venv ## Make a small random model in build/demo-model
@@ -89,6 +89,14 @@ soak: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead 
 .PHONY: sanitize
 sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan
 	@VENV='$(VENV)' scripts/sanitize.sh
+
+.PHONY: wheel
+wheel: venv ## Build the wheel of .venv's Python into dist/
+	$(VENV)/bin/uv build --wheel --no-build-isolation --python $(RUN) --out-dir dist
+
+.PHONY: wheels
+wheels: venv ## Build a wheel for each supported Python of this machine into dist/, and load its kernels
+	@VENV='$(VENV)' scripts/wheels.sh
 
 .PHONY: clean
 clean: ## Remove what was built, the demo model and the tools' caches; .venv stays

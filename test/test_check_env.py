@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_hma import check_env
+from sglang_hma.prefill.ttnn.card import why_no_ttnn
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def box() -> dict[str, Any]:
 
 def test_json_is_what_was_seen() -> None:
     command = [sys.executable, "-m", "sglang_hma.check_env", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout)
     assert seen["packages"]["torch"] == version("torch")
@@ -42,7 +43,7 @@ def test_tables_name_what_is_missing(
         ({"gpus": []}, "gpu", "sees no GPU"),
         ({"tenstorrent": {"cards": [], "stands_in": False}}, "tenstorrent", "tt-kmd"),
         ({"tenstorrent": {"compiler": None}}, "tenstorrent", "sfpi"),
-        ({"packages": {"ttnn": None}}, "tenstorrent", "ttnn is not installed"),
+        ({"packages": {"ttnn": None}}, "tenstorrent", "make venv"),
     ],
 )
 def test_what_is_missing_is_named(
@@ -52,6 +53,20 @@ def test_what_is_missing_is_named(
     for part, values in change.items():
         other[part] = other[part] | values if isinstance(values, dict) else values
     assert any(word in lacks for lacks in check_env.missing(other)[device])
+
+
+@pytest.mark.parametrize(
+    ("python", "remedy"),
+    [
+        ((3, 11), "ttnn has no wheel for Python 3.11: make venv PYTHON=3.12"),
+        ((3, 12), "ttnn is not installed: make venv"),
+        ((3, 13), "ttnn has no wheel for Python 3.13: make venv PYTHON=3.12"),
+    ],
+)
+def test_a_python_without_ttnn_is_told_which_one_has_it(
+    python: tuple[int, int], remedy: str
+) -> None:
+    assert why_no_ttnn(python) == remedy
 
 
 def test_a_box_with_a_card_can_prefill_on_it(box: dict[str, Any]) -> None:

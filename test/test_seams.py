@@ -1,70 +1,190 @@
-"""Every hook takes hold in a fresh process, is noticed when it does not, and is documented."""
+"""Every hook and override takes hold in a fresh process, is noticed when it does not, and is
+documented."""
 
+import inspect
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sglang_hma.config import HmaConfig, WeightFormats
-from sglang_hma.seams import SEAMS
+from sglang_hma import overrides
+from test.launch.test_arguments import PLAIN
+from test.warm_python import WarmPython
 
-from .warm_python import WarmPython
+ROOT = Path(__file__).parent.parent
 
-DOCS = Path(__file__).parent.parent / "docs" / "sglang-seams.md"
+# Arguments: a flag that is refused, then those of a server that would start.
+SCRIPT = """
+import contextlib, io, json, pkgutil, sys
+from sglang_hma import launch_server, overrides, seams
+from sglang_hma.launch import arguments
 
-CHECK = """
-import pkgutil
-from sglang.srt.plugins import load_plugins
-from sglang_hma import seams
-from sglang_hma.config import HmaConfig
+_, refused, *flags = sys.argv
+config = arguments.assume(flags)
 
-config = HmaConfig.require()
-active = [seam.target for seam in seams.SEAMS if seam.applies(config)]
-originals = {}
-for target in active:
-    owner, name = target.rsplit(".", 1)
-    originals[target] = (pkgutil.resolve_name(owner), name, pkgutil.resolve_name(target))
-load_plugins()
-seams.verify(config)
-for target, (owner, name, original) in originals.items():
-    ours = getattr(owner, name)
-    setattr(owner, name, original)
+
+def launch(*more):
+    # Exit code, and what stood on stderr.
+    out = io.StringIO()
+    with contextlib.redirect_stderr(out):
+        try:
+            launch_server.main([*flags, *more])
+        except SystemExit as stop:
+            return stop.code, out.getvalue()
+
+
+def refusal(case):
     try:
         seams.verify(config)
     except RuntimeError as error:
-        assert target in str(error), error
-    else:
-        raise AssertionError(f"{target} was lost and nobody noticed")
+        assert "\\n" not in str(error), error
+        return str(error)
+    raise AssertionError(f"{case}, and nobody noticed")
+
+
+found = {"refused": launch(refused)}
+targets = [seam.target for seam in seams.SEAMS if seam.applies(config)]
+originals = {target: pkgutil.resolve_name(target) for target in targets}
+found["sglang's own"] = launch("--served-model-name", "a:b")
+seams.verify(config)
+
+# Hooks that did not take hold, each in turn.
+for target, original in originals.items():
+    owner, _, name = target.rpartition(".")
+    owner, ours = pkgutil.resolve_name(owner), pkgutil.resolve_name(target)
+    setattr(owner, name, original)
+    assert target in refusal(f"{target} was lost")
     setattr(owner, name, ours)
 seams.verify(config)
-print("checked", len(active))
+
+
+# SGLang with a method less, and with one that is called otherwise, each override in turn.
+def changed(self, a_new_argument):
+    ...
+
+
+count = 0
+for cls in overrides.classes():
+    for name, ours in overrides.marked(cls):
+        place = f"{cls.__module__}.{cls.__qualname__}.{name}"
+        theirs = {base: vars(base)[name] for base in overrides.sglang_bases(cls)
+                  if name in vars(base)}
+        for base in theirs:
+            delattr(base, name)
+        assert f"{place}: " in (said := refusal(place)) and "no such method" in said, said
+        for base in theirs:
+            setattr(base, name, changed)
+        if overrides.mismatch(changed, ours):
+            assert f"{place}: " in (said := refusal(place)) and "a_new_argument" in said, said
+        for base, original in theirs.items():
+            setattr(base, name, original)
+        count += 1
+seams.verify(config)
+
+# Whatever hides a method of SGLang's says so.
+for cls in overrides.classes():
+    of_sglang = {name for base in overrides.sglang_bases(cls) for name in vars(base)}
+    marked = {name for name, _ in overrides.marked(cls)}
+    hidden = {name for name, value in vars(cls).items() if callable(value)} & of_sglang - marked
+    assert not hidden, f"{cls.__qualname__} overrides {hidden} without a mark"
+
+from sglang.srt.platforms.interface import SRTPlatform
+SRTPlatform.post_load = SRTPlatform.post_load_model
+del SRTPlatform.post_load_model
+found["renamed"] = launch()
+print(json.dumps(found | {"hooks": len(targets), "overrides": count}))
 """
+
+BEGIN = "sglang_hma.launch_server: error: "
 
 
 @pytest.mark.parametrize(
-    ("config", "active"),
+    ("refused", "argv", "hooks"),
     [
-        (HmaConfig(role="decode"), 7),
-        (
-            HmaConfig(
-                role="prefill", kv_format="native", weight_formats=WeightFormats.all("native")
-            ),
-            5,
-        ),
+        ("--enable-mixed", ["--disaggregation-mode", "decode"], 7),
+        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 6),
     ],
 )
-def test_hooks_take_hold_and_their_loss_is_noticed(
-    python: WarmPython, config: HmaConfig, active: int
+def test_losses_are_noticed(
+    python: WarmPython, refused: str, argv: list[str], hooks: int, tmp_path: Path
 ) -> None:
-    done = python("-c", CHECK, env=os.environ | config.environment())
-    assert f"checked {active}" in done.stdout, done.stderr[-3000:]
+    """Hooks that did not take hold, methods that SGLang has lost or calls otherwise; the launcher
+    says it in one line, as it does of flags that it or SGLang refuses."""
+    (tmp_path / "config.json").write_text(json.dumps(PLAIN))
+    done = python("-c", SCRIPT, refused, "--model-path", str(tmp_path), "--device", "cpu", *argv)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["hooks"] == hooks and found["overrides"] > 20
+    for case, words in {
+        "refused": [refused.partition("=")[0], " does not go with --hma-"],
+        "sglang's own": ["SGLang refuses its arguments: served_model_name", "a:b"],
+        "renamed": ["HmaPlatformMixin.post_load_model: sglang.", "has no such method"],
+    }.items():
+        code, text = found[case]
+        *_, last = lines = text.splitlines()
+        assert code == 2 and last.startswith(BEGIN), text
+        assert all(word in last for word in words), last
+        if case == "refused":
+            assert lines == [last]
 
 
-def test_every_hook_is_documented() -> None:
-    text = DOCS.read_text()
-    assert [seam.target for seam in SEAMS if seam.target not in text] == []
+class Base:
+    def plain(self, batch: object, size: int = 1) -> None: ...
+    def named(self, *, batch: object, size: int = 1) -> None: ...
+    def rest(self, batch: object, *args: object, **kwargs: object) -> None: ...
+
+    quantity = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "why"),
+    [
+        ("plain", lambda self, batch, size=1: None, None),
+        ("plain", lambda self, batch, size=2, more=3: None, None),
+        ("plain", lambda self, *args, **kwargs: None, None),
+        ("plain", lambda self, batch, *args, **kwargs: None, None),
+        ("plain", lambda self, batch: None, "takes size by position"),
+        ("plain", lambda self, batch, **kwargs: None, "takes size by position"),
+        ("plain", lambda self, batch, *args: None, "takes size by name"),
+        ("plain", lambda self, size, batch: None, "has batch where ours has size"),
+        ("plain", lambda self, requests, size=1: None, "has batch where ours has requests"),
+        ("plain", lambda self, batch, size: None, "lets size be left out"),
+        ("plain", lambda self, batch, size=1, *, more: None, "has no more"),
+        ("named", lambda self, *, size=1, batch: None, None),
+        ("named", lambda self, *, size=1, **kwargs: None, None),
+        ("named", lambda self, batch, size=1: None, None),
+        ("named", lambda self, *, batch: None, "takes size by name"),
+        ("named", lambda self, *, batch, size: None, "lets size be left out"),
+        ("rest", lambda self, batch, *args, **kwargs: None, None),
+        ("rest", lambda self, batch, *args, of_kwargs, **kwargs: None, None),
+        ("rest", lambda self, batch, *args: None, "takes **kwargs"),
+        ("rest", lambda self, batch, **kwargs: None, "takes *args"),
+        ("quantity", lambda self: None, "is a int, not a method"),
+    ],
+)
+def test_signatures(name: str, ours: Callable[..., None], why: str | None) -> None:
+    reason = overrides.mismatch(vars(Base)[name], ours)
+    assert reason == why or (why is not None and why in str(reason))
+    # By itself, too: a call that the base takes, in each way of giving its arguments.
+    if why is None:
+        base = inspect.signature(vars(Base)[name])
+        for args, kwargs in (((1, 2), {}), ((1,), {"size": 2}), ((), {"batch": 1, "size": 2})):
+            try:
+                base.bind(None, *args, **kwargs)
+            except TypeError:
+                continue
+            given = kwargs | ({"of_kwargs": 1} if name == "rest" else {})
+            inspect.signature(ours).bind(None, *args, **given)
+
+
+def test_the_document_is_fresh() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "seams_doc.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_plain_sglang_is_left_alone() -> None:

@@ -60,11 +60,13 @@ def test_chosen_where_sgl_kernel_is_missing(
     monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, needed: bool
 ) -> None:
     from sglang_hma import torch_ops
-    from sglang_hma.launch_server import parse
+    from sglang_hma.launch.arguments import assume
+    from sglang_hma.launch.defaults import NO_CUDA_GRAPHS, defaults
 
     monkeypatch.setattr(torch_ops, "find_spec", lambda _: object() if installed else None)
-    config, argv = parse(["--model-path", "m", "--device", device])
+    config = assume(["--model-path", "m", "--device", device])
     assert config.torch_ops == needed
     if needed:
-        assert "--disable-cuda-graph" in argv
-        assert argv[argv.index("--sampling-backend") + 1] == "pytorch"
+        flags = defaults(config)
+        assert set(NO_CUDA_GRAPHS) <= set(flags)
+        assert flags[flags.index("--sampling-backend") + 1] == "pytorch"

@@ -1,4 +1,4 @@
-"""What checksums cost a transfer: the sending thread and the verifier, with and without them.
+"""What checksums cost a transfer: the send thread and the verifier, with and without them.
 
 Two processes in two network namespaces joined by a rate-limited link move one prompt's pages
 (--tokens of a model shaped like Qwen3-8B: 36 layers, 8 KV heads of 128, BFP8) through Mooncake's
@@ -21,11 +21,13 @@ from benchmark.common import Figure, Timing, console, finish, interleave, parser
 from benchmark.transfer.link import DECODE_IP, PREFILL_IP, link, run
 from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.kvcache.layer_gate import LayerGate
-from sglang_hma.transfer.integrity import Buffers, HostMemory, Verifier, digests
-from sglang_hma.transfer.messages import Group
-from sglang_hma.transfer.page_slices import Area, Piece, runs
+from sglang_hma.transfer.integrity import HostMemory, Verifier, digests
+from sglang_hma.transfer.messages import Landed
+from sglang_hma.transfer.page_slices import Buffers, page_runs, slice_pairs
+from sglang_hma.transfer.prefill.jobs import Group, Job, LayerRange
+from sglang_hma.transfer.prefill.link import MooncakeLink
 from sglang_hma.transfer.prefill.link_model import GroupSizer
-from sglang_hma.transfer.prefill.send_thread import Job, MooncakeLink, Part, Pump, Sending
+from sglang_hma.transfer.prefill.send_thread import SendThread
 
 LAYERS, KV_HEADS, HEAD_DIM = 36, 8, 128
 PAGE_BYTES = KV_HEADS * HEAD_DIM // TILE * TILE_BYTES
@@ -50,17 +52,17 @@ def engine_and_pages(namespace: str, ip: str, pages: int, seed: int) -> tuple[An
     return engine, data
 
 
-def addresses(data: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(buffer.ctypes.data) for buffer in data)
+def buffers(data: np.ndarray) -> Buffers:
+    return Buffers(tuple(int(buffer.ctypes.data) for buffer in data), (PAGE_BYTES,) * len(data))
 
 
 def decode_process(namespace: str, pages: int, pipe: Connection) -> None:
-    """Compares each announced group; answers True once a round's pages are all there."""
+    """Compares each range that has landed; answers True once a round's pages are all there."""
     engine, data = engine_and_pages(namespace, DECODE_IP, pages, 1)
-    pipe.send((f"{DECODE_IP}:{engine.get_rpc_port()}", addresses(data)))
-    verifier = Verifier(Buffers(addresses(data), (PAGE_BYTES,) * len(data)), HostMemory())
+    pipe.send((f"{DECODE_IP}:{engine.get_rpc_port()}", buffers(data).addresses))
+    verifier = Verifier(buffers(data), HostMemory())
     while (message := pipe.recv()) is not None:
-        if isinstance(message, Group):
+        if isinstance(message, Landed):
             if verifier.compare(message, "") is not None:
                 raise RuntimeError("a page differs")
             if verifier.complete(ROOM):
@@ -72,27 +74,22 @@ def decode_process(namespace: str, pages: int, pipe: Connection) -> None:
 
 
 class Sender:
-    """Owner of the pump: announces groups as the outbox does, over a pipe."""
+    """A listener that announces what has landed, as PrefillSender does, over a pipe."""
 
     def __init__(self, namespace: str, pages: int, pipe: Connection) -> None:
         engine, self.data = engine_and_pages(namespace, PREFILL_IP, pages, 2)
         self.pipe = pipe
         self.session, targets = pipe.recv()
         self.memory = HostMemory()
-        ours = addresses(self.data)
-        whole = [
-            Piece(a, PAGE_BYTES, b, PAGE_BYTES, PAGE_BYTES)
-            for a, b in zip(ours, targets, strict=True)
-        ]
-        self.pieces = tuple((whole[i], whole[LAYERS + i]) for i in range(LAYERS))
+        self.slices = slice_pairs(buffers(self.data), targets, prefill=(0, 1), decode=(0, 1))
         self.pages = np.arange(pages, dtype=np.int32)
-        self.parts = runs(self.pages, self.pages)
+        self.runs = page_runs(self.pages, self.pages)
         self.generation: int | None = None
         self.failed = ""
         self.done = threading.Event()
         self.cpu_s = 0.0
-        self.pump = Pump(MooncakeLink(engine), self, GroupSizer())
-        self.pump.start()
+        self.thread = SendThread(MooncakeLink(engine), self, GroupSizer())
+        self.thread.start()
 
     def transfer(self, checksums: bool) -> float:
         """Seconds until decode has every page."""
@@ -102,7 +99,7 @@ class Sender:
         self.done.clear()
         begin = time.perf_counter()
         gate = LayerGate.open(LAYERS)
-        self.pump.put(Job(ROOM, self.session, 0, self.parts, self.pieces, gate, last=True))
+        self.thread.put(Job(ROOM, self.session, 0, self.runs, self.slices, gate, last=True))
         self.done.wait()
         if self.failed:
             raise RuntimeError(self.failed)
@@ -111,34 +108,32 @@ class Sender:
         self.pipe.recv()
         return time.perf_counter() - begin
 
-    def unwanted(self, room: int) -> bool:
+    def is_cancelled(self, room: int) -> bool:
         return bool(self.failed)
 
-    def note(self, part: Part) -> Group | None:
+    def on_submitted(self, layers: LayerRange) -> Landed | None:
         if self.generation is None:
             return None
         began = time.thread_time()
-        layers = self.pieces[part.first_layer : part.first_layer + part.layers]
-        areas = [Area(piece.source, PAGE_BYTES, PAGE_BYTES) for pair in layers for piece in pair]
-        made = digests(self.memory, areas, self.pages)
+        made = digests(self.memory, [pair.source for pair in layers.slices], self.pages)
         self.cpu_s += time.thread_time() - began
-        span = (part.first_layer, part.layers, 0, len(self.pages))
-        return Group(ROOM, self.generation, 0, *span, made)
+        span = (layers.first_layer, layers.layers, 0, len(self.pages))
+        return Landed(ROOM, self.generation, 0, *span, made)
 
-    def sent(self, sending: Sending, now_s: float) -> None:
+    def on_group_done(self, group: Group, now_s: float) -> None:
         pass
 
-    def arrived(self, part: Part) -> None:
-        if part.receipt is not None:
-            self.pipe.send(part.receipt)
+    def on_acked(self, layers: LayerRange) -> None:
+        if layers.announcement is not None:
+            self.pipe.send(layers.announcement)
 
-    def ended(self, job: Job) -> None:
+    def on_done(self, job: Job) -> None:
         self.done.set()
 
-    def broken(self, job: Job, reason: str, *, by_peer: bool) -> None:
+    def on_failed(self, job: Job, reason: str, *, by_peer: bool) -> None:
         self.failed = reason
 
-    def idle(self) -> None:
+    def on_tick(self) -> None:
         pass
 
 
@@ -185,7 +180,6 @@ def measure(args: Any) -> None:
                 )
         finally:
             here.send(None)
-            sender.pump.stop()
             decode.join(10)
     table(
         f"{total / 1e6:.0f} MB of pages, {args.rounds} rounds turn about",

@@ -1,8 +1,8 @@
 """The operations in C++ for host tensors.
 
-Instruction sets (AVX-512, AVX2, scalar) are chosen at run time; HMA_CPU_ISA names one. Threads
-are OMP_NUM_THREADS, else one a usable core. Importing this raises ImportError where the
-extension was not built.
+Instruction sets (AVX-512 with BF16, AVX-512, AVX2, scalar) are chosen at run time; HMA_CPU_ISA
+names one. Threads are OMP_NUM_THREADS, else one a usable core. Importing this raises ImportError
+where the extension was not built.
 """
 
 from hma_kernels.cpu._ext import available_isas, hash, isa, set_isa, set_threads, threads

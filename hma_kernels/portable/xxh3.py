@@ -51,7 +51,7 @@ def accumulate(addresses: Addresses, length: int) -> Words:
     """In numpy, all blocks at a time."""
     blocks = np.stack(
         [
-            np.frombuffer((ctypes.c_char * length).from_address(address), dtype=np.uint64)
+            np.frombuffer(memoryview((ctypes.c_char * length).from_address(address)), np.uint64)
             for address in addresses.tolist()
         ]
     )

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from hma_kernels import describe
-from sglang_hma.prefill.ttnn.card import stands_in, visible_cards
+from sglang_hma.prefill.ttnn.card import stands_in, visible_cards, why_no_ttnn
 from sglang_hma.seams import SGLANG_VERSION
 
 # What they are called here, and the distributions that bring them.
@@ -102,7 +102,7 @@ def missing(box: dict[str, Any]) -> dict[str, list[str]]:
     if not card["cards"] and not card["stands_in"]:
         tt.append("/dev/tenstorrent is empty: no card, or its driver (tt-kmd) is not loaded")
     if packages["ttnn"] is None:
-        tt.append("ttnn is not installed: make venv")
+        tt.append(why_no_ttnn())
     if card["compiler"] is None:
         tt.append("the vendor's compiler is missing: install the sfpi package of ttnn's release")
     return {"cpu": common, "gpu": common + gpu, "tenstorrent": common + tt}

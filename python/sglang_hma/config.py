@@ -19,6 +19,7 @@ MESHES = {"1x1": 1, "1x2": 2, "1x4": 4}
 
 CONFIG_ENV = "SGLANG_HMA_CONFIG"
 SHARE_ENV = "SGLANG_HMA_SHARE"  # how many servers share this box
+ARCHITECTURES_ENV = "SGLANG_HMA_ARCHITECTURES"
 PAGE_TOKENS = 32  # hma_kernels.layout.PAGE, for launchers that do not import torch
 
 _PLATFORM_CLASSES = {
@@ -169,6 +170,17 @@ def mesh_chips(text: str) -> int:
     return MESHES[text]
 
 
+def on_off(text: str) -> str:
+    """The value of --hma-kv-checksum; raises argparse.ArgumentTypeError.
+
+    YAML reads on and off as true and false.
+    """
+    value = {"true": "on", "false": "off"}.get(text, text)
+    if value not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return value
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sglang-hma", "Heterogeneous prefill/decode with BFP8 KV pages (docs/quickstart.md)"
@@ -226,8 +238,9 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--hma-kv-checksum",
-        choices=["on", "off"],
+        type=on_off,
         default="on",
+        metavar="on|off",
         help="On a decode server: compare every page that arrives with a checksum made by the "
         "prefill server before anything reads it; what differs is sent again, then the request "
         "fails. Default: on.",

@@ -9,15 +9,16 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
+from argparse import Namespace
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from sglang_hma.config import SHARE_ENV
-from sglang_hma.launch.checks import flag_value
 from sglang_hma.launch.pd_args import LOOPBACK, Options, fail, parse
-from sglang_hma.launch.supervisor import Fleet, FleetError, Program, direct
+from sglang_hma.launch.program import Program
+from sglang_hma.launch.supervisor import Fleet, FleetError, direct
 
 # Below the ports that the kernel gives to outgoing connections (32768 and up), above those
 # that Mooncake draws from (15000-17000) and below SGLang's own random choice (22000-29999).
@@ -38,7 +39,7 @@ class Commands:
     """What starts a server and the router, before their flags."""
 
     server: tuple[str, ...] = (sys.executable, "-m", "sglang_hma.launch_server")
-    router: tuple[str, ...] = (sys.executable, "-m", "sglang_router.launch_router")
+    router: tuple[str, ...] = (sys.executable, "-m", "sglang_hma.launch.router")
 
 
 class FreePorts:
@@ -92,13 +93,14 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 command += ["--disaggregation-bootstrap-port", bootstrap]
                 routes.append(bootstrap)
             # Data-parallel groups need a port each and pick them themselves.
-            if all(
-                flag_value(flags, name) is None for name in ("--dp-size", "--data-parallel-size")
-            ):
+            asked = options.asked[role]
+            if asked.dp_size is None:
                 command += ["--nccl-port", str(ports.take())]
-            command += with_own_cards(flags, i, number)
-            command += own_trace(flags, f"{role}-{i}" if i else "")
-            servers.append(Program(f"{role}-{i}", command, f"{url}/health", share))
+            command += [*flags, *own_cards(asked, i, number)]
+            command += own_trace(asked, f"{role}-{i}" if i else "")
+            servers.append(
+                Program(f"{role}-{i}", command, f"{url}/health", share, "importing SGLang")
+            )
     router = [*commands.router, "--pd-disaggregation", "--policy", "random"]
     router += [*ROUTER_DEFAULTS, *routes]
     router += ["--host", options.host, "--port", str(options.port)]
@@ -108,40 +110,34 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     router_url = url_of(options.host, options.port)
     command = [*router, *options.router_args]
     # /readiness, unlike /health, waits until a prefill and a decode server are registered.
-    return servers, Program("router", command, f"{router_url}/readiness", env)
+    return servers, Program("router", command, f"{router_url}/readiness", env, "connecting")
 
 
-def with_own_cards(flags: list[str], index: int, number: int) -> list[str]:
-    """Flags with the server's equal share of the cards in --hma-device-ids A,B,..."""
-    given = flag_value(flags, "--hma-device-ids")
-    if given is None or number == 1:
-        return flags
-    cards = given.split(",")
+def own_cards(asked: Namespace, index: int, number: int) -> list[str]:
+    """--hma-device-ids of the server's equal share, to stand behind the user's own."""
+    cards = asked.hma_device_ids
+    if cards is None or number == 1:
+        return []
     each = len(cards) // number
     if len(cards) % number:
         fail(
-            f"--hma-device-ids is {given}: {number} prefill servers cannot share {len(cards)} "
-            "cards evenly; change --prefill or the list"
+            f"--hma-device-ids is {','.join(map(str, cards))}: {number} prefill servers cannot "
+            f"share {len(cards)} cards evenly; change --prefill or the list"
         )
-    own = ",".join(cards[index * each :][:each])
-    joined = f"--hma-device-ids={given}"
-    flags = [f"--hma-device-ids={own}" if flag == joined else flag for flag in flags]
-    return [
-        own if before == "--hma-device-ids" else flag
-        for before, flag in zip(["", *flags], flags, strict=False)
-    ]
+    return ["--hma-device-ids", ",".join(map(str, cards[index * each :][:each]))]
 
 
-def own_trace(flags: list[str], name: str) -> list[str]:
+def own_trace(asked: Namespace, name: str) -> list[str]:
     """--hma-trace FILE for all but the first server of a role: FILE with `name` in it."""
-    path = flag_value(flags, "--hma-trace")
+    path = asked.hma_trace
     if not path or not name:
         return []
     return ["--hma-trace", str(Path(path).with_suffix(f".{name}{Path(path).suffix}"))]
 
 
 def api_key(options: Options) -> str | None:
-    return flag_value([*options.shared, *options.role_args["decode"]], "--api-key")
+    key: str | None = options.asked["decode"].api_key
+    return key
 
 
 def child_env() -> dict[str, str]:
@@ -153,7 +149,7 @@ def child_env() -> dict[str, str]:
 
 
 def first_request(options: Options, decode_url: str) -> str:
-    """The ready line, with a request that has just been answered as it is printed.
+    """A shell line with a request that has just been answered.
 
     Raises FleetError if neither a chat nor a plain completion comes through.
     """
@@ -175,7 +171,7 @@ def first_request(options: Options, decode_url: str) -> str:
         body = json.dumps({"model": model, **prompt, "max_tokens": 16}, separators=(",", ":"))
         status, reply = request(url + path, headers, options.timeout, body)
         if status == 200:
-            return f"sglang-hma ready: {url}  try: {curl(url + path, body, key)}"
+            return curl(url + path, body, key)
         refusals.append(f"{path} HTTP {status} {' '.join(reply.split())[:300]}")
     raise FleetError(f"a first request through {url} fails: {'; '.join(refusals)}")
 
@@ -209,9 +205,11 @@ def main(argv: list[str] | None = None, commands: Commands | None = None) -> int
         servers,
         router,
         lambda: first_request(options, decode_url),
+        url=url_of(options.host, options.port),
         run_id=uuid.uuid4().hex,
         timeout=options.timeout,
         log_dir=options.log_dir,
+        verbose=options.verbose,
     )
     return fleet.run()
 

@@ -1,8 +1,8 @@
 """Where sglang-hma attaches to SGLang: every hook, with its reason, in one list.
 
-docs/sglang-seams.md is this list for readers. SGLang logs and swallows plugin
-errors, so `verify` looks at each target again and stops a server on which one
-did not take hold.
+docs/sglang-seams.md is generated from it (scripts/seams_doc.py). SGLang logs and swallows plugin
+errors, so `verify` looks at each target again and stops a server on which one did not take hold,
+or whose SGLang has lost or changed a method that a class of ours overrides.
 """
 
 import pkgutil
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from sglang_hma import torch_ops
+from sglang_hma import overrides, torch_ops
 from sglang_hma.config import HmaConfig
 
 SGLANG_VERSION = "0.5.23"
+ATTENTION_BACKEND = "hma"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,51 @@ class Seam:
     reason: str
     load: Callable[[], Any]
     applies: Callable[[HmaConfig], bool]
+    when: str  # what `applies` says
+
+
+@dataclass(frozen=True)
+class PluginPoint:
+    """Something that SGLang offers to plugins, and what it is given."""
+
+    point: str
+    ours: str
+    reason: str
+
+
+PLUGIN_POINTS = (
+    PluginPoint(
+        "entry point `sglang.srt.platforms`: `hma`",
+        "`sglang_hma:activate`",
+        "selects the platform class by device",
+    ),
+    PluginPoint(
+        "entry point `sglang.srt.plugins`: `hma`",
+        "`sglang_hma:register`",
+        "runs in every process before anything is built",
+    ),
+    PluginPoint(
+        "`SRTPlatform` (CPU: out-of-tree; CUDA: subclass of `CudaSRTPlatform`, or out-of-tree "
+        "where sgl_kernel is missing)",
+        "`platforms/`",
+        "the in-tree platforms need sgl_kernel",
+    ),
+    PluginPoint(
+        "`register_attention_backend`, `add_attention_backend_choices`: `hma`",
+        "`attention/backend.py`",
+        "attention over both page formats",
+    ),
+    PluginPoint(
+        "`SGLANG_EXTERNAL_MODEL_PACKAGE`",
+        "`served_model/`",
+        "SGLang's own class of the served model, so that SGLang need not import all of its models",
+    ),
+    PluginPoint(
+        "`sglang.srt.models.registry.ModelRegistry.models`",
+        "`prefill/ttnn/server.py:CardCausalLM` for Qwen3, Qwen2 and Llama",
+        "with `--hma-prefill-runtime ttnn`: the model runs on a Tenstorrent card",
+    ),
+)
 
 
 def _from(module: str, name: str) -> Callable[[], Any]:
@@ -35,59 +81,89 @@ def _from(module: str, name: str) -> Callable[[], Any]:
 SEAMS = (
     Seam(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator",
-        "capacity from BFP8's true bytes a token, in whole slabs",
+        "capacity from 8.5 bits an element, in whole slabs; SGLang would count the model dtype's "
+        "bytes",
         _from("kvcache.sizing", "HmaPoolConfigurator"),
         lambda config: config.packs_kv and not config.on_card,
+        "bfp8",
     ),
     Seam(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator",
         "capacity from the card's memory",
         _from("prefill.ttnn.pool", "CardPoolConfigurator"),
         lambda config: config.on_card,
+        "ttnn",
     ),
     Seam(
         "sglang.srt.managers.scheduler_components.invariant_checker"
         ".SchedulerInvariantChecker._check_full_pool",
-        "the leak check counts pages by format, and freed pages that are still on their way",
+        "on prefill, pages that are freed and still on their way belong to nobody; elsewhere "
+        "SGLang's leak check adds tokens up to a constant, but a page's share of the memory "
+        "depends on its format, so pages are counted instead (as strictly: one page too many or "
+        "too few is a leak)",
         _from("kvcache.leak_check", "check_full_pool"),
         lambda config: config.mixes_page_formats or config.sends_early,
+        "bfp8, decode or null; prefill, unless `--hma-layers-per-send all`",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.engine._set_envs_and_config",
+        "a CPU server's processes are forked, so that SGLang is imported once",
+        _from("processes", "set_envs_and_config"),
+        lambda config: config.device == "cpu" and not config.on_card,
+        "on CPU, without cards",
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_kv_class",
-        "the KV manager: format handshake, layer-wise sending, checksums",
+        "hands out our Mooncake manager, sender and receiver: format handshake in both "
+        "directions, layer-wise sending, checksums, no CUDA event on CPU",
         _from("transfer.classes", "get_kv_class"),
         lambda config: config.role != "null",
+        "prefill, decode",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue",
+        "tells the sender of the allocator's page holds, once both exist",
+        _from("transfer.prefill.queue", "HmaPrefillBootstrapQueue"),
+        lambda config: config.sends_early,
+        "prefill, unless `--hma-layers-per-send all`",
     ),
     Seam(
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
-        "opens the gate behind which a prefill batch's pages leave layer by layer",
+        "before a prefill batch runs, its requests' pages are queued behind a gate that the pool "
+        "completes layer by layer; the gate ends with the forward, whatever happens",
         _from("transfer.prefill.run_batch", "run_batch"),
         lambda config: config.gates_forwards,
+        "prefill, unless `--hma-layers-per-send all` without `--hma-trace`",
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_pd_kv_layout",
-        "publishes the KVFormat descriptor in SGLang's own handshake",
+        "publishes the `KVFormat` descriptor in SGLang's own bootstrap handshake",
         _from("transfer.classes", "get_pd_kv_layout"),
         lambda config: config.role != "null",
+        "prefill, decode",
     ),
     Seam(
         "sglang.srt.disaggregation.decode.DecodePreallocQueue",
-        "reserves pages by format and publishes the landing page",
+        "reserves pages by format; tells the peer the landing page instead of the part-full last "
+        "page",
         _from("transfer.decode.queues", "HmaDecodePreallocQueue"),
         lambda config: config.packs_kv and config.role == "decode",
+        "bfp8, decode",
     ),
     Seam(
         "sglang.srt.disaggregation.decode.DecodeTransferQueue",
-        "unpacks the landed last page when a transfer commits",
+        "unpacks the landed last page (exactly) when a transfer commits",
         _from("transfer.decode.queues", "HmaDecodeTransferQueue"),
         lambda config: config.packs_kv and config.role == "decode",
+        "bfp8, decode",
     ),
     Seam(
         "sglang.srt.managers.scheduler_components.internal_state"
         ".SchedulerInternalStateController.get_internal_state",
-        "formats, kernels and cards in /get_server_info",
+        "formats, kernels and cards under `internal_states[].hma` of `/get_server_info`",
         _from("server_info", "get_internal_state"),
         lambda config: True,
+        "always",
     ),
 )
 
@@ -108,7 +184,8 @@ def register(config: HmaConfig) -> None:
 
 
 def verify(config: HmaConfig) -> None:
-    """Raise RuntimeError unless SGLang is the pinned version and every seam took hold."""
+    """Raise RuntimeError unless SGLang is the pinned version, every seam took hold and every
+    override still fits."""
     found = version("sglang")
     if found != SGLANG_VERSION:
         raise RuntimeError(f"sglang {found} is installed, sglang-hma needs {SGLANG_VERSION}")
@@ -128,6 +205,38 @@ def verify(config: HmaConfig) -> None:
             f"SGLang's plugin loader did not apply {', '.join(lost)}; "
             "its log above says why (is another plugin installed?)"
         )
+    _load_what_sglang_asks_for(config)
+    changed = _changed_hooks(config) + overrides.broken()
+    if changed:
+        raise RuntimeError(
+            f"sglang {found} is installed, but not as sglang-hma knows it: {'; '.join(changed)}; "
+            f"install sglang=={SGLANG_VERSION} afresh"
+        )
+
+
+def _load_what_sglang_asks_for(config: HmaConfig) -> None:
+    """Classes that no seam names: the platform's, the transfer's, the attention backend."""
+    from sglang.srt.platforms import current_platform
+
+    current_platform.get_kv_pool_cls(kind="mha")
+    current_platform.get_paged_allocator_cls()
+    if config.packs_kv:
+        pkgutil.resolve_name("sglang_hma.attention.backend")
+    if config.role != "null":
+        from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
+
+        get_kv_class(TransferBackend.MOONCAKE, KVClassType.MANAGER)
+
+
+def _changed_hooks(config: HmaConfig) -> list[str]:
+    found = []
+    for seam in SEAMS:
+        ours = seam.load() if seam.applies(config) else None
+        if ours is not None and not isinstance(ours, type):
+            # A wrapper has the signature of what it wraps.
+            reason = overrides.mismatch(pkgutil.resolve_name(seam.target), ours, extra=1)
+            found += [f"{seam.target} {reason}"] if reason else []
+    return found
 
 
 def _holds(current: Any, ours: Any) -> bool:
@@ -141,7 +250,6 @@ def _holds(current: Any, ours: Any) -> bool:
 
 
 def _register_attention_backend() -> None:
-    from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     def build(runner: Any) -> Any:
@@ -149,8 +257,7 @@ def _register_attention_backend() -> None:
 
         return HmaAttnBackend(runner)
 
-    add_attention_backend_choices(["hma"])
-    register_attention_backend("hma")(build)
+    register_attention_backend(ATTENTION_BACKEND)(build)
 
 
 def _register_models() -> None:
@@ -174,4 +281,4 @@ def _has_models() -> bool:
 def _has_attention_backend() -> bool:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    return "hma" in ATTENTION_BACKENDS
+    return ATTENTION_BACKEND in ATTENTION_BACKENDS

@@ -10,9 +10,9 @@ from hma_kernels import describe
 from sglang_hma.config import HmaConfig
 
 
-def get_internal_state(original: Callable[..., Any], controller: Any, request: Any) -> Any:
+def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
     """SGLang's answer of a scheduler, with ours in it."""
-    answer = original(controller, request)
+    answer = original(controller, recv_req)
     answer.internal_state["hma"] = facts(HmaConfig.require())
     return answer
 

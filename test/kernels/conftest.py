@@ -32,7 +32,10 @@ def pytest_report_header() -> str:
     return f"kernel tests: HMA_TEST_SEED={SEED}"
 
 
-@pytest.fixture(scope="module", autouse=True, params=["portable", "scalar", "avx2", "avx512"])
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
+
+
+@pytest.fixture(scope="module", autouse=True, params=["portable", *ISAS])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test of this folder runs on each implementation that this machine has."""
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,7 +30,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--served-model-name")
     parser.add_argument("--api-key")
     parser.add_argument("--fake-start-s", type=float, default=0.0)
-    parser.add_argument("--fake-die-s", type=float, help="exit with code 7 after so long")
+    parser.add_argument("--fake-say", help="a file to print at the start")
+    parser.add_argument("--fake-die", action="store_true", help="exit with code 7 at the start")
     parser.add_argument("--fake-never-healthy", action="store_true")
     parser.add_argument(
         "--fake-orphans", action="store_true", help="leave processes of own session"
@@ -63,8 +63,10 @@ def serve(argv: list[str], role: str) -> None:
     print(f"share {os.environ.get('SGLANG_HMA_SHARE')}", file=sys.stderr, flush=True)
     if args.fake_orphans:
         leave_orphans()
-    if args.fake_die_s is not None:
-        threading.Timer(args.fake_die_s, die).start()
+    if args.fake_say:
+        print(Path(args.fake_say).read_text(), flush=True)
+    if args.fake_die:
+        os._exit(7)
     born = time.monotonic()
 
     class Handler(BaseHTTPRequestHandler):
@@ -108,12 +110,6 @@ def serve(argv: list[str], role: str) -> None:
     if args.fake_deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ThreadingHTTPServer((args.host, args.port), Handler).serve_forever()
-
-
-def die() -> None:
-    for i in range(30):
-        print(f"dying line {i}", flush=True)
-    os._exit(7)
 
 
 def launch(argv: list[str], *, real_router: bool) -> int:

@@ -26,9 +26,11 @@ def test_small_differences_are_shown(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "logits" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_without_a_card_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("TT_METAL_SIMULATOR")
     monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", list)
     random_model("llama").bfloat16().save_pretrained(tmp_path)
     assert compare.main(["--model-path", str(tmp_path)]) == 2

@@ -1,31 +1,52 @@
-"""A port that refuses is a dead process; one that is silent is not."""
+"""A port that refuses belongs to a process that has ended; one that is silent does not."""
 
 import socket
 import time
+from collections.abc import Iterator
 
-from sglang_hma.transfer.liveness import STRIKES, Obituaries, refuses
+import pytest
 
-
-def wait_gone(watch: Obituaries, address: tuple[str, int], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if watch.gone(address):
-            return True
-        time.sleep(0.05)
-    return False
+from sglang_hma.transfer import liveness
+from sglang_hma.transfer.liveness import REFUSALS, PeerLiveness, refuses
 
 
-def test_refusing_ports_are_gone_and_listening_ones_are_not() -> None:
-    watch = Obituaries()
-    alive = socket.create_server(("127.0.0.1", 0))
-    dead = socket.create_server(("127.0.0.1", 0))
-    dead_address = dead.getsockname()[:2]
-    dead.close()
-    assert not watch.gone(dead_address), "one question is no proof"
-    assert wait_gone(watch, dead_address, STRIKES + 5)
-    assert not wait_gone(watch, alive.getsockname()[:2], STRIKES + 1)
-    alive.close()
+@pytest.fixture
+def listening() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def refusing_address() -> tuple[str, int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[:2]
+
+
+def test_refusing_ports_are_gone_and_listening_ones_are_not(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "INTERVAL_S", 0.01)
+    watched, dead, alive = PeerLiveness(), refusing_address(), listening.getsockname()[:2]
+    assert not watched.is_gone(dead), "nothing was tried before the first question"
+    assert not watched.is_gone(alive)
+    listening.settimeout(60)
+    for _ in range(REFUSALS + 1):  # each a connection that was tried
+        listening.accept()[0].close()
+        assert not watched.is_gone(alive)
+    deadline = time.monotonic() + 60
+    while not watched.is_gone(dead):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_silence_is_no_refusal() -> None:
-    assert not refuses(("203.0.113.1", 9))  # a documentation address: nobody answers
+    """As of a stopped process: its backlog is full, and nothing answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        address = server.getsockname()[:2]
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(address)
+        assert not refuses(address)
+        for one in waiting:
+            one.close()
+    assert refuses(refusing_address())

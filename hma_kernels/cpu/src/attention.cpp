@@ -34,10 +34,10 @@ VisiblePages::VisiblePages(const PageList (&table)[2], std::span<const int64_t> 
     for (int format = 0; format < 2; format++) {
         const PageList& from = table[format];
         indptr[format].push_back(0);
-        list[format].reserve(from.ids.size());
+        list[format].reserve(from.indices.size());
         for (size_t request = 0; request < stop.size(); request++) {
             for (int64_t i = from.indptr[request]; i < from.indptr[request + 1]; i++) {
-                const int64_t id = from.ids[i], position = from.positions[i];
+                const int64_t id = from.indices[i], position = from.pos[i];
                 if (id < 0 || id >= from.pages)
                     throw std::out_of_range(std::string(format == BFP8 ? "bfp8" : "bf16") +
                                             " page id " + std::to_string(id) + " is not in 0.." +
@@ -87,7 +87,7 @@ void DecodePlan::run(const Pages& pages, const Query& q, const Softmax& softmax,
     const Kernels& isa = kernels();
     const DecodeArgs args{
         heads_, pages, {visible_.list[0].data(), visible_.list[1].data()}, q, softmax};
-    const int64_t group = heads_.group, state_size = group * (heads_.v_dim + 2);
+    const int64_t heads = heads_.gqa_group_size, state_size = heads * (heads_.v_dim + 2);
     const int64_t rows = batch_ * heads_.kv_heads;
 
     Pool& pool = Pool::instance();
@@ -107,7 +107,7 @@ void DecodePlan::run(const Pages& pages, const Query& q, const Softmax& softmax,
     pool.run(items_.size(), [&](int64_t index, void* scratch) {
         const DecodeItem& item = items_[index];
         float* own = state.data() + item.slot * state_size;
-        isa.decode(args, item, scratch, {own, own + group, own + 2 * group});
+        isa.decode(args, item, scratch, {own, own + heads, own + 2 * heads});
         const int64_t row = int64_t(item.request) * heads_.kv_heads + item.kv_head;
         if (unfinished[row].fetch_sub(1, std::memory_order_acq_rel) == 1)
             merge(item.request, item.kv_head, state.data(), q.type, out);
@@ -116,23 +116,23 @@ void DecodePlan::run(const Pages& pages, const Query& q, const Softmax& softmax,
 
 void DecodePlan::merge(int64_t request, int kv_head, const float* state, Type type,
                        void* out) const {
-    const int64_t group = heads_.group, dim = heads_.v_dim, state_size = group * (dim + 2);
+    const int64_t heads = heads_.gqa_group_size, dim = heads_.v_dim, state_size = heads * (dim + 2);
     const int64_t row = request * heads_.kv_heads + kv_head;
     const int32_t begin = slots_[row], end = slots_[row + 1];
     std::vector<float> merged(dim);
-    for (int64_t head = 0; head < group; head++) {
+    for (int64_t head = 0; head < heads; head++) {
         const auto at = [&](int32_t slot) { return state + slot * state_size; };
         float max = -INFINITY, sum = 0;
         std::fill(merged.begin(), merged.end(), 0.f);
         for (int32_t slot = begin; slot < end; slot++) max = std::max(max, at(slot)[head]);
         for (int32_t slot = begin; slot < end; slot++) {
             const float factor = std::exp2(at(slot)[head] - max);
-            sum += at(slot)[group + head] * factor;
-            const float* part = at(slot) + 2 * group + head * dim;
+            sum += at(slot)[heads + head] * factor;
+            const float* part = at(slot) + 2 * heads + head * dim;
             for (int64_t d = 0; d < dim; d++) merged[d] += part[d] * factor;
         }
         const float inverse = sum == 0 ? 0 : 1 / sum;
-        const int64_t to = (row * group + head) * dim;
+        const int64_t to = (row * heads + head) * dim;
         for (int64_t d = 0; d < dim; d++) set_element(out, type, to + d, merged[d] * inverse);
     }
 }
@@ -155,7 +155,7 @@ void extend(ExtendArgs args, const PageList (&table)[2], std::span<const int64_t
         r.first_row = q_indptr[request];
         r.rows = q_indptr[request + 1] - r.first_row;
         requests.push_back(r);
-        const int64_t lanes = r.rows * args.heads.group, most = isa.extend_lanes[exact];
+        const int64_t lanes = r.rows * args.heads.gqa_group_size, most = isa.extend_lanes[exact];
         for (int64_t first = 0; first < lanes; first += most)
             for (int head = 0; head < args.heads.kv_heads; head++)
                 items.push_back({int32_t(request), head, first, std::min(first + most, lanes)});
@@ -163,7 +163,7 @@ void extend(ExtendArgs args, const PageList (&table)[2], std::span<const int64_t
     // Later rows see more keys: longest first.
     std::stable_sort(items.begin(), items.end(), [&](const ExtendItem& a, const ExtendItem& b) {
         const auto keys = [&](const ExtendItem& item) {
-            return requests[item.request].prefix + item.last / args.heads.group;
+            return requests[item.request].prefix + item.last / args.heads.gqa_group_size;
         };
         return keys(a) > keys(b);
     });

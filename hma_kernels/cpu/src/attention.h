@@ -10,8 +10,8 @@ namespace hma {
 
 // One format's page list of a batch, as hma_kernels.PageTable has it.
 struct PageList {
-    std::span<const int64_t> indptr, ids, positions;
-    int64_t pages;  // ids are below it
+    std::span<const int64_t> indptr, indices, pos;
+    int64_t pages;  // indices are below it
 };
 
 // The pages each request sees: rows at start <= position < stop.
@@ -19,7 +19,7 @@ struct VisiblePages {
     std::vector<VisiblePage> list[2];
     std::vector<int64_t> indptr[2];
 
-    // Throws std::out_of_range for an id that is no page.
+    // Throws std::out_of_range for an index that is no page.
     VisiblePages(const PageList (&table)[2], std::span<const int64_t> start,
                  std::span<const int64_t> stop);
 };
@@ -31,12 +31,8 @@ class DecodePlan {
     DecodePlan(const Heads& heads, const PageList (&table)[2], std::span<const int64_t> seq_lens,
                int64_t window);
 
-    // out: [batch][kv_heads*group][v_dim] contiguous, of the query's type.
+    // out: [batch][kv_heads*gqa_group_size][v_dim] contiguous, of the query's type.
     void run(const Pages& pages, const Query& q, const Softmax& softmax, void* out) const;
-
-    int64_t batch() const { return batch_; }
-    const Heads& heads() const { return heads_; }
-    size_t items() const { return items_.size(); }
 
   private:
     void merge(int64_t request, int kv_head, const float* state, Type type, void* out) const;

@@ -1,51 +1,55 @@
-// Decode attention of one work item: query heads of one KV head over pages of one format.
+// Decode attention of one work item: the query heads of one KV head over pages of one format.
 //
-// Scores:  s[t] = sum over groups of 2^(E-127) * (q . byte), a group's scale applied to its dot
-//          product, so that dequantization costs one multiply-add for 16 values and head.
-// Values:  out += (p[t] * 2^(E-127)) * byte, the scale applied to the weight.
-// While a page is read, the same bytes of the next one are prefetched.
-// The lanes of a vector are rows (tokens) of a face; they are added up once, at the item's end.
-//
-// Instructions on the vector ports (AVX-512, 4 heads): 33 for 64 bytes of K, 35 for 64 of V, and
-// about 3 of softmax and sums across lanes: 0.56 a byte. VNNI would not save any: two digits of q,
-// a combination, a conversion and a scaling make 5 a head and load, as in float; docs/benchmarks.md.
+// A page's scores come before the values of the page before it, and its softmax after them: so
+// neither waits for the other's last sums.
 #pragma once
 
-#include "rows.h"
+#include <cmath>
+
+#include "decode_bf16.h"
+#include "decode_bfp8.h"
+#include "decode_pairs.h"
 
 namespace hma {
 namespace {
 
-// Query heads that share one pass over a page's registers.
-constexpr int HEADS = HMA_VECTOR_BYTES == 64 ? 4 : 2;
+// Query heads that share one pass over a page.
+constexpr int HEADS = 4;
 constexpr float NOTHING = -1e30f;  // below every logit, and finite: exp2(-inf - NOTHING) is 0
-constexpr float NEGLIGIBLE = -64;  // log2; such a weight is nothing beside the largest, 1
-constexpr int W = WIDTH<float>;
+constexpr float NEGLIGIBLE = -64;  // log2; such a weight is nothing beside the largest
+constexpr float SLACK = 4;         // log2; how far logits may pass the maximum before it is raised
 
-int64_t groups(int dim) { return dim / GROUP; }
-
-// Per head: query in lanes, softmax state, accumulators; then one page's logits.
+// Per head: query, softmax state, accumulators; logits of two pages; which rows exist.
 struct Scratch {
-    F* query;  // BFP8 [groups][head][4], BF16 [head][dim/W]
-    F* out;    // BFP8 [groups][head][4], BF16 [head][v_dim/W]
+    float* query;  // BFP8 [group][head][GROUP], float or for VDPBF16PS bfloat16; BF16 [head][dim]
+    F* out;        // [head][v_dim/W]
+    F* sum;        // [head], in lanes
     float* max;
-    float* sum;
-    float* logits;  // [head][PAGE]
+    float* logits[2];  // [head][PAGE]
+    int32_t* visible;  // [PAGE]: all bits or none
 
-    static int64_t lanes(const Heads& h, int dim) { return groups(dim) * h.group * 4 * sizeof(F); }
-    static int64_t floats(int64_t count) { return (count * sizeof(float) + 63) / 64 * 64; }
+    static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+    static int64_t floats(int64_t count) { return padded(count * sizeof(float)); }
 
     static int64_t bytes(const Heads& h) {
-        return lanes(h, h.dim) + lanes(h, h.v_dim) + 2 * floats(h.group) + floats(h.group * PAGE);
+        const int64_t heads = h.gqa_group_size;
+        return floats(heads * h.dim) + floats(heads * h.v_dim) + padded(heads * sizeof(F)) +
+               floats(heads) + 2 * floats(heads * PAGE) + floats(PAGE);
     }
 
     Scratch(void* memory, const Heads& h) {
         char* at = static_cast<char*>(memory);
-        query = reinterpret_cast<F*>(at);
-        out = reinterpret_cast<F*>(at += lanes(h, h.dim));
-        max = reinterpret_cast<float*>(at += lanes(h, h.v_dim));
-        sum = reinterpret_cast<float*>(at += floats(h.group));
-        logits = reinterpret_cast<float*>(at += floats(h.group));
+        const int64_t heads = h.gqa_group_size;
+        const auto take = [&]<class T>(T*& to, int64_t size) {
+            to = reinterpret_cast<T*>(at);
+            at += size;
+        };
+        take(query, floats(heads * h.dim));
+        take(out, floats(heads * h.v_dim));
+        take(sum, padded(heads * sizeof(F)));
+        take(max, floats(heads));
+        for (auto& page : logits) take(page, floats(heads * PAGE));
+        take(visible, floats(PAGE));
     }
 };
 
@@ -59,130 +63,6 @@ HMA_INLINE void for_head_blocks(int heads, Block block) {
         case 3: block(first, std::integral_constant<int, 3>{}); break;
         case 2: block(first, std::integral_constant<int, 2>{}); break;
         case 1: block(first, std::integral_constant<int, 1>{}); break;
-    }
-}
-
-template <int N>
-HMA_INLINE void bfp8_scores(const uint8_t* k, const uint8_t* next, int tiles, const F* query,
-                            int heads, int first, float* logits) {
-    constexpr int BLOCKS = PAGE / ROWS, AT_ONCE = 2;  // blocks that share a load of the query
-    alignas(64) F sums[N][BLOCKS];
-    for (int block = 0; block < BLOCKS; block += AT_ONCE) {
-        const int face_row = block * ROWS / 16, row = block * ROWS % 16;
-        F sum[AT_ONCE][N] = {};
-        const F* q = query + first * 4;
-        for (int group = 0; group < 2 * tiles; group++, q += heads * 4) {
-            const int face = 2 * face_row + group % 2;
-            const uint8_t* tile = k + group / 2 * TILE_BYTES;
-            const uint8_t* data = tile + EXPONENT_BYTES + face * FACE_BYTES + row * GROUP;
-            const uint8_t* exponents = tile + face * 16 + row;
-            Quads key[AT_ONCE];
-            F scale[AT_ONCE];
-            for (int b = 0; b < AT_ONCE; b++) {
-                key[b] = magnitudes(data + b * ROWS * GROUP);
-                __builtin_prefetch(next + (data - k) + b * ROWS * GROUP);
-                scale[b] = row_scales(exponents + b * ROWS);
-            }
-            for (int h = 0; h < N; h++) {
-                F dot[AT_ONCE];
-                for (int j = 0; j < 4; j++) {
-                    const F part = in_register(q[h * 4 + j]);
-                    for (int b = 0; b < AT_ONCE; b++)
-                        dot[b] = j ? key[b].at[j] * part + dot[b] : key[b].at[j] * part;
-                }
-                for (int b = 0; b < AT_ONCE; b++) sum[b][h] = dot[b] * scale[b] + sum[b][h];
-            }
-        }
-        for (int h = 0; h < N; h++)
-            for (int b = 0; b < AT_ONCE; b++) sums[h][block + b] = sum[b][h];
-    }
-    for (int h = 0; h < N; h++)
-        for (int block = 0; block < BLOCKS; block += 4)
-            store(logits + (first + h) * PAGE + block * ROWS, lane_sums(sums[h] + block));
-}
-
-template <int N>
-HMA_INLINE void bfp8_values(const uint8_t* v, const uint8_t* next, int tiles, const float* weights,
-                            int heads, int first, F* out) {
-    for (int group = 0; group < 2 * tiles; group++) {
-        const uint8_t* tile = v + group / 2 * TILE_BYTES;
-        F sum[N][4];
-        for (int h = 0; h < N; h++)
-            for (int j = 0; j < 4; j++) sum[h][j] = out[(group * heads + first + h) * 4 + j];
-        for (int face_row = 0; face_row < 2; face_row++) {
-            const int face = 2 * face_row + group % 2;
-            alignas(64) float scaled[N][16];
-            for (int i = 0; i < 16; i += W) {
-                const F scale = scales(tile + face * 16 + i);
-                for (int h = 0; h < N; h++) {
-                    const F p = load<F>(weights + (first + h) * PAGE + face_row * 16 + i);
-                    // A row that is hidden has weight 0 and may have an infinite scale.
-                    store(scaled[h] + i, p == 0.f ? F{} : p * scale);
-                }
-            }
-            // Read back by broadcasting loads: cheaper than shuffles of the register.
-            asm("" : "+m"(scaled));
-            const uint8_t* data = tile + EXPONENT_BYTES + face * FACE_BYTES;
-            for (int row = 0; row < 16; row += ROWS) {
-                const Quads value = magnitudes(data + row * GROUP);
-                __builtin_prefetch(next + (data - v) + row * GROUP);
-                for (int h = 0; h < N; h++) {
-                    const F weight = replicate(scaled[h] + row);
-                    for (int j = 0; j < 4; j++) sum[h][j] = value.at[j] * weight + sum[h][j];
-                }
-            }
-        }
-        for (int h = 0; h < N; h++)
-            for (int j = 0; j < 4; j++) out[(group * heads + first + h) * 4 + j] = sum[h][j];
-    }
-}
-
-HMA_INLINE F from_bf16(const uint16_t* bf16) {
-#if defined(__AVX512BW__)
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
-    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-#elif defined(__AVX2__)
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
-    return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-#else
-    const auto bits = __builtin_convertvector(load<Vec<uint16_t, W>>(bf16), Vec<uint32_t, W>);
-    return (F)(bits << 16);
-#endif
-}
-
-template <int N>
-HMA_INLINE void bf16_scores(const uint16_t* k, int dim, const F* query, int first, int begin,
-                            int end, float* logits) {
-    for (int token = begin; token < end; token += 4) {
-        for (int h = 0; h < N; h++) {
-            const F* q = query + (first + h) * (dim / W);
-            F sum[4] = {};
-            for (int t = 0; t < 4; t++) {
-                const uint16_t* row = k + (token + t < end ? token + t : end - 1) * dim;
-                for (int i = 0; i < dim / W; i++) sum[t] = from_bf16(row + i * W) * q[i] + sum[t];
-            }
-            const F lanes = lane_sums(sum);
-            for (int t = 0; t < 4 && token + t < end; t++) {
-                float logit = 0;
-                for (int r = 0; r < ROWS; r++) logit += lanes[t * ROWS + r];
-                logits[(first + h) * PAGE + token + t] = logit;
-            }
-        }
-    }
-}
-
-template <int N>
-HMA_INLINE void bf16_values(const uint16_t* v, int dim, const float* weights, int first, int begin,
-                            int end, F* out) {
-    for (int i = 0; i < dim / W; i++) {
-        F sum[N];
-        for (int h = 0; h < N; h++) sum[h] = out[(first + h) * (dim / W) + i];
-        for (int token = begin; token < end; token++) {
-            const F value = from_bf16(v + token * dim + i * W);
-            for (int h = 0; h < N; h++)
-                sum[h] = value * weights[(first + h) * PAGE + token] + sum[h];
-        }
-        for (int h = 0; h < N; h++) out[(first + h) * (dim / W) + i] = sum[h];
     }
 }
 
@@ -205,134 +85,170 @@ HMA_INLINE float total(F v) {
     return across(v, [](auto a, auto b) { return a + b; });
 }
 
-// Turns one page's logits into weights times `unit`; rescales the head's state if they set a new
-// maximum. Returns by how much `out` must be multiplied.
-HMA_INLINE float weigh(float* logits, int begin, int end, const Softmax& softmax, float unit,
-                       float& max, float& sum) {
+// Turns one page's logits into weights times 2^UNIT, and adds them to `sum`. If they pass the head's maximum by SLACK, it
+// is raised, and the head's sums are to be multiplied by what is returned.
+template <int UNIT>
+HMA_INLINE float weigh(float* logits, const VisiblePage& page, const Softmax& softmax, float& max,
+                       F& sum) {
     F s[PAGE / W];
     F most = splat<float>(NOTHING);
     for (int i = 0; i < PAGE / W; i++) s[i] = to_log2<float>(load<F>(logits + i * W), softmax);
-    if (begin > 0 || end < PAGE) {
+    if (page.first > 0 || page.last < PAGE) {
         for (int i = 0; i < PAGE; i++)
-            if (i < begin || i >= end) s[i / W][i % W] = -__builtin_inff();
+            if (i < page.first || i >= page.last) s[i / W][i % W] = -__builtin_inff();
     }
     for (int i = 0; i < PAGE / W; i++) most = vmax(s[i], most);
-    const float page_max = largest(most);
     float decay = 1;
-    if (page_max > max) {
-        decay = exp2<float>(splat<float>(max - page_max))[0];
-        max = page_max;
+    if (any_above(most, max + SLACK)) {
+        const float raised = largest(most);
+        decay = exp2<float>(splat<float>(max - raised))[0];
+        max = raised;
         sum *= decay;
     }
-    F added = {};
     for (int i = 0; i < PAGE / W; i++) {
         const F x = s[i] - max;
-        const F p = x < NEGLIGIBLE ? F{} : exp2<float>(x);
-        added += p;
-        store(logits + i * W, p * unit);
+        const F p = (F)((Reg<int32_t>)exp2_in_range<float, UNIT>(x) & ~(x < NEGLIGIBLE));
+        sum += p;
+        store(logits + i * W, p);
     }
-    sum += total(added);
     return decay;
 }
 
-void load_query(const DecodeArgs& args, const DecodeItem& item, F* query) {
+// Times the softmax's factor but in bfloat16, which is the query's own.
+template <Format format, class T>
+void load_query(const DecodeArgs& args, const DecodeItem& item, T* query) {
     const Heads& h = args.heads;
-    const float factor =
-        softmax_factor(args.softmax) * (item.format == BFP8 ? MAGNITUDE_SCALE : 1.f);
-    float* to = reinterpret_cast<float*>(query);
-    for (int head = 0; head < h.group; head++) {
-        const int64_t start = item.request * args.q.row_stride +
-                              (int64_t(item.kv_head) * h.group + head) * args.q.head_stride;
-        for (int group = 0; group < groups(h.dim); group++) {
-            alignas(64) float x[GROUP];
-            for (int i = 0; i < GROUP; i++)
-                x[i] = element(args.q.data, args.q.type, start + group * GROUP + i) * factor;
-            if (item.format == BF16) {
-                std::memcpy(to + head * h.dim + group * GROUP, x, sizeof x);
-                continue;
-            }
-            float* lanes = to + (int64_t(group) * h.group + head) * 4 * W;
-            for (int j = 0; j < 4; j++)
-                for (int r = 0; r < ROWS; r++)
-                    std::memcpy(lanes + j * W + r * 4, x + j * 4, 4 * sizeof(float));
+    const float factor = softmax_factor(args.softmax) * (format == BFP8 ? KEY_SCALE : 1.f);
+    for (int head = 0; head < h.gqa_group_size; head++) {
+        const int64_t start =
+            item.request * args.q.row_stride +
+            (int64_t(item.kv_head) * h.gqa_group_size + head) * args.q.head_stride;
+        for (int group = 0; group < h.dim / GROUP; group++) {
+            T values[GROUP];
+            const int64_t from = start + group * GROUP;
+            if constexpr (std::is_same_v<T, uint16_t>)
+                std::memcpy(values, static_cast<const T*>(args.q.data) + from, sizeof values);
+            else
+                for (int i = 0; i < GROUP; i++)
+                    values[i] = element(args.q.data, args.q.type, from + i) * factor;
+            const int64_t to = format == BFP8 ? int64_t(group) * h.gqa_group_size + head
+                                              : int64_t(head) * (h.dim / GROUP) + group;
+            std::memcpy(query + to * GROUP, values, sizeof values);
         }
     }
 }
 
-void store_out(const Heads& h, Format format, const F* out, float* to) {
-    using Lane = Vec<float, 4>;
-    const float* from = reinterpret_cast<const float*>(out);
-    if (format == BF16) {
-        std::memcpy(to, from, sizeof(float) * h.group * h.v_dim);
-        return;
+// One item's pages in turn; PAIRS: BFP8 scores with VDPBF16PS.
+template <Format format, bool PAIRS = false>
+struct Decode {
+    using Element = std::conditional_t<PAIRS, uint16_t, float>;
+    static constexpr int UNIT = format == BFP8 ? WEIGHT_UNIT : 0;
+
+    const DecodeArgs& args;
+    const DecodeItem& item;
+    const Scratch& scratch;
+    const Heads& heads = args.heads;
+    const VisiblePage* list = args.list[format];
+    const int64_t out_vectors = heads.v_dim / W;  // a head
+    bool all_visible = false;
+
+    HMA_INLINE const uint8_t* at(const uint8_t* base, int64_t stride, int page, int dim) const {
+        const int64_t bytes = format == BFP8 ? dim / TILE * TILE_BYTES : PAGE * dim * 2;
+        return base + list[page].id * stride + item.kv_head * bytes;
     }
-    for (int head = 0; head < h.group; head++) {
-        for (int d = 0; d < h.v_dim; d += 4) {
-            const float* lanes =
-                from + ((int64_t(d / GROUP) * h.group + head) * 4 + d % GROUP / 4) * W;
-            Lane sum = load<Lane>(lanes);
-            for (int r = 1; r < ROWS; r++) sum += load<Lane>(lanes + r * 4);
-            store(to + head * h.v_dim + d, sum * SUM_SCALE);
+    HMA_INLINE const uint8_t* k(int page) const {
+        return at(args.pages.k[format], args.pages.k_stride[format], page, heads.dim);
+    }
+    HMA_INLINE const uint8_t* v(int page) const {
+        return at(args.pages.v[format], args.pages.v_stride[format], page, heads.v_dim);
+    }
+    // A later page of the item, or the last: what to prefetch.
+    HMA_INLINE int later(int page) const { return page + 1 < item.last ? page + 1 : item.last - 1; }
+    HMA_INLINE float* logits(int page) const { return scratch.logits[page % 2]; }
+
+    HMA_INLINE Element* query() const { return reinterpret_cast<Element*>(scratch.query); }
+
+    HMA_INLINE void scores(int page) const {
+        for_head_blocks(heads.gqa_group_size, [&](int first, auto n) {
+            if constexpr (PAIRS)
+                pair_scores<n>(k(page), k(later(page)), heads.dim / TILE, query(),
+                               heads.gqa_group_size, first,
+                               float(softmax_factor(args.softmax)) * SUM_SCALE, logits(page));
+            else if constexpr (format == BFP8)
+                bfp8_scores<n>(k(page), k(later(page)), heads.dim / TILE, query(),
+                               heads.gqa_group_size, first, logits(page));
+            else
+                bf16_scores<n>(reinterpret_cast<const uint16_t*>(k(page)), heads.dim,
+                               query(), first, list[page].first, list[page].last,
+                               logits(page));
+        });
+    }
+
+    HMA_INLINE void weights(int page) const {
+        for (int head = 0; head < heads.gqa_group_size; head++) {
+            const float decay = weigh<UNIT>(logits(page) + head * PAGE, list[page], args.softmax,
+                                            scratch.max[head], scratch.sum[head]);
+            if (decay == 1.f) continue;
+            for (int64_t i = 0; i < out_vectors; i++)
+                scratch.out[head * out_vectors + i] *= decay;
         }
     }
-}
+
+    void mark_visible(const VisiblePage& page) {
+        const bool all = page.first == 0 && page.last == PAGE;
+        if (all && all_visible) return;
+        for (int row = 0; row < PAGE; row++)
+            scratch.visible[row] = row >= page.first && row < page.last ? -1 : 0;
+        all_visible = all;
+    }
+
+    HMA_INLINE void values(int page) {
+        if constexpr (format == BFP8) mark_visible(list[page]);
+        for_head_blocks(heads.gqa_group_size, [&](int first, auto n) {
+            if constexpr (format == BFP8)
+                bfp8_values<n>(v(page), v(later(page)), heads.v_dim / TILE, logits(page),
+                               scratch.visible, first, scratch.out);
+            else
+                bf16_values<n>(reinterpret_cast<const uint16_t*>(v(page)), heads.v_dim,
+                               logits(page), first, list[page].first, list[page].last,
+                               scratch.out);
+        });
+    }
+
+    void run(Partial partial) {
+        load_query<format>(args, item, query());
+        for (int head = 0; head < heads.gqa_group_size; head++) {
+            scratch.max[head] = NOTHING;
+            scratch.sum[head] = F{};
+            for (int64_t i = 0; i < out_vectors; i++) scratch.out[head * out_vectors + i] = F{};
+        }
+        scores(item.first);
+        weights(item.first);
+        for (int page = item.first; page < item.last; page++) {
+            const bool more = page + 1 < item.last;
+            if (more) scores(page + 1);
+            values(page);
+            if (more) weights(page + 1);
+        }
+        const float out_unit = format == BFP8 ? SUM_SCALE : 1, weight_unit = std::ldexp(1.f, -UNIT);
+        for (int head = 0; head < heads.gqa_group_size; head++) {
+            partial.max[head] = scratch.max[head];
+            partial.sum[head] = total(scratch.sum[head]) * weight_unit;
+            for (int64_t i = 0; i < out_vectors; i++)
+                store(partial.out + head * heads.v_dim + i * W,
+                      scratch.out[head * out_vectors + i] * out_unit);
+        }
+    }
+};
 
 void decode(const DecodeArgs& args, const DecodeItem& item, void* memory, Partial partial) {
-    const Heads& h = args.heads;
-    Scratch scratch(memory, h);
-    load_query(args, item, scratch.query);
-    const bool bfp8 = item.format == BFP8;
-    const int64_t out_regs = bfp8 ? groups(h.v_dim) * 4 : h.v_dim / W;  // a head
-    std::memset(static_cast<void*>(scratch.out), 0, out_regs * h.group * sizeof(F));
-    for (int head = 0; head < h.group; head++) {
-        scratch.max[head] = NOTHING;
-        scratch.sum[head] = 0;
-    }
-    const int64_t k_bytes = bfp8 ? h.dim / TILE * TILE_BYTES : PAGE * h.dim * 2;
-    const int64_t v_bytes = bfp8 ? h.v_dim / TILE * TILE_BYTES : PAGE * h.v_dim * 2;
-    const auto k_at = [&](int page) {
-        return args.pages.k[item.format] + args.list[item.format][page].id *
-                   args.pages.k_stride[item.format] + item.kv_head * k_bytes;
-    };
-    const auto v_at = [&](int page) {
-        return args.pages.v[item.format] + args.list[item.format][page].id *
-                   args.pages.v_stride[item.format] + item.kv_head * v_bytes;
-    };
-    const auto rescale = [&](int head, float decay) {
-        for (int64_t i = 0; i < (bfp8 ? groups(h.v_dim) : 1); i++) {
-            F* out = scratch.out + (bfp8 ? (i * h.group + head) * 4 : head * out_regs);
-            for (int64_t j = 0; j < (bfp8 ? 4 : out_regs); j++) out[j] *= decay;
-        }
-    };
-    for (int page = item.first; page < item.last; page++) {
-        const uint8_t *k = k_at(page), *v = v_at(page);
-        const int begin = args.list[item.format][page].first;
-        const int end = args.list[item.format][page].last;
-        const int next = page + 1 < item.last ? page + 1 : page;
-        for_head_blocks(h.group, [&](int first, auto n) {
-            if (bfp8)
-                bfp8_scores<n>(k, k_at(next), h.dim / TILE, scratch.query, h.group, first, scratch.logits);
-            else
-                bf16_scores<n>(reinterpret_cast<const uint16_t*>(k), h.dim, scratch.query, first,
-                               begin, end, scratch.logits);
-        });
-        for (int head = 0; head < h.group; head++) {
-            const float decay =
-                weigh(scratch.logits + head * PAGE, begin, end, args.softmax,
-                      bfp8 ? WEIGHT_SCALE : 1.f, scratch.max[head], scratch.sum[head]);
-            if (decay != 1.f) rescale(head, decay);
-        }
-        for_head_blocks(h.group, [&](int first, auto n) {
-            if (bfp8)
-                bfp8_values<n>(v, v_at(next), h.v_dim / TILE, scratch.logits, h.group, first, scratch.out);
-            else
-                bf16_values<n>(reinterpret_cast<const uint16_t*>(v), h.v_dim, scratch.logits,
-                               first, begin, end, scratch.out);
-        });
-    }
-    std::memcpy(partial.max, scratch.max, h.group * sizeof(float));
-    std::memcpy(partial.sum, scratch.sum, h.group * sizeof(float));
-    store_out(h, item.format, scratch.out, partial.out);
+    const Scratch scratch(memory, args.heads);
+    if (item.format == BF16) return Decode<BF16>{args, item, scratch}.run(partial);
+#if defined(HMA_AVX512_BF16)
+    if (args.q.type == Type::bf16)
+        return Decode<BFP8, true>{args, item, scratch}.run(partial);
+#endif
+    Decode<BFP8>{args, item, scratch}.run(partial);
 }
 
 }  // namespace

@@ -9,13 +9,20 @@ namespace {
 
 std::vector<const Kernels*> usable() {
     std::vector<const Kernels*> tables;
+#if defined(HMA_EMULATE)
+    for (const Kernels& table : emulated::tables()) tables.push_back(&table);
+#endif
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                      __builtin_cpu_supports("f16c");
-    if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        tables.push_back(&avx512::kernels());
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(HMA_WITH_AVX512_BF16)
+    if (v4 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
+        tables.push_back(&avx512_bf16::kernels());
+#endif
+    if (v4) tables.push_back(&avx512::kernels());
     if (v3) tables.push_back(&avx2::kernels());
 #endif
     tables.push_back(&scalar::kernels());

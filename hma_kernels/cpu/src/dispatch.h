@@ -17,4 +17,7 @@ std::vector<std::string> available();
 // Throws std::invalid_argument for a name that available() lacks.
 void select(const std::string& name);
 
+// Those that this machine lacks, in an emulated CPU: test/emulation/tables.cpp, in its build only.
+namespace emulated { const std::vector<Kernels>& tables(); }
+
 }  // namespace hma

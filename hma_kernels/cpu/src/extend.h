@@ -1,6 +1,6 @@
 // Attention of new rows over a cached prefix and causally over themselves, in float or double.
 //
-// Lanes are queries (row * group + head); a tile of 32 keys is unpacked once into T and its
+// Lanes are queries (row * gqa_group_size + head); a tile of 32 keys is unpacked once into T and its
 // elements are broadcast: scores[key][lane] += K[key][d] * Q[d][lane], and
 // out[d][lane] += V[key][d] * weight[key][lane]. So the softmax needs no sum across lanes.
 #pragma once
@@ -44,9 +44,10 @@ struct Extend {
         lanes = int(item.last - item.first);
     }
 
-    int64_t row(int lane) const { return (item.first + lane) / heads.group; }
+    int64_t row(int lane) const { return (item.first + lane) / heads.gqa_group_size; }
     int64_t head(int lane) const {
-        return int64_t(item.kv_head) * heads.group + (item.first + lane) % heads.group;
+        return int64_t(item.kv_head) * heads.gqa_group_size +
+               (item.first + lane) % heads.gqa_group_size;
     }
 
     void start() {
@@ -202,7 +203,7 @@ struct Extend {
     }
 
     void finish() {
-        const int64_t all_heads = int64_t(heads.kv_heads) * heads.group;
+        const int64_t all_heads = int64_t(heads.kv_heads) * heads.gqa_group_size;
         for (int i = 0; i < lanes; i++) {
             const int64_t at = ((request.first_row + row(i)) * all_heads + head(i)) * heads.v_dim;
             const T inverse = sum[i] == 0 ? T(0) : T(1) / sum[i];

@@ -23,7 +23,7 @@ struct ConstRowBytes {
     const uint8_t* data[2];
 };
 
-#if defined(__AVX512BW__)
+#if defined(HMA_AVX512)
 
 HMA_INLINE __m512i load_f32(const void* x, Type type, int64_t at) {
     if (type == Type::f32) return _mm512_loadu_si512(static_cast<const float*>(x) + at);
@@ -42,7 +42,7 @@ HMA_INLINE __m512i load_bf16(const void* x, Type type, int64_t at) {
 }
 
 template <Rounding rounding>
-HMA_INLINE void encode_bf16(__m512i x, const RowBytes& to) {
+HMA_INLINE void quantize_bf16(__m512i x, const RowBytes& to) {
     const auto all = [](int16_t value) { return _mm512_set1_epi16(value); };
     constexpr bool device = rounding == Rounding::device;
     __m512i magnitude = _mm512_and_si512(x, all(0x7fff));
@@ -73,7 +73,7 @@ HMA_INLINE void encode_bf16(__m512i x, const RowBytes& to) {
     *to.exponent[1] = _mm_cvtsi128_si32(_mm512_extracti32x4_epi32(most, 2));
 }
 
-HMA_INLINE void encode_host(__m512i x, uint8_t* exponent, uint8_t* data) {
+HMA_INLINE void quantize_host(__m512i x, uint8_t* exponent, uint8_t* data) {
     const auto all = [](int32_t value) { return _mm512_set1_epi32(value); };
     const __m512i magnitude = _mm512_and_si512(x, all(0x7fffffff));
     __m512i most = _mm512_max_epu32(magnitude, _mm512_shuffle_i64x2(magnitude, magnitude, 0x4e));
@@ -97,15 +97,15 @@ HMA_INLINE void encode_host(__m512i x, uint8_t* exponent, uint8_t* data) {
 template <Type type, Rounding rounding>
 HMA_INLINE void pack_row(const void* x, int64_t at, const RowBytes& to) {
     if constexpr (rounding == Rounding::device || type == Type::bf16) {
-        encode_bf16<rounding>(load_bf16(x, type, at), to);
+        quantize_bf16<rounding>(load_bf16(x, type, at), to);
     } else {
         for (int half = 0; half < 2; half++)
-            encode_host(load_f32(x, type, at + half * GROUP), to.exponent[half], to.data[half]);
+            quantize_host(load_f32(x, type, at + half * GROUP), to.exponent[half], to.data[half]);
     }
 }
 
 // float32 bits of one group.
-HMA_INLINE __m512i decode(int exponent, const uint8_t* data) {
+HMA_INLINE __m512i dequantize(int exponent, const uint8_t* data) {
     const __m512i bytes =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
     const __m512i q = _mm512_and_si512(bytes, _mm512_set1_epi32(0x7f));
@@ -121,7 +121,7 @@ HMA_INLINE __m512i decode(int exponent, const uint8_t* data) {
 template <Type type>
 HMA_INLINE void unpack_row(const ConstRowBytes& row, void* out, int64_t at) {
     for (int half = 0; half < 2; half++) {
-        const __m512i bits = decode(row.exponent[half], row.data[half]);
+        const __m512i bits = dequantize(row.exponent[half], row.data[half]);
         if (type == Type::f32) {
             _mm512_storeu_si512(static_cast<float*>(out) + at + half * GROUP, bits);
         } else {
@@ -173,7 +173,7 @@ HMA_INLINE void store_bytes(uint8_t* to, __m256i words) {
                                       _mm256_extracti128_si256(words, 1)));
 }
 
-HMA_INLINE void encode_device(__m256i x, uint8_t* exponent, uint8_t* data) {
+HMA_INLINE void quantize_device(__m256i x, uint8_t* exponent, uint8_t* data) {
     const auto all = [](int16_t value) { return _mm256_set1_epi16(value); };
     const __m256i magnitude =
         _mm256_min_epu16(_mm256_and_si256(x, all(0x7fff)), all(0x7f80));  // NaN as infinity
@@ -202,7 +202,7 @@ HMA_INLINE void encode_device(__m256i x, uint8_t* exponent, uint8_t* data) {
     *exponent = _mm_cvtsi128_si32(_mm256_castsi256_si128(most));
 }
 
-HMA_INLINE void encode_host(const Group32& x, uint8_t* exponent, uint8_t* data) {
+HMA_INLINE void quantize_host(const Group32& x, uint8_t* exponent, uint8_t* data) {
     const auto all = [](int32_t value) { return _mm256_set1_epi32(value); };
     __m256i magnitude[2], q[2];
     for (int i = 0; i < 2; i++) magnitude[i] = _mm256_and_si256(x.half[i], all(0x7fffffff));
@@ -230,14 +230,14 @@ template <Type type, Rounding rounding>
 HMA_INLINE void pack_row(const void* x, int64_t at, const RowBytes& to) {
     for (int half = 0; half < 2; half++) {
         if constexpr (rounding == Rounding::device)
-            encode_device(load_bf16(x, type, at + half * GROUP), to.exponent[half], to.data[half]);
+            quantize_device(load_bf16(x, type, at + half * GROUP), to.exponent[half], to.data[half]);
         else
-            encode_host(load_f32(x, type, at + half * GROUP), to.exponent[half], to.data[half]);
+            quantize_host(load_f32(x, type, at + half * GROUP), to.exponent[half], to.data[half]);
     }
 }
 
 // float32 bits of 8 values.
-HMA_INLINE __m256i decode(int exponent, const uint8_t* data) {
+HMA_INLINE __m256i dequantize(int exponent, const uint8_t* data) {
     const __m256i bytes =
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(data)));
     const __m256i q = _mm256_and_si256(bytes, _mm256_set1_epi32(0x7f));
@@ -253,8 +253,8 @@ HMA_INLINE __m256i decode(int exponent, const uint8_t* data) {
 template <Type type>
 HMA_INLINE void unpack_row(const ConstRowBytes& row, void* out, int64_t at) {
     for (int half = 0; half < 2; half++) {
-        const __m256i low = decode(row.exponent[half], row.data[half]);
-        const __m256i high = decode(row.exponent[half], row.data[half] + 8);
+        const __m256i low = dequantize(row.exponent[half], row.data[half]);
+        const __m256i high = dequantize(row.exponent[half], row.data[half] + 8);
         if (type == Type::f32) {
             auto* to = reinterpret_cast<__m256i*>(static_cast<float*>(out) + at + half * GROUP);
             _mm256_storeu_si256(to, low);
@@ -275,14 +275,14 @@ HMA_INLINE uint32_t f32_bits(const void* x, Type type, int64_t at) {
     return load<uint32_t>(&value);
 }
 
-HMA_INLINE uint8_t encode_device(uint16_t bits, int most) {
+HMA_INLINE uint8_t quantize_device(uint16_t bits, int most) {
     const int magnitude = (bits & 0x7fff) < 0x7f80 ? bits & 0x7fff : 0x7f80;  // NaN as infinity
     const int exponent = magnitude >> 7, shift = most - exponent < 8 ? most - exponent : 8;
     const int q = exponent ? ((magnitude & 0x7f) + 0x80 + (1 << shift)) >> (shift + 1) : 0;
     return q ? (q < 127 ? q : 127) | (bits >> 8 & 0x80) : 0;
 }
 
-HMA_INLINE uint8_t encode_host(uint32_t bits, int most) {
+HMA_INLINE uint8_t quantize_host(uint32_t bits, int most) {
     const int exponent = bits >> 23 & 0xff, shift = most - exponent < 31 ? most - exponent : 31;
     const uint32_t m = ((bits & 0x7fffff) | 0x800000) >> shift;
     const int q = exponent ? (m + 0xffff + (m >> 17 & 1)) >> 17 : 0;
@@ -301,8 +301,8 @@ HMA_INLINE void pack_row(const void* x, int64_t at, const RowBytes& to) {
         most >>= 23;
         *to.exponent[half] = most;
         for (int i = 0; i < GROUP; i++)
-            to.data[half][i] = rounding == Rounding::device ? encode_device(bits[i] >> 16, most)
-                                                            : encode_host(bits[i], most);
+            to.data[half][i] = rounding == Rounding::device ? quantize_device(bits[i] >> 16, most)
+                                                            : quantize_host(bits[i], most);
     }
 }
 

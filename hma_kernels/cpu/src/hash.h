@@ -9,7 +9,7 @@ namespace {
 using Lanes = Vec<uint64_t, 8>;
 
 HMA_INLINE Lanes low_times_high(Lanes x) {
-#if defined(__AVX512F__)
+#if defined(HMA_AVX512)
     const __m512i v = reinterpret_cast<__m512i>(x);
     return reinterpret_cast<Lanes>(_mm512_mul_epu32(v, _mm512_srli_epi64(v, 32)));
 #elif defined(__AVX2__)

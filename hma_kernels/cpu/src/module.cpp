@@ -25,7 +25,7 @@ using WordsOut = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cp
 using MatrixTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using QueryTuple = std::tuple<Address, int, int64_t, int64_t>;
 using PagesTuple = std::tuple<Address, Address, int64_t, int64_t>;  // k, v, their page strides
-using TableTuple = std::tuple<Int64s, Int64s, Int64s, int64_t>;     // indptr, ids, positions, pages
+using TableTuple = std::tuple<Int64s, Int64s, Int64s, int64_t>;     // indptr, indices, pos, pages
 
 // Elements that one thread should have at least; less is done by the caller alone.
 constexpr int64_t GRAIN = 1 << 14;
@@ -56,8 +56,8 @@ Pages pages(const PagesTuple& bfp8, const PagesTuple& bf16) {
 }
 
 PageList page_list(const TableTuple& table) {
-    const auto& [indptr, ids, positions, count] = table;
-    return {view(indptr), view(ids), view(positions), count};
+    const auto& [indptr, indices, pos, count] = table;
+    return {view(indptr), view(indices), view(pos), count};
 }
 
 // task(first, last) over 0..count, in parts of at least GRAIN elements.
@@ -121,8 +121,8 @@ void extend_attention(std::tuple<int, int, int, int> heads, const PagesTuple& bf
                       const TableTuple& bf16_table, const Int64s& prefix, const Int64s& q_indptr,
                       const QueryTuple& q, const QueryTuple& k, const QueryTuple& v, double scale,
                       double logit_cap, int64_t window, bool exact, bool decode, Address out) {
-    const auto& [kv_heads, group, dim, v_dim] = heads;
-    const ExtendArgs args{{kv_heads, group, dim, v_dim},
+    const auto& [kv_heads, gqa_group_size, dim, v_dim] = heads;
+    const ExtendArgs args{{kv_heads, gqa_group_size, dim, v_dim},
                           pages(bfp8, bf16),
                           query(q),
                           query(k),
@@ -176,15 +176,14 @@ NB_MODULE(_ext, m) {
         .def("__init__",
              [](DecodePlan* self, std::tuple<int, int, int, int> heads, const TableTuple& bfp8,
                 const TableTuple& bf16, const Int64s& seq_lens, int64_t window) {
-                 const auto& [kv_heads, group, dim, v_dim] = heads;
+                 const auto& [kv_heads, gqa_group_size, dim, v_dim] = heads;
                  const PageList table[2] = {page_list(bfp8), page_list(bf16)};
                  new (self)
-                     DecodePlan({kv_heads, group, dim, v_dim}, table, view(seq_lens), window);
+                     DecodePlan({kv_heads, gqa_group_size, dim, v_dim}, table, view(seq_lens), window);
              })
         .def("run", [](const DecodePlan& self, const PagesTuple& bfp8, const PagesTuple& bf16,
                        const QueryTuple& q, double scale, double logit_cap, Address out) {
             const nb::gil_scoped_release release;
             self.run(pages(bfp8, bf16), query(q), {scale, logit_cap}, reinterpret_cast<void*>(out));
-        })
-        .def_prop_ro("items", &DecodePlan::items);
+        });
 }

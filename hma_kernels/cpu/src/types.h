@@ -63,7 +63,7 @@ struct Pages {
 };
 
 struct Heads {
-    int kv_heads, group;  // query heads a KV head
+    int kv_heads, gqa_group_size;  // query heads a KV head
     int dim, v_dim;       // multiples of 32
 };
 
@@ -74,7 +74,7 @@ struct VisiblePage {
 };
 
 struct Query {
-    const void* data;  // [rows][kv_heads*group][dim], strides in elements
+    const void* data;  // [rows][kv_heads*gqa_group_size][dim], strides in elements
     Type type;
     int64_t row_stride, head_stride;
 };
@@ -99,11 +99,11 @@ struct DecodeArgs {
     Softmax softmax;
 };
 
-// Softmax state of `group` query heads over some of their keys, logits in units of log2.
+// Softmax state of one KV head's query heads over some of their keys, logits in units of log2.
 struct Partial {
-    float* max;  // [group]
-    float* sum;  // [group]
-    float* out;  // [group][v_dim], not yet divided by sum
+    float* max;  // [gqa_group_size]
+    float* sum;  // [gqa_group_size]
+    float* out;  // [gqa_group_size][v_dim], not yet divided by sum
 };
 
 // New rows of one request after its cached prefix.
@@ -121,10 +121,10 @@ struct ExtendArgs {
     int64_t first_query;  // position of the first new row relative to prefix: 0, decode -1
     int64_t window;       // a row at p sees keys >= p - window; -1 is no limit
     Softmax softmax;
-    void* out;  // [rows][kv_heads*group][v_dim] contiguous, q's type
+    void* out;  // [rows][kv_heads*gqa_group_size][v_dim] contiguous, q's type
 };
 
-// Query heads of one KV head, as lanes row*group + head: first..last-1.
+// Query heads of one KV head, as lanes row*gqa_group_size + head: first..last-1.
 struct ExtendItem {
     int32_t request, kv_head;
     int64_t first, last;
@@ -157,5 +157,6 @@ struct Kernels {
 namespace scalar { const Kernels& kernels(); }
 namespace avx2 { const Kernels& kernels(); }
 namespace avx512 { const Kernels& kernels(); }
+namespace avx512_bf16 { const Kernels& kernels(); }
 
 }  // namespace hma

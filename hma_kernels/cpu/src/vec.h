@@ -13,6 +13,13 @@
 #include "types.h"
 
 #if defined(__AVX512BW__)
+#define HMA_AVX512 1
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define HMA_AVX512_BF16 1
+#endif
+
+#if defined(HMA_AVX512)
 #define HMA_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define HMA_VECTOR_BYTES 32
@@ -74,19 +81,17 @@ HMA_INLINE Reg<T> splat(T x) {
     return x - Reg<T>{};
 }
 
-// 2^x, to a few units in the last place; exactly 0 from x = -bias down, x at most bias - 1.
-template <class T>
-HMA_INLINE Reg<T> exp2(Reg<T> x) {
+// 2^(x + PLUS), to a few units in the last place; x + PLUS must lie between the exponents of the
+// smallest and the largest normal number, or the result is any number.
+template <class T, int PLUS = 0>
+HMA_INLINE Reg<T> exp2_in_range(Reg<T> x) {
     using I = Bits<T>;
     constexpr bool single = sizeof(T) == 4;
     constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023;
-    constexpr T magic = single ? T(0x1.8p23) : T(0x1.8p52);
+    // Its last bits are the exponent field of 2^PLUS: x + magic has that of the result.
+    constexpr T magic = (single ? T(0x1.8p23) : T(0x1.8p52)) + (bias + PLUS);
     // ln(2)^k / k!, the Taylor series on |f| <= 1/2.
-    constexpr int degree = single ? 7 : 14;
-    x = vmin(splat<T>(bias - 1), vmax(splat<T>(-bias), x));
-    const Reg<T> shifted = x + magic;
-    const Reg<T> f = x - (shifted - magic);
-    const Reg<I> n = reinterpret_cast<Reg<I>>(shifted) - reinterpret_cast<Reg<I>>(splat<T>(magic));
+    constexpr int degree = single ? 6 : 14;
     constexpr auto coefficients = [] {
         struct { T at[degree + 1]; } c{};
         long double value = 1;
@@ -96,9 +101,18 @@ HMA_INLINE Reg<T> exp2(Reg<T> x) {
         }
         return c;
     }();
+    const Reg<T> shifted = x + magic;
+    const Reg<T> f = x - (shifted - magic);
     Reg<T> y = splat<T>(coefficients.at[degree]);
     for (int k = degree - 1; k >= 0; k--) y = y * f + coefficients.at[k];
-    return y * reinterpret_cast<Reg<T>>((n + bias) << mantissa);
+    return y * reinterpret_cast<Reg<T>>(reinterpret_cast<Reg<I>>(shifted) << mantissa);
+}
+
+// 2^x; exactly 0 from x = -bias down, x at most bias - 1.
+template <class T>
+HMA_INLINE Reg<T> exp2(Reg<T> x) {
+    constexpr int bias = sizeof(T) == 4 ? 127 : 1023;
+    return exp2_in_range<T>(vmin(splat<T>(bias - 1), vmax(splat<T>(-bias), x)));
 }
 
 template <class T>

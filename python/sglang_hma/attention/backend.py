@@ -7,6 +7,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from typing_extensions import override
 
 from hma_kernels import DecodePlan, PageTable, describe, extend_attention
 from hma_kernels.portable.page_table import page_table
@@ -36,12 +37,15 @@ class HmaAttnBackend(AttentionBackend):
         self.plans: dict[tuple[int, int], DecodePlan] = {}
         self.q_indptr: torch.Tensor | None = None
 
+    @override
     def support_triton(self) -> bool:
         return False
 
+    @override
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
+    @override
     def init_forward_metadata(self, forward_batch: Any) -> None:
         mode = forward_batch.forward_mode
         if mode.is_idle():
@@ -56,6 +60,7 @@ class HmaAttnBackend(AttentionBackend):
             lens = torch.tensor([0, *forward_batch.extend_seq_lens_cpu], dtype=torch.int64)
             self.q_indptr = lens.cumsum(0)
 
+    @override
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         from hma_kernels.triton.page_table import StaticPageTables
 
@@ -66,6 +71,7 @@ class HmaAttnBackend(AttentionBackend):
         )
         self.graph_plans: dict[int, dict[tuple[int, int], DecodePlan]] = {}
 
+    @override
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a CUDA graph is captured or replayed; plans of one batch size share its table."""
         phase.weights.enter(prefill=False)
@@ -79,6 +85,7 @@ class HmaAttnBackend(AttentionBackend):
         formats = self.pool.slab_is_bf16 if isinstance(self.pool, MixedKVPool) else None
         return page_table(self.req_to_token_pool.req_to_token, rows, seq_lens, formats)
 
+    @override
     def forward_decode(
         self,
         q: torch.Tensor,
@@ -89,6 +96,7 @@ class HmaAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
+        require_plain(layer, kwargs)
         assert isinstance(self.pool, MixedKVPool), "a prefill server does not decode"
         k, v = require_own_kv(layer, k, v)
         if save_kv_cache:
@@ -111,6 +119,7 @@ class HmaAttnBackend(AttentionBackend):
         )
         return out.reshape(q.shape[0], -1)
 
+    @override
     def forward_extend(
         self,
         q: torch.Tensor,
@@ -121,6 +130,7 @@ class HmaAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
+        require_plain(layer, kwargs)
         k, v = require_own_kv(layer, k, v)
         if not save_kv_cache:
             raise NotImplementedError("prefill without writing the KV cache")
@@ -140,6 +150,28 @@ class HmaAttnBackend(AttentionBackend):
             sliding_window=layer.sliding_window_size,
         )
         return out.reshape(q.shape[0], -1)
+
+
+def require_plain(layer: Any, kwargs: dict[str, Any]) -> None:
+    """Raise NotImplementedError for attention that would be computed as something else.
+
+    Models with plain attention pass no further arguments (SGLang's torch_native backend takes none
+    either), or None; each one that is set changes the result: sinks, rel_bias, score_mod, idx_q ...
+    """
+    asked = [name for name, value in kwargs.items() if value is not None]
+    if layer.logit_cap and layer.logit_capping_method != "tanh":
+        asked.append(f"logit_capping_method={layer.logit_capping_method}")
+    if layer.pos_encoding_mode != "NONE":
+        asked.append(f"pos_encoding_mode={layer.pos_encoding_mode}")
+    if (layer.xai_temperature_len or 0) > 0:
+        asked.append(f"xai_temperature_len={layer.xai_temperature_len}")
+    if layer.use_irope:
+        asked.append("use_irope")
+    if asked:
+        raise NotImplementedError(
+            f"layer {layer.layer_id} asks attention for {', '.join(asked)}, which the backend "
+            f"{BACKEND_NAME} does not compute; serve this model with --hma-kv-format native"
+        )
 
 
 def require_own_kv(

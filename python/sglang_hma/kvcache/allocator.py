@@ -17,6 +17,7 @@ import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+from typing_extensions import override
 
 from hma_kernels.layout import PAGE, SLAB_TOKENS
 from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
@@ -30,6 +31,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
 
     _kvcache: MixedKVPool
 
+    @override
     def clear(self) -> None:
         self.arena = SlabArena(self.size // SLAB_TOKENS)
         self.landing: dict[int, int] = {}
@@ -38,6 +40,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         self._extend_demand: tuple[int, ...] | None = None
         self._mirror_formats()
 
+    @override
     def available_size(self) -> int:
         """Free room in tokens, as if all of it became BFP8 pages."""
         return self.arena.free_in_bfp8_pages() * PAGE
@@ -46,15 +49,19 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         """Tokens that the handed-out pages could hold, landing pages left out."""
         return (self.arena.live_pages - len(self.landing)) * PAGE
 
+    @override
     def get_all_free_pages(self) -> torch.Tensor:
         return torch.as_tensor(self.arena.free_page_ids(), device=self.device)
 
+    @override
     def merge_and_sort_free(self) -> None:
         pass
 
+    @override
     def alloc(self, need_size: int) -> torch.Tensor | None:
         return self._alloc_prompts([(0, need_size)], [-1])
 
+    @override
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,
@@ -121,6 +128,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             self._mirror_formats()
         return pages
 
+    @override
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
@@ -147,12 +155,14 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             self.arena.free([source])
             self._mirror_formats()
 
+    @override
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         pages = torch.cat(page_ids).tolist()
         self.arena.free(pages)
         self.arena.free([self.landing.pop(p) for p in pages if p in self.landing])
         self._mirror_formats()
 
+    @override
     def _debug_check_no_duplicate_pages(self) -> None:
         """The arena itself refuses a page that is not handed out."""
 
@@ -162,12 +172,14 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
 
     # -- capacity questions that SGLang asks its allocator --
 
+    @override
     def create_prefill_budget(
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
     ) -> "MixedPrefillBudget":
         self.evict_until(tree_cache, lambda: self.arena.available(BF16) > 0)
         return MixedPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
+    @override
     def get_extend_allocation_demand(
         self,
         prefix_lens_cpu: torch.Tensor,
@@ -182,6 +194,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         self._extend_demand = full, tails + tail_to_come(spans)
         return (full + tails) * PAGE
 
+    @override
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
         """Before an extend it serves the page counts of `get_extend_allocation_demand`,
         which SGLang calls right before; otherwise all tokens are generated ones."""
@@ -195,6 +208,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             ),
         )
 
+    @override
     def check_decode_capacity(
         self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
     ) -> bool:
@@ -218,10 +232,12 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
 class MixedPrefillBudget(PrefillBudget):
     """Admits a prompt only if its pages can be placed, its BF16 last page included."""
 
+    @override
     def __init__(self, allocator: SlabPageAllocator, *args: Any, **kwargs: Any) -> None:
         super().__init__(allocator, *args, **kwargs)
         self.tails = 0
 
+    @override
     def _available_and_evictable(self) -> int:
         arena = self.allocator.arena
         placeable = arena.any_format_beside(self.tails + 1) if self._has_tail_room() else 0
@@ -230,15 +246,19 @@ class MixedPrefillBudget(PrefillBudget):
     def _has_tail_room(self) -> bool:
         return bool(self.allocator.arena.available(BF16) > self.tails)
 
+    @override
     def has_capacity(self) -> bool:
         return self._has_tail_room() and super().has_capacity()
 
+    @override
     def check_prefill(self, **kwargs: Any) -> tuple[bool, int | None]:
         return super().check_prefill(**kwargs) if self._has_tail_room() else (False, None)
 
+    @override
     def can_allocate_prefill(self, **kwargs: Any) -> bool:
         return self._has_tail_room() and super().can_allocate_prefill(**kwargs)
 
+    @override
     def reserve(self, *args: Any, **kwargs: Any) -> None:
         super().reserve(*args, **kwargs)
         self.tails += 1

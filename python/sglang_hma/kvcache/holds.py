@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+from typing_extensions import override
 
 # Writes end within Mooncake's own limits, which are shorter.
 PATIENCE_S = 90.0
@@ -55,6 +56,7 @@ class PageHolds:
 class HoldingAllocator(PagedTokenToKVPoolAllocator):
     """SGLang's page allocator; pages that are freed while they are held wait until they are not."""
 
+    @override
     def __init__(self, size: int, page_size: int, *args: Any, **kwargs: Any) -> None:
         self.holds = PageHolds(size // page_size)
         self._parked: list[torch.Tensor] = []
@@ -65,6 +67,7 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
         """Tokens of pages that are neither owned nor free."""
         return sum(len(ids) for ids in self._parked) * int(self.page_size)
 
+    @override
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         ids = torch.cat(page_ids)
         if self.holds.any():
@@ -78,13 +81,16 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
             parked, self._parked = self._parked, []
             self._release_page_ids(*parked)
 
+    @override
     def available_size(self) -> int:
         self._reclaim()
         return int(super().available_size())
 
+    @override
     def alloc(self, *args: Any, **kwargs: Any) -> Any:
         return self._patiently(super().alloc, args, kwargs)
 
+    @override
     def alloc_extend(self, *args: Any, **kwargs: Any) -> Any:
         return self._patiently(super().alloc_extend, args, kwargs)
 
@@ -99,6 +105,7 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
                 return result
             time.sleep(1e-3)
 
+    @override
     def clear(self) -> None:
         self._parked = []
         super().clear()

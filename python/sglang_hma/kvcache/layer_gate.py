@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from typing_extensions import override
 
 
 class LayerGate:
@@ -122,6 +123,7 @@ class GatedPool:
 class NativeKVPool(GatedPool, MHATokenToKVPool):
     """SGLang's own pool, for pipelined transfer without BFP8."""
 
+    @override
     def set_kv_buffer(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().set_kv_buffer(layer, *args, **kwargs)
         override = kwargs.get("layer_id_override")

@@ -1,6 +1,8 @@
 """KV pools: the memory behind the pages, and how K and V rows are written to it."""
 
 import logging
+import math
+import mmap
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 from sglang.srt.mem_cache.memory_pool import KvBufferDesc, MHATokenToKVPool, unwrap_write_loc
 from sglang.srt.runtime_context import get_parallel
+from typing_extensions import override
 
 from hma_kernels import PAGE, TILE, TILE_BYTES, PagedKV, bfp8_round, bfp8_unpack, bfp8_write_rows
 from hma_kernels.layout import (
@@ -32,6 +35,7 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
     what SGLang writes for padded tokens.
     """
 
+    @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Any layout but "nhd" makes SGLang count one page a row.
         kwargs["kv_cache_layout"] = "bfp8_pages"
@@ -50,6 +54,7 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
     def _num_page_ids(self) -> int:
         return self.size // PAGE + 1
 
+    @override
     def _create_buffers(self) -> None:
         if self.page_size != PAGE:
             raise ValueError(f"--page-size is {self.page_size}, BFP8 pages hold {PAGE} tokens")
@@ -68,6 +73,7 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
             v_bf16=[self._bf16_view(buf, self.v_head_dim) for buf in self.v_buffer],
         )
 
+    @override
     def _finalize_allocation_log(self, num_tokens: int) -> None:
         super()._finalize_allocation_log(num_tokens)
         logger.info(
@@ -80,6 +86,8 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
 
     def _page_bytes(self, head_dim: int) -> list[torch.Tensor]:
         shape = (self.num_pages, self.head_num, head_dim // TILE, TILE_BYTES)
+        if torch.device(self.device).type == "cpu":
+            return [untouched_zeros(shape) for _ in range(self.layer_num)]
         with self.memory_saver_adapter.region("kv_cache"):
             return [
                 torch.zeros(shape, dtype=torch.uint8, device=self.device)
@@ -91,6 +99,7 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
             (0, self.head_num, PAGE, head_dim), dtype=torch.bfloat16, device=self.device
         )
 
+    @override
     def _build_kv_buffer_descs(self) -> list[KvBufferDesc]:
         return [
             KvBufferDesc(
@@ -103,17 +112,21 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
             for layer, buffer in enumerate(buffers)
         ]
 
+    @override
     def get_contiguous_buf_infos(self) -> tuple[list[int], list[int], list[int]]:
         buffers = self.k_buffer + self.v_buffer
         item_lens = [buf.stride(0) for buf in buffers]
         return [buf.data_ptr() for buf in buffers], [buf.nbytes for buf in buffers], item_lens
 
+    @override
     def _get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self.k_buffer[layer_id - self.start_layer]
 
+    @override
     def _get_value_buffer(self, layer_id: int) -> torch.Tensor:
         return self.v_buffer[layer_id - self.start_layer]
 
+    @override
     def set_kv_buffer(
         self,
         layer: Any,
@@ -157,6 +170,7 @@ class MixedKVPool(Bfp8KVPool):
     def _num_page_ids(self) -> int:
         return (self.size // SLAB_TOKENS + 1) * IDS_PER_SLAB
 
+    @override
     def _create_buffers(self) -> None:
         super()._create_buffers()
         self.slab_is_bf16 = torch.zeros(
@@ -205,6 +219,7 @@ class MixedKVPool(Bfp8KVPool):
             self.kv.k_bf16[layer][index] = bfp8_unpack(self.k_buffer[layer][source, :, None])
             self.kv.v_bf16[layer][index] = bfp8_unpack(self.v_buffer[layer][source, :, None])
 
+    @override
     def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> list[Any]:
         """Bytes of the pages behind `indices` (one request's slots in order)."""
         bfp8, bf16 = self._split_pages(indices)
@@ -216,6 +231,7 @@ class MixedKVPool(Bfp8KVPool):
             for layer in range(self.layer_num)
         ]
 
+    @override
     def load_cpu_copy(
         self, kv_cache_cpu: list[Any], indices: torch.Tensor, *_: Any, **__: Any
     ) -> None:
@@ -239,6 +255,12 @@ class MixedKVPool(Bfp8KVPool):
         pages = indices[::PAGE].long() // PAGE
         in_bf16 = self.slab_is_bf16[pages // IDS_PER_SLAB]
         return pages[~in_bf16], bf16_index(pages[in_bf16])
+
+
+def untouched_zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """uint8 zeros on the CPU that take no memory until they are written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape), flags), dtype=torch.uint8).view(shape)
 
 
 def to_bf16_values(x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
+from typing_extensions import override
 
 from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, SLAB_TOKENS
 from sglang_hma.config import HmaConfig
@@ -15,14 +16,17 @@ class HmaPoolConfigurator(DefaultPoolConfigurator):
     of 1,024 tokens; one more slab holds the page that padded tokens write to.
     """
 
+    @override
     def _compute_cell_size(self, kvc: Any, num_layers: int) -> int:
         elements = super()._compute_cell_size(kvc, num_layers) // kvc.kv_cache_dtype.itemsize
         return elements * BF16_PAGES_PER_SLAB * 2 // BFP8_PAGES_PER_SLAB
 
+    @override
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
         sizes = super().calculate_pool_sizes(available_bytes, page_size)
         return self.usable(sizes, reserved=1)
 
+    @override
     def calculate_pool_sizes_from_max_tokens(
         self, max_total_num_tokens: int, page_size: int
     ) -> MemoryPoolConfig:

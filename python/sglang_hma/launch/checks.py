@@ -1,179 +1,199 @@
-"""What launch_server refuses, in one line each: flags and models that do not go together."""
+"""What a server refuses of SGLang's arguments, in one line each.
 
-import argparse
-import sys
-from importlib.util import find_spec
-from typing import Any, NoReturn
+The rules look at the typed ServerArgs, so it does not matter how a flag was written. They look
+twice: at what the user asked for, and at what SGLang made of it for the model.
+"""
 
-from sglang_hma.config import MESHES, PAGE_TOKENS, HmaConfig, PrefillRuntime
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-# flag: (the only value that works with BFP8 pages or None for "not at all", why)
-BFP8_CONFLICTS: dict[str, tuple[str | None, str]] = {
-    "--page-size": (str(PAGE_TOKENS), "a BFP8 page is one tile of 32 tokens"),
-    "--attention-backend": ("hma", "only the hma backend reads BFP8 pages"),
-    "--prefill-attention-backend": ("hma", "only the hma backend reads BFP8 pages"),
-    "--decode-attention-backend": ("hma", "only the hma backend reads BFP8 pages"),
-    "--kv-cache-dtype": ("auto", "--hma-kv-format decides how K and V are stored"),
-    "--enable-mixed-chunk": (None, "prefill and decode use different weights and page formats"),
-    "--speculative-algorithm": (None, "draft models need a second KV pool"),
-    "--enable-hierarchical-cache": (None, "host pools copy SGLang's own page layout"),
-    "--disaggregation-decode-enable-radix-cache": (
-        None,
+from sglang_hma.config import PAGE_TOKENS, HmaConfig
+from sglang_hma.launch.flags import Refusal
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`allowed`: the values of a ServerArgs field that work, or a test for them."""
+
+    field: str
+    allowed: tuple[Any, ...] | Callable[[Any], bool]
+    why: str
+    remedy: str
+
+    @property
+    def flag(self) -> str:
+        """As a user can write it."""
+        return f"--{self.field.replace('_', '-')}"
+
+    def allows(self, value: Any) -> bool:
+        return self.allowed(value) if callable(self.allowed) else value in self.allowed
+
+
+def _off(field: str, why: str, *allowed: Any) -> Rule:
+    return Rule(field, allowed or (False, None), why, "leave it out")
+
+
+def _only(field: str, why: str, *allowed: Any) -> Rule:
+    """The first of `allowed` that is set is the one to use."""
+    use = next(value for value in allowed if value is not None)
+    return Rule(field, allowed, why, f"use --{field.replace('_', '-')} {use}")
+
+
+HMA_READS = "only the hma backend reads BFP8 pages"
+OWN_LAYOUT = "it copies SGLang's own page layout"
+OTHER_POOL = "it replaces the KV pool"
+BOTH_PHASES = "prefill and decode use different weights and page formats"
+SPLIT_PAGES = "pages would be split between ranks"
+
+WITH_BFP8 = (
+    _only("page_size", f"a BFP8 page is one tile of {PAGE_TOKENS} tokens", PAGE_TOKENS),
+    _only("attention_backend", HMA_READS, "hma"),
+    _only("prefill_attention_backend", HMA_READS, None, "hma"),
+    _only("decode_attention_backend", HMA_READS, None, "hma"),
+    _only("kv_cache_dtype", "--hma-kv-format decides how K and V are stored", "auto"),
+    Rule(
+        "dtype",
+        lambda value: value not in ("half", "float16"),
+        "K and V are kept in BFP8 and BF16",
+        "use bfloat16 or float32",
+    ),
+    Rule(
+        "chunked_prefill_size",
+        lambda value: value is None or value <= 0 or value % PAGE_TOKENS == 0,
+        "a chunk ends on a page's edge",
+        f"use a multiple of {PAGE_TOKENS}, the page size",
+    ),
+    _off("enable_mixed_chunk", BOTH_PHASES),
+    _off("enable_pdmux", BOTH_PHASES),
+    _off("enable_pd_role_switch", BOTH_PHASES),
+    _off("speculative_algorithm", "draft models need a second KV pool"),
+    _off("enable_hierarchical_cache", OWN_LAYOUT),
+    _off("enable_lmcache", OWN_LAYOUT),
+    _off("enable_flexkv", OWN_LAYOUT),
+    _off("enable_unified_cache_external_linker", OWN_LAYOUT),
+    _off("radix_cache_backend", "not tried with BFP8 pages"),
+    _off("kv_canary", OWN_LAYOUT, "none"),
+    _off("enable_unified_memory", OTHER_POOL),
+    _off("enable_hisparse", OTHER_POOL),
+    _off("enable_page_major_kv_layout", OTHER_POOL),
+    _off("prefill_only_disable_kv_cache", OTHER_POOL),
+    _off("enable_kv_cache_sharding", SPLIT_PAGES),
+    _only("dcp_size", SPLIT_PAGES, 1),
+    _only("attn_cp_size", SPLIT_PAGES, 1),
+    _off("enable_prefill_cp", SPLIT_PAGES),
+    _only("pp_size", "page descriptors cover all layers", 1),
+    _only("attn_dp_size", "not tried with BFP8 pages", 1),
+    _off("enable_dp_attention", "not tried with BFP8 pages"),
+    _off("enable_two_batch_overlap", "not tried with BFP8 pages"),
+    _off("enable_lora", "adapters would be added to rounded weights"),
+    _off("lora_paths", "adapters would be added to rounded weights"),
+    _only(
+        "disaggregation_transfer_backend",
+        "BFP8 pages travel with mooncake or mooncake_tcp",
+        "mooncake",
+        "mooncake_tcp",
+    ),
+    _only("disaggregation_decode_retraction_backup", OWN_LAYOUT, None, "cpu_tensor", "none"),
+    _off("disaggregation_decode_enable_offload_kvcache", OWN_LAYOUT),
+    _off(
+        "disaggregation_decode_enable_radix_cache",
         "a cached prefix on decode would mix page formats inside one transfer",
     ),
-    "--pp-size": ("1", "page descriptors cover all layers"),
-    "--pipeline-parallel-size": ("1", "page descriptors cover all layers"),
-    "--enable-dp-attention": (None, "not tried with BFP8 pages"),
-    "--enable-unified-memory": (None, "it replaces the KV pool"),
-    "--enable-hisparse": (None, "it replaces the KV pool"),
-    "--enable-page-major-kv-layout": (None, "it replaces the KV pool"),
-    "--enable-pd-role-switch": (None, "prefill and decode keep different weights and pages"),
-    "--dcp-size": ("1", "pages would be split between ranks"),
-    "--enable-lora": (None, "adapters would be added to rounded weights"),
-}
+    _off("disaggregation_decode_host_receive_threshold", OWN_LAYOUT, 1.0),
+    _off("disaggregation_decode_allocation_policy", "not tried with BFP8 pages", "early"),
+    _off(
+        "disaggregation_enable_kv_checksum",
+        "the last page is unpacked when it has arrived; --hma-kv-checksum compares all of them",
+    ),
+)
+
+ON_CARDS = (
+    Rule(
+        "tp_size",
+        (1,),
+        "on Tenstorrent cards one process serves, and --hma-mesh splits the model",
+        "leave it out",
+    ),
+)
+
+EARLY_WITHOUT_BFP8 = (
+    Rule(
+        "page_size",
+        lambda value: value != 1,
+        "layers leave early only in pages of several tokens",
+        f"use --page-size {PAGE_TOKENS} on both servers, or --hma-layers-per-send all",
+    ),
+)
+
+# SGLang's switches that are no flags: (name, why).
+ENVIRONMENT = (
+    (
+        "SGLANG_DISAGG_STAGING_BUFFER",
+        "sglang-hma cuts pages by heads itself where tensor parallelism differs",
+    ),
+)
 
 
-def fail(message: str) -> NoReturn:
-    """One line on stderr, exit code 2."""
-    sys.stderr.write(f"sglang_hma.launch_server: error: {message}\n")
-    raise SystemExit(2)
-
-
-def flag_value(argv: list[str], flag: str) -> str | None:
-    """The last value given for `flag`, '' for a bare flag, None if it is absent."""
-    found = None
-    for i, arg in enumerate(argv):
-        name, equals, value = arg.partition("=")
-        if name == flag:
-            following = argv[i + 1] if i + 1 < len(argv) else ""
-            found = value if equals else ("" if following.startswith("--") else following)
+def rules(config: HmaConfig) -> list[tuple[str, Sequence[Rule]]]:
+    """What applies, each with what asks for it."""
+    found: list[tuple[str, Sequence[Rule]]] = []
+    if config.on_card:
+        found.append(("--hma-prefill-runtime ttnn", ON_CARDS))
+    if config.packs_kv:
+        found.append(("--hma-kv-format bfp8", WITH_BFP8))
+    elif config.sends_early:
+        found.append((f"--hma-layers-per-send {config.layers_per_send}", EARLY_WITHOUT_BFP8))
     return found
 
 
-def prefill_runtime(ours: argparse.Namespace, role: str, device: str | None) -> PrefillRuntime:
-    """What computes."""
-    chosen = ours.hma_prefill_runtime
-    fits = role == "prefill" and ours.hma_kv_format == "bfp8" and device in (None, "cpu")
-    if chosen == "ttnn" and not fits:
-        fail(
-            "--hma-prefill-runtime is ttnn: a card serves --disaggregation-mode prefill with "
-            "--hma-kv-format bfp8, and no --device but cpu goes with it"
-        )
-    if chosen == "auto":
-        from sglang_hma.prefill.ttnn.card import visible_cards
+def check_arguments(config: HmaConfig, server_args: Any) -> None:
+    """Refuse what the user asked for, if it cannot work. `server_args` are not resolved yet."""
+    for asks, table in rules(config):
+        for rule in table:
+            value = getattr(server_args, rule.field)
+            if not rule.allows(value):
+                shown = rule.flag if value is True else f"{rule.flag} {_shown(value)}"
+                raise Refusal(f"{shown} does not go with {asks} ({rule.why}): {rule.remedy}")
+    from sglang.srt.environ import envs
 
-        there = fits and device is None and visible_cards() and find_spec("ttnn") is not None
-        chosen = "ttnn" if there else "reference"
-    if chosen == "reference":
-        for flag, value in (
-            ("--hma-device-ids", ours.hma_device_ids),
-            ("--hma-mesh", ours.hma_mesh),
-        ):
-            if value is not None:
-                fail(f"{flag} is given, but no card computes: add --hma-prefill-runtime ttnn")
-    return chosen
+    for name, why in ENVIRONMENT:
+        if config.role != "null" and getattr(envs, name).get():
+            raise Refusal(f"{name} is {os.environ[name]} in the environment ({why}): unset it")
 
 
-def cards(ours: argparse.Namespace, runtime: PrefillRuntime) -> tuple[tuple[int, ...], int]:
-    """Numbers of the cards and how many of their chips form a mesh."""
-    ids = ours.hma_device_ids or (0,)
-    chips = ours.hma_mesh or len(ids)
-    if chips < len(ids) or chips not in MESHES.values():
-        shown = ",".join(map(str, ids))
-        fail(
-            f"--hma-device-ids is {shown}: 1, 2 or 4 cards form a mesh, of one chip each or of the "
-            "number in --hma-mesh"
-        )
-    if runtime == "ttnn":
-        from sglang_hma.prefill.ttnn.card import CardError, require_cards
+def check_resolved(config: HmaConfig, server_args: Any) -> None:
+    """Refuse what SGLang has decided for this model beyond what it was asked for."""
+    from sglang.srt.arg_groups.overrides import resolution_result
 
-        try:
-            require_cards(ids)
-        except CardError as error:
-            fail(str(error))
-    return ids, chips
-
-
-def check_conflicts(config: HmaConfig, argv: list[str]) -> None:
-    if config.on_card:
-        for flag in ("--tp-size", "--tensor-parallel-size", "--tp"):
-            if flag_value(argv, flag) not in (None, "1"):
-                fail(
-                    f"{flag} is {flag_value(argv, flag)}: on Tenstorrent cards --hma-mesh splits "
-                    "the model, in one process"
+    for asks, table in rules(config):
+        for rule in table:
+            value = resolution_result(server_args, rule.field)
+            if not rule.allows(value):
+                raise Refusal(
+                    f"SGLang sets {rule.flag} to {_shown(value)} for this model, which does not "
+                    f"go with {asks} ({rule.why}): serve it with --hma-kv-format native"
                 )
-    if not config.packs_kv:
-        if config.weight_formats.packs_any:
-            fail(
-                "--hma-weight-format is bfp8 but --hma-kv-format is native, which switches all "
-                "formats off: leave one of them out"
-            )
-        if config.sends_early and flag_value(argv, "--page-size") == "1":
-            fail(
-                "--page-size is 1: layers leave early only in pages of several tokens; use "
-                f"--page-size {PAGE_TOKENS} on both servers, or --hma-layers-per-send all"
-            )
-        return
-    for flag, (allowed, why) in BFP8_CONFLICTS.items():
-        value = flag_value(argv, flag)
-        if value is None or value == allowed:
-            continue
-        shown = f"{flag} {value}".strip()
-        remedy = f"use {flag} {allowed}" if allowed else "leave it out"
-        fail(f"{shown} does not go with --hma-kv-format bfp8 ({why}): {remedy}")
-    backend = flag_value(argv, "--disaggregation-transfer-backend")
-    if backend is not None and not backend.startswith("mooncake"):
-        fail(
-            f"--disaggregation-transfer-backend is {backend}: BFP8 pages travel with mooncake "
-            "or mooncake_tcp"
-        )
-    backup = flag_value(argv, "--disaggregation-decode-retraction-backup")
-    if backup not in (None, "cpu_tensor", "none"):
-        fail(
-            f"--disaggregation-decode-retraction-backup is {backup}, which copies SGLang's own "
-            "page layout: use cpu_tensor"
-        )
-    dtype = flag_value(argv, "--dtype")
-    if dtype in ("half", "float16"):
-        fail(f"--dtype is {dtype}: K and V are kept in BFP8 and BF16, use bfloat16 or float32")
-    chunk = flag_value(argv, "--chunked-prefill-size")
-    if chunk and chunk.isdecimal() and int(chunk) % PAGE_TOKENS:
-        fail(f"--chunked-prefill-size is {chunk}: use a multiple of {PAGE_TOKENS}, the page size")
 
 
-def check_model(config: HmaConfig, server_args: Any) -> Any:
-    """SGLang's ModelConfig, after a one-line refusal of models without plain KV pages."""
-    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
-
+def resolve(config: HmaConfig, server_args: Any) -> None:
+    """SGLang's own validation and decisions, then ours once more. Raises Refusal."""
+    grpc = server_args.smg_grpc_mode or server_args.grpc_mode
+    if grpc and server_args.tokenizer_path is None:
+        # sglang.launch_server would do it, but resolved arguments cannot be changed.
+        server_args.tokenizer_path = server_args.model_path
     try:
-        model = ModelConfig.from_server_args(server_args)
-    except Exception as error:  # whatever transformers makes of a broken config
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        fail(f"--model-path is {server_args.model_path}: {reason}")
-    if not config.packs_kv:
-        return model
-    name = (model.hf_config.architectures or ["model"])[0]
-    remedy = "serve it with --hma-kv-format native"
-    if model.attention_arch != AttentionArch.MHA:
-        fail(
-            f"{name} uses {model.attention_arch.name} attention, BFP8 pages need MHA/GQA: {remedy}"
-        )
-    from sglang.srt.configs.hybrid_arch import mambaish_config
+        server_args.resolve_once()
+        server_args.check_server_args()
+    except (AssertionError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+        raise Refusal(f"SGLang refuses its arguments: {one_line(error)}") from error
+    check_resolved(config, server_args)
 
-    if mambaish_config(model) is not None:
-        fail(f"{name} has state-space layers, BFP8 pages need MHA/GQA in every layer: {remedy}")
-    if getattr(model, "is_hybrid_swa", False):
-        fail(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
-    if config.on_card:
-        from sglang_hma.prefill.ttnn.shape import ModelShape, UnsupportedModel
 
-        try:
-            ModelShape.of(model.hf_config).split(config.chips)
-        except UnsupportedModel as error:
-            fail(f"{error}: serve it with --hma-prefill-runtime reference")
-    for label, dim in (("head_dim", model.head_dim), ("v_head_dim", model.v_head_dim)):
-        if dim % PAGE_TOKENS:
-            fail(f"{name} has {label} {dim}, BFP8 tiles need a multiple of {PAGE_TOKENS}: {remedy}")
-    if str(model.dtype) == "torch.float16":
-        fail(f"{name} is float16: add --dtype bfloat16, K and V are kept in BFP8 and BF16")
-    return model
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__

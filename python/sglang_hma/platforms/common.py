@@ -2,12 +2,16 @@
 
 from typing import Any
 
+from sglang.srt.platforms.interface import SRTPlatform
+from typing_extensions import override
+
 from sglang_hma.config import HmaConfig
 
 
-class HmaPlatformMixin:
+class HmaPlatformMixin(SRTPlatform):
     """Pools, allocator and weights of sglang-hma."""
 
+    @override
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         config = HmaConfig.require()
         if kind != "mha":
@@ -24,6 +28,7 @@ class HmaPlatformMixin:
 
         return pool.MixedKVPool if config.mixes_page_formats else pool.Bfp8KVPool
 
+    @override
     def get_paged_allocator_cls(self) -> type | None:
         config = HmaConfig.require()
         if config.mixes_page_formats:
@@ -36,6 +41,7 @@ class HmaPlatformMixin:
             return HoldingAllocator
         return None
 
+    @override
     def post_load_model(self, model: Any) -> None:
         from sglang_hma import seams
         from sglang_hma.prefill import reference

@@ -3,6 +3,7 @@
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from typing_extensions import override
 
 from sglang_hma.platforms.common import HmaPlatformMixin
 
@@ -13,11 +14,14 @@ class HmaCpuPlatform(HmaPlatformMixin, CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
 
+    @override
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    @override
     def get_dispatch_key_name(self) -> str:
         return "native"
 
+    @override
     def is_pin_memory_available(self, device: object = None) -> bool:
         return False

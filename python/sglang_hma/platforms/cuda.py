@@ -8,6 +8,7 @@ import torch
 from sglang.srt.platforms.cuda import CudaDeviceMixin, CudaSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from typing_extensions import override
 
 from sglang_hma.platforms.common import HmaPlatformMixin
 
@@ -22,14 +23,18 @@ class HmaTorchCudaPlatform(HmaPlatformMixin, CudaDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities(supports_triton=True)
 
+    @override
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    @override
     def get_dispatch_key_name(self) -> str:
         return "native"
 
+    @override
     def get_group_coordinator_device(self, local_rank: int) -> torch.device:
         return self.get_device(local_rank)
 
+    @override
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from typing_extensions import override
 
 
 class Float64LinearMethod(UnquantizedLinearMethod):
     """y = x W^T + b in float64, rounded once to x's dtype. W is stored as float64."""
 
+    @override
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         wide_bias = None if bias is None else bias.double()
         return torch.nn.functional.linear(x.double(), layer.weight, wide_bias).to(x.dtype)

@@ -1,27 +1,35 @@
-"""What SGLang is handed when it asks for its PD transfer classes and KV layout."""
+"""Which PD transfer classes SGLang gets from us, and which KV layout it publishes."""
 
 from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.disaggregation.utils import KVClassType, TransferBackend
 
+from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat
 
 
 def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
     """Our manager, sender and receiver for Mooncake, SGLang's classes for all else."""
     if transfer_backend == TransferBackend.MOONCAKE:
+        if class_type == KVClassType.MANAGER:
+            return _manager_class()
         from sglang_hma.transfer.endpoints import HmaKVReceiver, HmaKVSender
-        from sglang_hma.transfer.manager import HmaKVManager
 
-        ours = {
-            KVClassType.MANAGER: HmaKVManager,
-            KVClassType.SENDER: HmaKVSender,
-            KVClassType.RECEIVER: HmaKVReceiver,
-        }
+        ours = {KVClassType.SENDER: HmaKVSender, KVClassType.RECEIVER: HmaKVReceiver}
         if class_type in ours:
             return ours[class_type]
     return original(transfer_backend, class_type)
+
+
+def _manager_class() -> type:
+    if HmaConfig.require().role == "prefill":
+        from sglang_hma.transfer.prefill.manager import HmaPrefillManager
+
+        return HmaPrefillManager
+    from sglang_hma.transfer.decode.manager import HmaDecodeManager
+
+    return HmaDecodeManager
 
 
 def get_pd_kv_layout(original: Callable[..., Any], token_to_kv_pool: Any) -> str:

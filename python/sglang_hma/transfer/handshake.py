@@ -1,7 +1,7 @@
-"""Whether two servers may exchange KV pages: decided on both sides before a byte moves.
+"""Whether two servers may exchange KV pages: both sides decide before any byte moves.
 
-Decode reads the prefill server's descriptor from the bootstrap server. Prefill reads decode's
-from its registration message, so that a stock peer, which checks nothing, is refused too.
+Decode reads prefill's format descriptor from the bootstrap server. Prefill reads decode's from its
+registration message, so that a stock SGLang server, which checks nothing, is refused as well.
 """
 
 import threading
@@ -19,10 +19,9 @@ FORMAT_FRAME = b"HMA-KV"
 class Handshake:
     """One server's side.
 
-    `layout` is its descriptor, `page_bytes` a page's size in each registered buffer.
-    `stock_allowed`: a peer without a descriptor is taken for a plain SGLang server.
-    `plain`: K and V pages of heads, as opposed to latent or state buffers, which are SGLang's
-    business.
+    `layout` is its descriptor, `page_bytes` the bytes of a page in each registered buffer.
+    `stock_allowed`: a peer without a descriptor is accepted as a stock SGLang server.
+    `plain`: the pool has K and V pages of heads; SGLang itself checks all others.
     """
 
     def __init__(
@@ -45,11 +44,14 @@ class Handshake:
         self._lock = threading.Lock()
 
     def frame(self) -> bytes:
-        """What a decode server adds to its registration message."""
+        """What a decode server appends to its registration message."""
         return FORMAT_FRAME + self.layout.encode()
 
     def remember(self, message: list[bytes]) -> None:
-        """A decode server's registration message. Raises whatever parsing it raises."""
+        """Keep the format in a decode server's registration message.
+
+        Raises what SGLang's parser raises for a malformed one.
+        """
         peer = KVArgsRegisterInfo.from_zmq(message).mooncake_session_id
         formats = [frame for frame in message if frame.startswith(FORMAT_FRAME)]
         with self._lock:
@@ -58,7 +60,8 @@ class Handshake:
                 self._decoders[peer] = formats[-1][len(FORMAT_FRAME) :].decode("ascii")
 
     def refuse_prefill(self, route: dict[str, Any]) -> str | None:
-        """Why this decode server does not take pages from a prefill server, or None."""
+        """Why this decode server refuses a prefill server, or None; `route` is from its bootstrap
+        server."""
         theirs = route.get("kv_layout")
         text = theirs if isinstance(theirs, str) else None
         reason = self._mismatch(text, their_role="prefill")
@@ -67,7 +70,7 @@ class Handshake:
         return self._refuse_tp(route.get("attn_tp_size"))
 
     def refuse_decode(self, info: KVArgsRegisterInfo) -> str | None:
-        """Why this prefill server does not send pages to a decode server, or None."""
+        """Why this prefill server refuses a decode server, or None."""
         with self._lock:
             theirs = self._decoders.get(info.mooncake_session_id)
         reason = self._mismatch(theirs, their_role="decode")

@@ -1,10 +1,9 @@
 """Checksums of landed pages: made on prefill, compared on decode before anything reads them.
 
-Mooncake acknowledges a write once its bytes were applied, and checks nothing:
-TCP's 16-bit sum, a broken NIC or a late write of an older request are invisible
-to it. So each group of pages is followed by XXH3-64 digests, one for each
-(layer, K or V) of its pages, and a request becomes readable on decode only when
-every page of every layer was compared.
+Mooncake acknowledges a write when its bytes have been stored, and checks none of them. It does not
+notice what TCP's 16-bit sum misses, a broken NIC, or a late write of an earlier request. So each
+range of pages is followed by XXH3-64 digests, one for each layer's K and one for its V, and decode
+may read a request only when every page of every layer has been compared.
 """
 
 import ctypes
@@ -19,17 +18,16 @@ import torch
 import xxhash
 
 from hma_kernels.xxh3 import suits, xxh3_64
-from sglang_hma.transfer.messages import Group, Resend
-from sglang_hma.transfer.page_slices import Area, Pages
+from sglang_hma.transfer.messages import Landed, Resend
+from sglang_hma.transfer.page_slices import Addresses, Buffers, Pages, PageSlice
 
 MAX_RESENDS = 2
 
-Addresses = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 
 def new_generation() -> int:
-    """Tells two lives of one room apart: a late message of the first is no news to the second."""
+    """A number that no earlier request of the same room had."""
     return secrets.randbits(63)
 
 
@@ -76,37 +74,20 @@ def memory_of(device: str) -> HostMemory:
     return HostMemory() if device == "cpu" else DeviceMemory(device)
 
 
-def digests(memory: HostMemory, areas: Sequence[Area], pages: Pages) -> list[int]:
-    """For each area XXH3-64 over the XXH3-64 of each page's part, 8 little-endian bytes each.
+def digests(memory: HostMemory, slices: Sequence[PageSlice], pages: Pages) -> list[int]:
+    """For each slice the XXH3-64 of its pages' XXH3-64, each as 8 little-endian bytes.
 
-    Hashing page by page lets a device hash them in parallel; areas of one length go in one call.
+    Pages are hashed one by one, so that a device can do it in parallel. Slices of one length go
+    into one call.
     """
-    at = pages.astype(np.int64)
-    found = [0] * len(areas)
-    for length in {area.length for area in areas}:
-        chosen = [index for index, area in enumerate(areas) if area.length == length]
-        where = [areas[index].base + areas[index].stride * at for index in chosen]
-        hashes = memory.hashes(np.concatenate(where), length).astype("<u8")
-        for index, row in zip(chosen, hashes.reshape(len(chosen), len(at)), strict=True):
+    found = [0] * len(slices)
+    for length in {part.length for part in slices}:
+        chosen = [index for index, part in enumerate(slices) if part.length == length]
+        addresses = np.concatenate([slices[index].addresses(pages) for index in chosen])
+        hashes = memory.hashes(addresses, length).astype("<u8")
+        for index, row in zip(chosen, hashes.reshape(len(chosen), len(pages)), strict=True):
             found[index] = int(xxhash.xxh3_64_intdigest(row.tobytes()))
     return found
-
-
-@dataclass(frozen=True)
-class Buffers:
-    """One server's registered pages: a base address and a page's bytes for each buffer,
-    K of every layer and then V of every layer, as SGLang lists them."""
-
-    addresses: tuple[int, ...]
-    page_bytes: tuple[int, ...]
-
-    @property
-    def layers(self) -> int:
-        return len(self.addresses) // 2
-
-    def of_layer(self, layer: int) -> tuple[int, int]:
-        """Indices of a layer's K and V buffer."""
-        return layer, self.layers + layer
 
 
 @dataclass
@@ -116,6 +97,7 @@ class Arrival:
     generation: int
     pages: Pages
     ranks: int  # prefill ranks that fill these pages, each an equal part of every page
+    # Both by (part, first layer, first page) of a range: pages compared, and times asked again.
     verified: dict[tuple[int, int, int], int] = field(default_factory=dict)
     resends: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
@@ -124,12 +106,15 @@ class Arrival:
 
 
 class CorruptPages(Exception):
-    """A range did not match after MAX_RESENDS further tries, or a message made no sense."""
+    """A range still differs after MAX_RESENDS more tries, or a message names pages that the
+    request does not have."""
 
 
 class Verifier:
-    """Decode's side: compares groups with the bytes that arrived. Not thread safe:
-    one thread receives a server's messages."""
+    """Decode's side: compares the bytes that arrived with the digests that prefill sent.
+
+    `compare` is called by the one thread that receives a server's messages.
+    """
 
     def __init__(self, buffers: Buffers, memory: HostMemory) -> None:
         self.buffers = buffers
@@ -147,58 +132,57 @@ class Verifier:
         arrival = self.arrivals.get(room)
         return arrival is None or arrival.complete(self.buffers.layers)
 
-    def compare(self, group: Group, session: str) -> Resend | None:
-        """Hash what lies in the group's pages. None if it matches or is no longer wanted,
-        else what to ask for again.
+    def compare(self, landed: Landed, session: str) -> Resend | None:
+        """Hash the range's pages. None if they match or the request has ended, else what to ask
+        for again; `session` is this server's.
 
-        Raises CorruptPages when the range has been resent too often, or for a group that
-        does not lie within the request.
+        Raises CorruptPages when the range has been resent too often, or does not lie within the
+        request.
         """
-        arrival = self.arrivals.get(group.room)
-        if arrival is None or arrival.generation != group.generation:
+        arrival = self.arrivals.get(landed.room)
+        if arrival is None or arrival.generation != landed.generation:
             return None
-        self._check(group, arrival)
-        part = group.rank % arrival.ranks
-        key = (part, group.first_layer, group.first_page)
-        if self._digests(group, arrival, part) == group.digests:
-            arrival.verified[key] = group.layers * group.pages
+        self._check(landed, arrival)
+        part = landed.rank % arrival.ranks
+        key = (part, landed.first_layer, landed.first_page)
+        if self._digests(landed, arrival, part) == landed.digests:
+            arrival.verified[key] = landed.layers * landed.pages
             return None
         tries = arrival.resends.get(key, 0)
-        last = group.first_layer + group.layers - 1
+        last = landed.first_layer + landed.layers - 1
         if tries >= MAX_RESENDS:
             raise CorruptPages(
-                f"KV pages {group.first_page}..{group.first_page + group.pages - 1} of layers "
-                f"{group.first_layer}..{last} arrived with wrong bytes {tries + 1} times"
+                f"KV pages {landed.first_page}..{landed.first_page + landed.pages - 1} of layers "
+                f"{landed.first_layer}..{last} arrived with wrong bytes {tries + 1} times"
             )
         arrival.resends[key] = tries + 1
         return Resend(
-            room=group.room,
-            generation=group.generation,
+            room=landed.room,
+            generation=landed.generation,
             session=session,
-            first_layer=group.first_layer,
-            layers=group.layers,
-            first_page=group.first_page,
-            pages=group.pages,
+            first_layer=landed.first_layer,
+            layers=landed.layers,
+            first_page=landed.first_page,
+            pages=landed.pages,
         )
 
-    def _check(self, group: Group, arrival: Arrival) -> None:
+    def _check(self, landed: Landed, arrival: Arrival) -> None:
         if (
-            group.first_layer + group.layers > self.buffers.layers
-            or group.first_page + group.pages > len(arrival.pages)
-            or len(group.digests) != group.layers * 2
+            landed.first_layer + landed.layers > self.buffers.layers
+            or landed.first_page + landed.pages > len(arrival.pages)
+            or len(landed.digests) != landed.layers * 2
         ):
             raise CorruptPages(
-                f"a prefill server announced layers {group.first_layer}+{group.layers}, pages "
-                f"{group.first_page}+{group.pages} with {len(group.digests)} checksums; the "
+                f"a prefill server announced layers {landed.first_layer}+{landed.layers}, pages "
+                f"{landed.first_page}+{landed.pages} with {len(landed.digests)} checksums; the "
                 f"request has {self.buffers.layers} layers and {len(arrival.pages)} pages"
             )
 
-    def _digests(self, group: Group, arrival: Arrival, part: int) -> list[int]:
-        areas = []
-        for layer in range(group.first_layer, group.first_layer + group.layers):
-            for index in self.buffers.of_layer(layer):
-                base, size = self.buffers.addresses[index], self.buffers.page_bytes[index]
-                length = size // arrival.ranks
-                areas.append(Area(base + part * length, size, length))
-        pages = arrival.pages[group.first_page : group.first_page + group.pages]
-        return digests(self.memory, areas, pages)
+    def _digests(self, landed: Landed, arrival: Arrival, part: int) -> list[int]:
+        slices = [
+            of_buffer
+            for layer in range(landed.first_layer, landed.first_layer + landed.layers)
+            for of_buffer in self.buffers.slices(layer, part, arrival.ranks)
+        ]
+        pages = arrival.pages[landed.first_page : landed.first_page + landed.pages]
+        return digests(self.memory, slices, pages)

@@ -1,4 +1,4 @@
-"""Whether a peer's process is gone for good."""
+"""Whether a peer's process has ended."""
 
 import socket
 import threading
@@ -6,48 +6,48 @@ import time
 
 Address = tuple[str, int]
 
-STRIKES = 3
+REFUSALS = 3
 INTERVAL_S = 1.0
 FORGET_S = 30.0
 
 
-class Obituaries:
-    """Tries the control ports of servers that somebody asks about.
+class PeerLiveness:
+    """Connects to the control ports of peers, as long as somebody asks about them.
 
-    A port that refuses STRIKES connections in a row, a second apart, belongs to
-    no process any more. One that does not answer may be stopped or cut off: its
-    writes may still come, so it is not gone.
+    A peer is gone when its port has refused REFUSALS connections in a row, a second apart: no
+    process listens there any more. A peer that does not answer is not gone. It may be stopped or
+    cut off, and its writes may still arrive.
     """
 
     def __init__(self) -> None:
-        self._strikes: dict[Address, int] = {}
-        self._asked: dict[Address, float] = {}
+        self._refusals: dict[Address, int] = {}
+        self._asked_s: dict[Address, float] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def gone(self, address: Address) -> bool:
-        """Never blocks; the first question starts the watch."""
+    def is_gone(self, address: Address) -> bool:
+        """Does not block. False until enough connections were tried after the first question."""
         with self._lock:
-            self._asked[address] = time.monotonic()
+            self._asked_s[address] = time.monotonic()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, daemon=True)
                 self._thread.start()
-            return self._strikes.get(address, 0) >= STRIKES
+            return self._refusals.get(address, 0) >= REFUSALS
 
     def _watch(self) -> None:
         while True:
             with self._lock:
                 recent = time.monotonic() - FORGET_S
-                self._asked = {a: t for a, t in self._asked.items() if t > recent}
-                if not self._asked:
-                    self._strikes.clear()
+                self._asked_s = {a: t for a, t in self._asked_s.items() if t > recent}
+                if not self._asked_s:
+                    self._refusals.clear()
                     self._thread = None
                     return
-                addresses = list(self._asked)
+                addresses = list(self._asked_s)
             for address in addresses:
-                strikes = self._strikes.get(address, 0) + 1 if refuses(address) else 0
+                refusals = self._refusals.get(address, 0) + 1 if refuses(address) else 0
                 with self._lock:
-                    self._strikes[address] = strikes
+                    self._refusals[address] = refusals
             time.sleep(INTERVAL_S)
 
 

@@ -1,8 +1,7 @@
-"""What prefill and decode tell each other about groups of pages, beside SGLang's messages.
+"""Messages that prefill and decode exchange in addition to SGLang's.
 
-Frames on SGLang's own control sockets: a tag, then one msgpack struct. All of it
-comes from a peer, so every field has a bound and `parse` raises ValueError for
-anything else.
+They travel on SGLang's control sockets as two frames: a tag and a msgpack struct. Peers are not
+trusted: every field has bounds, and `parse` raises ValueError for anything outside them.
 """
 
 from typing import Annotated
@@ -10,8 +9,8 @@ from typing import Annotated
 import msgspec
 
 CLAIM_TAG = b"HMA-CLAIM"
-HELD_TAG = b"HMA-HELD"
-GROUP_TAG = b"HMA-GROUP"
+RENEWAL_TAG = b"HMA-RENEWAL"
+LANDED_TAG = b"HMA-LANDED"
 RESEND_TAG = b"HMA-RESEND"
 VERIFIED_TAG = b"HMA-VERIFIED"
 
@@ -30,26 +29,26 @@ Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True):
-    """Decode to prefill, as soon as it has a request: it is mine, and this is my control port."""
+    """Decode to prefill, when a request arrives: I have it, and this is my control port."""
 
     room: Word
     host: Host
     port: Port
 
 
-class Held(msgspec.Struct, frozen=True, array_like=True):
-    """Decode to prefill, every few seconds: all requests of yours that I still have."""
+class Renewal(msgspec.Struct, frozen=True, array_like=True):
+    """Decode to prefill, every few seconds: all of your requests that I still have."""
 
     rooms: Annotated[list[Word], msgspec.Meta(max_length=MAX_ROOMS)]
     host: Host
     port: Port
 
 
-class Group(msgspec.Struct, frozen=True, array_like=True):
-    """Prefill to decode: these pages of these layers have landed; this is what they hash to.
+class Landed(msgspec.Struct, frozen=True, array_like=True):
+    """Prefill to decode: these pages of these layers have landed, and these are their digests.
 
-    `first_page` counts in the request's own page list. `digests` is [layers][K, V] flattened,
-    integrity.digest of those pages' bytes.
+    `first_page` is an index into the request's page list. `digests` is [layers][K, V], flattened:
+    integrity.digests of those pages.
     """
 
     room: Word
@@ -63,7 +62,7 @@ class Group(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Resend(msgspec.Struct, frozen=True, array_like=True):
-    """Decode to prefill: write this range once more, its bytes did not match."""
+    """Decode to prefill: send this range again, its digests differ."""
 
     room: Word
     generation: Word
@@ -75,19 +74,19 @@ class Resend(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Verified(msgspec.Struct, frozen=True, array_like=True):
-    """Decode to prefill: every page of the request is there and matches."""
+    """Decode to prefill: every page of the request has arrived and matches its digests."""
 
     room: Word
     generation: Word
     session: Annotated[str, msgspec.Meta(max_length=256)]
 
 
-Message = Claim | Held | Group | Resend | Verified
+Message = Claim | Renewal | Landed | Resend | Verified
 
-TYPES: dict[bytes, type[Claim] | type[Held] | type[Group] | type[Resend] | type[Verified]] = {
+TYPES: dict[bytes, type[Claim | Renewal | Landed | Resend | Verified]] = {
     CLAIM_TAG: Claim,
-    HELD_TAG: Held,
-    GROUP_TAG: Group,
+    RENEWAL_TAG: Renewal,
+    LANDED_TAG: Landed,
     RESEND_TAG: Resend,
     VERIFIED_TAG: Verified,
 }
@@ -100,9 +99,9 @@ def frames(message: Message) -> list[bytes]:
 
 
 def parse(raw: list[bytes]) -> Message | None:
-    """The message in these frames, None if they are none of ours.
+    """The message in these frames; None if the tag is not one of ours.
 
-    Raises ValueError (of which msgspec's errors are a kind) for a broken one.
+    Raises ValueError for a malformed one (msgspec's errors are subclasses of it).
     """
     kind = TYPES.get(raw[0]) if raw else None
     if kind is None:

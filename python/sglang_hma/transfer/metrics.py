@@ -41,7 +41,7 @@ class PrefillMetrics:
             "From the end of a request's last forward to its last byte acknowledged",
             buckets=SECONDS,
         )
-        self.quarantined = _metric(
+        self.unsettled_rooms = _metric(
             Gauge,
             "unsettled_rooms",
             "Requests whose failed writes may still be on their way; decode keeps their pages",
@@ -68,7 +68,7 @@ class DecodeMetrics:
         self.verify_seconds = _metric(
             Counter, "verify_seconds", "CPU time spent on comparing checksums"
         )
-        self.held = _metric(
+        self.quarantined_pages = _metric(
             Gauge,
             "quarantined_pages",
             "Pages of failed requests, kept until prefill says that no write is on its way",

@@ -1,9 +1,12 @@
-"""What a write carries: runs of pages, and the slice of each page that a rank gives or takes.
+"""Which bytes of which pages are copied.
 
-A BFP8 page is head-major ([kv_heads][head_dim/32][1088]) and rank r of n holds the r-th n-th of the
-heads, so under unequal tensor parallelism a page of the server with more ranks is one contiguous
-slice of a page of the other's. Only TP 1 on one of the sides is supported: nothing else has been
-tried.
+A page is one page id in one registered buffer: the K or the V of one layer. Servers with equal
+tensor parallelism exchange whole pages, and pages that are contiguous on both sides are one block.
+
+A BFP8 page is head-major ([kv_heads][head_dim/32][1088 bytes]) and rank r of n has the r-th n-th
+of the heads. So with unequal tensor parallelism a whole page of the server with more ranks is a
+contiguous slice of a page of the other. One of the two sizes must be 1: other combinations have
+not been tried.
 """
 
 from collections.abc import Sequence
@@ -14,23 +17,25 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_hma.kvcache.format import KVFormat
+from sglang_hma.tensor_parallel import refuse_sizes
 
 Pages = npt.NDArray[np.int32]
-
-MAX_TP = 1024
+Addresses = npt.NDArray[np.int64]
+Block = tuple[int, int, int]  # source address, target address, bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Pages that are contiguous on both sides: one block a buffer."""
+class PageRun:
+    """Consecutive pages here that go to consecutive pages there; `source` and `target` are the
+    first page ids."""
 
     source: int
     target: int
     pages: int
 
 
-def runs(source: Pages, target: Pages) -> list[Run]:
-    """Split paired page lists where either side jumps.
+def page_runs(source: Pages, target: Pages) -> list[PageRun]:
+    """Split paired page lists wherever either side jumps.
 
     Raises ValueError if the lists differ in length.
     """
@@ -41,103 +46,138 @@ def runs(source: Pages, target: Pages) -> list[Run]:
     jumps = (np.diff(source) != 1) | (np.diff(target) != 1)
     starts = np.concatenate(([0], np.flatnonzero(jumps) + 1, [len(source)]))
     return [
-        Run(int(source[begin]), int(target[begin]), int(end - begin))
+        PageRun(int(source[begin]), int(target[begin]), int(end - begin))
         for begin, end in pairwise(starts)
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What one buffer (a layer's K or V) gives of each page, and where it goes.
+class PageSlice:
+    """The same byte range of every page of one buffer.
 
-    Both sides that hold the same heads exchange whole pages. Under unequal
-    tensor parallelism one side's page is a contiguous piece of the other's,
-    because pages are head-major; `source` and `target` then point at that piece
-    in page 0.
+    `base` is its address in page 0, `stride` the distance to the same range of the next page,
+    `length` its size in bytes.
     """
-
-    source: int
-    source_stride: int
-    target: int
-    target_stride: int
-    length: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether a run of pages is one contiguous block on both sides."""
-        return self.source_stride == self.target_stride == self.length
-
-    def count(self, parts: Sequence[Run]) -> int:
-        """How many blocks `blocks` would list."""
-        return len(parts) if self.whole else sum(run.pages for run in parts)
-
-    def blocks(self, parts: Sequence[Run]) -> list[tuple[int, int, int]]:
-        """(source address, target address, bytes) of each write."""
-        if self.whole:
-            return [
-                (
-                    self.source + run.source * self.length,
-                    self.target + run.target * self.length,
-                    run.pages * self.length,
-                )
-                for run in parts
-            ]
-        return [
-            (
-                self.source + (run.source + i) * self.source_stride,
-                self.target + (run.target + i) * self.target_stride,
-                self.length,
-            )
-            for run in parts
-            for i in range(run.pages)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class Area:
-    """A part of every page of one registered buffer: where it starts in page 0, how far it is to
-    the next page's, how long it is."""
 
     base: int
     stride: int
     length: int
 
+    @classmethod
+    def part(cls, buffer: int, page_bytes: int, index: int = 0, parts: int = 1) -> "PageSlice":
+        """The index-th of `parts` equal parts of each page; `buffer` is the address of page 0."""
+        length = page_bytes // parts
+        return cls(buffer + index * length, page_bytes, length)
 
-def unsupported(fmt: KVFormat, prefill_tp: int, decode_tp: int) -> str | None:
-    """Why servers with these attention-TP sizes cannot exchange pages of `fmt`, or None."""
-    if prefill_tp == decode_tp:
-        return None
-    most = max(prefill_tp, decode_tp)
-    if min(prefill_tp, decode_tp) != 1 or most > MAX_TP:
-        why = "sizes that differ work only if one of them is 1"
-    elif fmt.name != "bfp8_b":
-        why = f"{fmt.name} pages hold the heads of a token side by side and cannot be cut"
-    elif fmt.kv_heads % most:
-        why = f"{fmt.kv_heads} KV heads cannot be cut into {most} equal parts"
-    else:
-        return None
-    return (
-        f"prefill has attention TP {prefill_tp}, decode has {decode_tp}: {why}; "
-        "start both with the same --tp-size"
+    def addresses(self, pages: Pages) -> Addresses:
+        """Of the slice in each of these pages."""
+        return self.base + self.stride * pages.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class SlicePair:
+    """A slice of prefill's pages and the slice of decode's pages, as long, that it is copied to."""
+
+    source: PageSlice
+    target: PageSlice
+
+    @property
+    def length(self) -> int:
+        return self.source.length
+
+    @property
+    def whole_pages(self) -> bool:
+        """Whether both slices are whole pages; a run of pages is then one block."""
+        return self.source.stride == self.target.stride == self.length
+
+    def block_count(self, runs: Sequence[PageRun]) -> int:
+        """How many blocks `blocks` would list."""
+        return len(runs) if self.whole_pages else sum(run.pages for run in runs)
+
+    def blocks(self, runs: Sequence[PageRun]) -> list[Block]:
+        """What has to be copied for these pages."""
+        source, target, length = self.source, self.target, self.length
+        if self.whole_pages:
+            return [
+                (
+                    source.base + run.source * length,
+                    target.base + run.target * length,
+                    run.pages * length,
+                )
+                for run in runs
+            ]
+        return [
+            (
+                source.base + (run.source + i) * source.stride,
+                target.base + (run.target + i) * target.stride,
+                length,
+            )
+            for run in runs
+            for i in range(run.pages)
+        ]
+
+
+LayerSlices = Sequence[Sequence[SlicePair]]  # of each layer its K and V
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """One server's registered KV buffers: the address of page 0 and a page's bytes of each.
+
+    As SGLang lists them: K of every layer, then V of every layer.
+    """
+
+    addresses: tuple[int, ...]
+    page_bytes: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.addresses) // 2
+
+    def slices(self, layer: int, index: int = 0, parts: int = 1) -> list[PageSlice]:
+        """The index-th of `parts` equal parts of a layer's K pages, and of its V pages."""
+        return [
+            PageSlice.part(self.addresses[buffer], self.page_bytes[buffer], index, parts)
+            for buffer in (layer, self.layers + layer)
+        ]
+
+
+def slice_pairs(
+    source: Buffers, target: Sequence[int], *, prefill: tuple[int, int], decode: tuple[int, int]
+) -> LayerSlices:
+    """What this prefill rank copies to one decode rank.
+
+    `target` are the addresses of the decode rank's buffers, in the order of `source`; `prefill`
+    and `decode` are (attention-TP rank, size). Sizes must be supported and ranks in range.
+    Raises ValueError if the numbers of buffers differ.
+    """
+    if len(target) != len(source.addresses):
+        raise ValueError(f"{len(source.addresses)} source buffers for {len(target)} target buffers")
+    (prefill_rank, prefill_tp), (decode_rank, decode_tp) = prefill, decode
+    source_parts = max(1, decode_tp // prefill_tp)
+    target_parts = max(1, prefill_tp // decode_tp)
+    page_bytes = tuple(size // source_parts * target_parts for size in source.page_bytes)
+    theirs = Buffers(tuple(target), page_bytes)
+    return tuple(
+        tuple(
+            SlicePair(*pair)
+            for pair in zip(
+                source.slices(layer, decode_rank % source_parts, source_parts),
+                theirs.slices(layer, prefill_rank % target_parts, target_parts),
+                strict=True,
+            )
+        )
+        for layer in range(source.layers)
     )
 
 
-def piece(
-    source: int, target: int, page_bytes: int, *, ours: tuple[int, int], theirs: tuple[int, int]
-) -> Piece:
-    """What one buffer of this prefill rank gives to a decode rank.
-
-    `source` and `target` are the addresses of page 0, `page_bytes` the size of a page here;
-    `ours` and `theirs` are (attention-TP rank, size). Sizes must be supported and ranks in range.
-    """
-    (our_rank, our_tp), (their_rank, their_tp) = ours, theirs
-    if our_tp >= their_tp:
-        parts = our_tp // their_tp
-        place = target + our_rank % parts * page_bytes
-        return Piece(source, page_bytes, place, parts * page_bytes, page_bytes)
-    parts = their_tp // our_tp
-    length = page_bytes // parts
-    return Piece(source + their_rank % parts * length, page_bytes, target, length, length)
+def unsupported(fmt: KVFormat, prefill_tp: int, decode_tp: int) -> str | None:
+    """Why servers with these attention-TP sizes cannot exchange pages of `fmt`, or None."""
+    why = refuse_sizes(prefill_tp, decode_tp, page_format=fmt.name, kv_heads=fmt.kv_heads)
+    return why and (
+        f"prefill has attention TP {prefill_tp}, decode has {decode_tp}: {why}; "
+        "start both with the same --tp-size"
+    )
 
 
 def check_page_bytes(

@@ -20,7 +20,7 @@ from sglang_hma.transfer.prefill.send_thread import MooncakeLink
 
 
 def register() -> None:
-    from sglang_hma.transfer import manager
+    from sglang_hma.transfer.prefill import manager
 
     manager.MooncakeLink = FaultyLink
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import Any
 
 QUEUES = 2  # commands; copies to the host beside them
 COMPUTE, COPY = range(QUEUES)
+TTNN_PYTHON = (3, 12)  # ttnn 0.81.1 has a wheel for no other that is supported here
 
 
 class CardError(RuntimeError):
@@ -83,13 +85,18 @@ def stands_in() -> bool:
     )
 
 
+def why_no_ttnn(python: tuple[int, int] = sys.version_info[:2]) -> str:
+    """What to do where ttnn is not installed."""
+    if python == TTNN_PYTHON:
+        return "ttnn is not installed: make venv"
+    here, there = (".".join(map(str, version)) for version in (python, TTNN_PYTHON))
+    return f"ttnn has no wheel for Python {here}: make venv PYTHON={there}"
+
+
 def require_cards(device_ids: Sequence[int]) -> None:
     """Raises CardError if this host lacks one of the cards or ttnn; opens nothing."""
     if find_spec("ttnn") is None:
-        raise CardError(
-            "--hma-prefill-runtime is ttnn, which is not installed: make venv installs it "
-            "(requirements/cpu.txt)"
-        )
+        raise CardError(f"--hma-prefill-runtime is ttnn: {why_no_ttnn()}")
     if not stands_in():
         cards = visible_cards()
         if not cards:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig
 from sglang.srt.runtime_context import get_schedule
+from typing_extensions import override
 
 from sglang_hma.kvcache.pool import Bfp8KVPool
 from sglang_hma.kvcache.sizing import HmaPoolConfigurator
@@ -32,6 +33,7 @@ class CardPoolConfigurator(HmaPoolConfigurator):
 class CardKVPool(Bfp8KVPool):
     """Host pages, and the same pages on the card."""
 
+    @override
     def _create_buffers(self) -> None:
         super()._create_buffers()
         model = CardCausalLM.serving

@@ -1,8 +1,8 @@
-"""Decode's request queues: pages of the right format before the transfer, and after it.
+"""Decode's request queues: pages of the right format before and after the transfer.
 
-Before: a prompt gets BFP8 pages and the peer is told the landing page instead of
-the part-full last page. After: the landed page is unpacked into the BF16 page
-that the request's own tokens continue.
+Before it a prompt gets BFP8 pages, and prefill is told of the landing page instead of the
+part-full last page. After it the landing page is unpacked into the BF16 page that the request's
+own tokens continue.
 """
 
 import time
@@ -17,18 +17,22 @@ from sglang.srt.disaggregation.decode import (
     DecodeTransferQueue,
 )
 from sglang.srt.disaggregation.utils import is_aborted, prepare_abort
+from typing_extensions import override
 
 from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.kvcache.allocator import SlabPageAllocator
-from sglang_hma.transfer.liveness import Obituaries
+from sglang_hma.transfer.liveness import PeerLiveness
 
 IDLE_POLL_S = 0.5e-3
 
 
 class HmaDecodePreallocQueue(DecodePreallocQueue):
+    """Reserves pages by format; tells the peer the landing page, not the part-full last page."""
+
     token_to_kv_pool_allocator: SlabPageAllocator
     num_reserved_decode_tokens: int
 
+    @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Reserved tokens become BF16 pages; budgets count BFP8 pages' tokens.
@@ -36,6 +40,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         self.num_reserved_decode_tokens = -(-reserved // BF16_PAGES_PER_SLAB)
         self._candidate: Any = None
 
+    @override
     def _check_if_req_exceed_kv_capacity(self, req: Any) -> bool:
         prompt, end = len(req.origin_input_ids), self._pre_alloc_fill_len(req)
         allocator = self.token_to_kv_pool_allocator
@@ -49,14 +54,17 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
         return True
 
+    @override
     def _required_admission_tokens(self, req: Any, *args: Any, **kwargs: Any) -> int:
         self._candidate = req
         return int(super()._required_admission_tokens(req, *args, **kwargs))
 
+    @override
     def _prealloc_required_tokens(self, req: Any) -> tuple[int, int]:
         self._candidate = req
         return super()._prealloc_required_tokens(req)
 
+    @override
     def _prealloc_reservation_fits(self, *args: Any, **kwargs: Any) -> bool:
         """The token budget, and the pages themselves for the request just priced."""
         req = self._candidate
@@ -66,12 +74,14 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
             len(req.origin_input_ids), self._pre_alloc_fill_len(req)
         )
 
+    @override
     def _alloc_for_decode_prealloc(
         self, allocator: SlabPageAllocator, *, req: Any, fill_len: int, **_: Any
     ) -> torch.Tensor | None:
         req.kv.kv_allocated_len = fill_len
         return allocator.alloc_landing(len(req.origin_input_ids), fill_len)
 
+    @override
     def _transfer_page_indices(
         self, decode_req: DecodeRequest, kv_indices: torch.Tensor, page_size: int
     ) -> npt.NDArray[np.int32]:
@@ -80,8 +90,11 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
 
 
 class HmaDecodeTransferQueue(DecodeTransferQueue):
-    _obituaries = Obituaries()
+    """Unpacks the landed last page; frees a failed request's pages when nothing can land there."""
 
+    _liveness = PeerLiveness()
+
+    @override
     def _commit_transfer_to_req(self, decode_req: DecodeRequest) -> None:
         super()._commit_transfer_to_req(decode_req)
         req = decode_req.req
@@ -91,24 +104,27 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         slot = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, tail]
         self.scheduler.token_to_kv_pool_allocator.commit_landing(int(slot) // PAGE)
 
+    @override
     def pop_transferred(self, rids_to_check: list[str] | None = None) -> list[Any]:
-        """As SGLang's; with nothing to decode meanwhile, the core is left to those who send."""
+        """As SGLang's; sleeps if there is nothing to decode either: others need the core."""
         transferred: list[Any] = super().pop_transferred(rids_to_check)
         if self.queue and not transferred and self.scheduler.running_batch.is_empty():
             time.sleep(IDLE_POLL_S)
         return transferred
 
+    @override
     def resolve_deferred_releases(self) -> None:
-        """Pages of failed requests: kept until prefill says that they have drained, or is gone."""
+        """Frees failed requests' pages once prefill has confirmed that they drained, or is gone."""
         for decode_req, *_ in self._deferred_releases:
-            receiver = decode_req.kv_receiver
-            for index, info in enumerate(receiver.bootstrap_infos or ()):
-                if self._obituaries.gone((str(info["rank_ip"]), int(info["rank_port"]))):
-                    receiver.kv_mgr.note_abort_ack(
-                        receiver.bootstrap_room, -1 - index, receiver._abort_generation
+            ended = decode_req.kv_receiver
+            for index, info in enumerate(ended.bootstrap_infos or ()):
+                if self._liveness.is_gone((str(info["rank_ip"]), int(info["rank_port"]))):
+                    ended.kv_mgr.note_abort_ack(
+                        ended.bootstrap_room, -1 - index, ended._abort_generation
                     )
         super().resolve_deferred_releases()
-        inbox = self.scheduler.disagg_decode_prealloc_queue.kv_manager.inbox
-        if inbox is not None:
-            held = (len(entry[0].req.origin_input_ids) for entry in self._deferred_releases)
-            inbox.metrics.held.set(sum(-(-tokens // PAGE) for tokens in held))
+        receiver = self.scheduler.disagg_decode_prealloc_queue.kv_manager.receiver
+        if receiver is not None:
+            prompts = (len(entry[0].req.origin_input_ids) for entry in self._deferred_releases)
+            pages = sum(-(-tokens // PAGE) for tokens in prompts)
+            receiver.metrics.quarantined_pages.set(pages)

@@ -1,57 +1,50 @@
-"""Decode's requests while their pages arrive: verified before the scheduler may read them."""
+"""The decode server's side of every request: its pages are verified before they may be read."""
 
 import logging
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from sglang.srt.disaggregation.base import KVPoll
 
 from sglang_hma.transfer import messages
-from sglang_hma.transfer.integrity import (
-    Buffers,
-    CorruptPages,
-    HostMemory,
-    Verifier,
-    new_generation,
-)
+from sglang_hma.transfer.base import DecodeManager
+from sglang_hma.transfer.integrity import CorruptPages, HostMemory, Verifier, new_generation
+from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.metrics import DecodeMetrics
-from sglang_hma.transfer.page_slices import Pages
+from sglang_hma.transfer.page_slices import Buffers, Pages
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Sender:
-    """The prefill ranks that a room's pages come from: (ip, port) of their control sockets.
+class IncomingRequest:
+    """`prefill_ranks` fill one part of every page each, the k-th of them the k-th part. `reported`
+    are the ranks that have sent everything, as long as that waits for verification."""
 
-    Each fills one part of every page; rank k of them the k-th."""
-
-    ranks: list[tuple[str, int]]
-    done: list[int] = field(default_factory=list)  # ranks whose Success waits for verification
+    prefill_ranks: Sequence[Address]
+    reported: list[int] = field(default_factory=list)
 
 
-class Inbox:
-    def __init__(self, manager: Any, memory: HostMemory) -> None:
+class DecodeReceiver:
+    """`session` is this server's."""
+
+    def __init__(
+        self, manager: DecodeManager, buffers: Buffers, memory: HostMemory, session: str
+    ) -> None:
         self.manager = manager
-        self.verifier = Verifier(
-            Buffers(tuple(manager.kv_args.kv_data_ptrs), tuple(manager.kv_args.kv_item_lens)),
-            memory,
-        )
-        self.senders: dict[int, Sender] = {}
+        self.session = session
+        self.verifier = Verifier(buffers, memory)
+        self.requests: dict[int, IncomingRequest] = {}
         self.metrics = DecodeMetrics()
         self._lock = threading.Lock()
 
     # -- the scheduler's thread --
 
-    def expect(self, room: int, pages: Pages, bootstrap_infos: Sequence[dict[str, Any]]) -> None:
-        """Before the pages are published: from now on groups for this room are compared."""
-        ranks = [(str(info["rank_ip"]), int(info["rank_port"])) for info in bootstrap_infos]
+    def expect(self, room: int, pages: Pages, prefill_ranks: Sequence[Address]) -> None:
+        """Called before prefill learns of the pages: what lands in them is compared from now on."""
         with self._lock:
-            self.senders[room] = Sender(ranks)
-            self.verifier.expect(room, new_generation(), pages, len(ranks))
+            self.requests[room] = IncomingRequest(prefill_ranks)
+            self.verifier.expect(room, new_generation(), pages, len(prefill_ranks))
 
     def generation(self, room: int) -> int | None:
         arrival = self.verifier.arrivals.get(room)
@@ -59,58 +52,56 @@ class Inbox:
 
     def forget(self, room: int) -> None:
         with self._lock:
-            self.senders.pop(room, None)
+            self.requests.pop(room, None)
             self.verifier.forget(room)
 
-    # -- the thread that hears from prefill --
+    # -- the thread that receives prefill's messages --
 
-    def on_group(self, group: messages.Group) -> None:
+    def on_message(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Landed):
+            self._on_landed(message)
+
+    def _on_landed(self, landed: messages.Landed) -> None:
         began = time.thread_time()
-        sender = self.senders.get(group.room)
-        if sender is None:
+        request = self.requests.get(landed.room)
+        if request is None:
             return
         try:
-            resend = self.verifier.compare(group, self.manager.get_session_id())
+            resend = self.verifier.compare(landed, self.session)
         except CorruptPages as error:
             self.metrics.mismatches.inc()
-            logger.error("Room %s: %s", group.room, error)
-            self.manager.record_failure(group.room, str(error))
-            self.manager.update_status(group.room, KVPoll.Failed)
+            logger.error("Room %s: %s", landed.room, error)
+            self.manager.reject(landed.room, str(error))
             return
         self.metrics.groups.inc()
         self.metrics.verify_seconds.inc(time.thread_time() - began)
         if resend is not None:
             self.metrics.mismatches.inc()
-            address = sender.ranks[group.rank % len(sender.ranks)]
-            self.manager.send_frames(*address, messages.frames(resend))
-        elif sender.done:
-            self._release(group.room, sender)
+            rank = request.prefill_ranks[landed.rank % len(request.prefill_ranks)]
+            self.manager.tell(rank, resend)
+        elif request.reported and self.verifier.complete(landed.room):
+            self._confirm(landed.room, request)
+            reported, request.reported = request.reported, []
+            for prefill_rank in reported:
+                self.manager.accept(landed.room, prefill_rank)
 
-    def holds_back(self, room: int, rank: int) -> bool:
-        """Prefill reports success: whether that has to wait for pages still to be verified."""
-        sender = self.senders.get(room)
-        if sender is None:
+    def defers_success(self, room: int, prefill_rank: int) -> bool:
+        """A prefill rank reports that it has sent everything. Whether that waits for pages which
+        are not verified yet; `manager.accept` follows then."""
+        request = self.requests.get(room)
+        if request is None:
             return False
         if not self.verifier.complete(room):
-            sender.done.append(rank)
+            request.reported.append(prefill_rank)
             return True
-        self._confirm(room, sender)
+        self._confirm(room, request)
         return False
 
-    def _release(self, room: int, sender: Sender) -> None:
-        if not self.verifier.complete(room):
-            return
-        self._confirm(room, sender)
-        ranks, sender.done = sender.done, []
-        for rank in ranks:
-            self.manager.commit_success(room, rank)
-
-    def _confirm(self, room: int, sender: Sender) -> None:
+    def _confirm(self, room: int, request: IncomingRequest) -> None:
+        """Prefill may let go of the pages."""
         generation = self.generation(room)
         if generation is None:
             return
-        message = messages.Verified(
-            room=room, generation=generation, session=self.manager.get_session_id()
-        )
-        for address in sender.ranks:
-            self.manager.send_frames(*address, messages.frames(message))
+        message = messages.Verified(room=room, generation=generation, session=self.session)
+        for rank in request.prefill_ranks:
+            self.manager.tell(rank, message)

@@ -1,8 +1,8 @@
-"""Decode's side of a refused handshake: read the prefill server's route, tell it to give up.
+"""Decode's side of a refused handshake: read the prefill server's route, abort its requests.
 
-A prefill server waits minutes for a decode server that has refused it, and the router waits
-for both. So the refusing side sends SGLang's own ABORT for the room, several times: the
-prefill server ignores rooms that it has not heard of yet.
+A prefill server would wait minutes for a decode server that has refused it, and the router waits
+for both. So decode sends SGLang's own ABORT for each room. It does so several times, because a
+prefill server ignores rooms that have not arrived there yet.
 """
 
 import logging
@@ -22,9 +22,9 @@ MAX_RANKS = 1024
 
 
 def fetch_route(bootstrap_addr: str, *, dp: int = -1, tp: int = -1) -> dict[str, Any] | None:
-    """What a prefill server's bootstrap server says of itself (ranks -1) or of one rank.
+    """What a bootstrap server says of its prefill server (ranks -1) or of one of its ranks.
 
-    None if it cannot be reached or answers something else than a JSON object.
+    None if it cannot be reached or does not answer with a JSON object.
     """
     query = f"prefill_dp_rank={dp}&prefill_cp_rank={min(dp, 0)}&target_tp_rank={tp}"
     url = f"http://{bootstrap_addr}/route?{query}&target_pp_rank={min(dp, 0)}"
@@ -39,7 +39,7 @@ def fetch_route(bootstrap_addr: str, *, dp: int = -1, tp: int = -1) -> dict[str,
 
 
 def rank_endpoints(bootstrap_addr: str, route: dict[str, Any]) -> list[NetworkAddress]:
-    """Where the ranks of a prefill server listen for decode's messages."""
+    """The control ports of a prefill server's ranks."""
     sizes = [route.get(name) for name in ("dp_size", "attn_tp_size")]
     dp_size, tp_size = (n if isinstance(n, int) and 0 < n <= MAX_RANKS else 1 for n in sizes)
     endpoints = []
@@ -54,7 +54,7 @@ def rank_endpoints(bootstrap_addr: str, route: dict[str, Any]) -> list[NetworkAd
 def abort_at_prefill(
     send: Callable[..., None], bootstrap_addr: str, route: dict[str, Any], rooms: Sequence[int]
 ) -> None:
-    """Tell every rank of a prefill server that these rooms are off. Blocks for seconds."""
+    """Abort these rooms at every rank of a prefill server. Blocks for seconds."""
     try:
         endpoints = rank_endpoints(bootstrap_addr, route)
         for pause in ABORT_PAUSES_S:

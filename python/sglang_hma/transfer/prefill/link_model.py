@@ -1,4 +1,4 @@
-"""How fast a link is, and how many layers to collect into one write because of it."""
+"""How fast a link is, and how many layers to collect into one group because of it."""
 
 import math
 from collections import deque
@@ -7,12 +7,10 @@ import numpy as np
 
 
 class LinkModel:
-    """A link's latency and bandwidth, learnt from the last writes that were made.
+    """A link's latency and bandwidth, measured with the last SAMPLES groups.
 
-    A write of n bytes takes latency + n / bandwidth; both come from a least
-    squares fit of relative errors over the last SAMPLES writes, so a link that
-    changes is known again after as many. Before the first write it is taken for
-    a loopback of 0.2 ms and 1 GB/s.
+    A group of n bytes takes latency + n / bandwidth. Both come from a least squares fit of the
+    relative errors. Until the first group they are those of a loopback: 0.2 ms and 1 GB/s.
     """
 
     SAMPLES = 32
@@ -23,7 +21,7 @@ class LinkModel:
         self.bytes_per_s = 1e9
 
     def observe(self, size: float, seconds: float) -> None:
-        """A write of `size` bytes took `seconds`, not counting its wait for the one before."""
+        """A group of `size` bytes took `seconds`, without its wait for the one before."""
         if size < 1:
             return
         self._seen.append((size, max(seconds, 1e-6)))
@@ -43,13 +41,12 @@ class LinkModel:
 
 
 class GroupSizer:
-    """How many layers to wait for while the link is busy with earlier ones.
+    """How many layers to wait for while the link is busy with an earlier group.
 
-    An idle link takes whatever is ready: the first group leaves with the first
-    layer. While it is busy, waiting costs nothing until the write in flight ends,
-    and larger writes waste less of the link: `auto` (None) waits until a group's
-    bytes take EFFICIENT times as long as the link's latency, but never for more
-    than a quarter of the layers, because what is waited for last is exposed.
+    On an idle link a group is whatever is ready. On a busy one waiting costs nothing until the
+    earlier group ends, and a larger group loses less time to the link's latency. `auto` (None)
+    waits until a group's bytes take EFFICIENT times as long as the latency, but never for more
+    than a quarter of the layers: the last group of a request is not hidden by computation.
     """
 
     EFFICIENT = 4.0
@@ -60,5 +57,5 @@ class GroupSizer:
     def layers(self, link: LinkModel, layer_bytes: int, layers: int) -> int:
         if self.fixed is not None:
             return min(self.fixed, layers)
-        wanted = math.ceil(self.EFFICIENT * link.latency_s * link.bytes_per_s / max(layer_bytes, 1))
-        return max(1, min(wanted, layers // 4))
+        enough = self.EFFICIENT * link.latency_s * link.bytes_per_s
+        return max(1, min(math.ceil(enough / max(layer_bytes, 1)), layers // 4))

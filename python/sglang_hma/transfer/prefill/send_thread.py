@@ -1,21 +1,21 @@
-"""The prefill server's sending thread: layers leave as they become final.
+"""The prefill server's send thread: layers leave as they become final.
 
-One thread serves all peers. Writes are submitted and polled, never waited for in
-Mooncake (whose waiting spins on a core that the forward needs), and each peer has
-a window of two groups: while one is on the wire the next is collected, so the
-group size follows the link by itself. A dead peer holds up nobody else.
+One thread serves all peers. It submits writes and polls them. It never waits inside Mooncake,
+which would spin on a core that the forward pass needs. Each peer has at most WINDOW groups on the
+wire, and the next one is collected meanwhile: so groups grow on a slow link, and a peer that does
+not answer delays no other.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sglang_hma.kvcache.layer_gate import LayerGate
-from sglang_hma.transfer.page_slices import Piece, Run
+from sglang_hma.transfer.messages import Landed
+from sglang_hma.transfer.prefill.jobs import Group, Job, LayerRange, Write
+from sglang_hma.transfer.prefill.link import Link
 from sglang_hma.transfer.prefill.link_model import GroupSizer, LinkModel
 
 logger = logging.getLogger(__name__)
@@ -24,149 +24,55 @@ WINDOW = 2
 MAX_GROUP_BLOCKS = 512
 MAX_GROUP_BYTES = 16 << 20
 MIN_POLL_S, MAX_POLL_S = 50e-6, 400e-6
-IDLE_S = 0.25
+TICK_S = 0.25
 RETRIES = 1
-
-
-class Link(Protocol):
-    """What is needed of a transfer engine; Mooncake's meaning of the numbers."""
-
-    def submit(self, session: str, source: int, target: int, length: int) -> int:
-        """Start a write. A handle, or 0 if it was refused."""
-
-    def check(self, handle: int) -> int:
-        """0 while it runs, 1 once applied and acknowledged, negative if it failed. After
-        anything but 0 the handle is gone and the source is not read any more."""
-
-
-class MooncakeLink:
-    def __init__(self, engine: object) -> None:
-        self._engine = engine
-
-    def submit(self, session: str, source: int, target: int, length: int) -> int:
-        return int(self._engine.transfer_submit_write(session, source, target, length))  # type: ignore[attr-defined]
-
-    def check(self, handle: int) -> int:
-        return int(self._engine.transfer_check_status(handle))  # type: ignore[attr-defined]
-
-
-@dataclass(eq=False)
-class Job:
-    """Some pages of one request for one peer, in layers next_layer..end_layer-1.
-
-    `pieces[layer]` are the layer's buffers. `extra` is written with the last group.
-    """
-
-    room: int
-    session: str
-    first_page: int
-    parts: Sequence[Run]
-    pieces: Sequence[Sequence[Piece]]
-    gate: LayerGate
-    extra: Sequence[tuple[int, int, int]] = ()
-    last: bool = False
-    resent: bool = False
-    next_layer: int = 0
-    end_layer: int = -1
-    in_flight: int = 0
-    dropped: bool = False
-
-    def __post_init__(self) -> None:
-        if self.end_layer < 0:
-            self.end_layer = len(self.pieces)
-
-    @property
-    def layer_bytes(self) -> int:
-        return sum(p.length for p in self.pieces[0]) * self.pages
-
-    @property
-    def layer_blocks(self) -> int:
-        return sum(piece.count(self.parts) for piece in self.pieces[0])
-
-    @property
-    def pages(self) -> int:
-        return sum(run.pages for run in self.parts)
-
-    @property
-    def submitted(self) -> bool:
-        return self.dropped or self.next_layer == self.end_layer
-
-
-@dataclass(eq=False)
-class Part:
-    """A range of one job's layers inside a group. `receipt` is what the owner noted at
-    submission (its checksums)."""
-
-    job: Job
-    first_layer: int
-    layers: int
-    bytes: int = 0
-    receipt: object = None
-
-
-@dataclass(eq=False)
-class Write:
-    block: tuple[int, int, int]
-    handle: int
-    tries: int = 0
-
-
-@dataclass(eq=False)
-class Sending:
-    """One group on the wire."""
-
-    parts: list[Part]
-    writes: deque[Write]
-    bytes: int
-    started_s: float
-    failed: bool = False
-    retries: int = 0
+KEPT_PEERS = 64  # idle peers beyond these are forgotten, with what was learnt about their links
 
 
 @dataclass
 class Peer:
     session: str
     jobs: deque[Job] = field(default_factory=deque)
-    window: deque[Sending] = field(default_factory=deque)
-    link: LinkModel = field(default_factory=LinkModel)
+    window: deque[Group] = field(default_factory=deque)
+    link_model: LinkModel = field(default_factory=LinkModel)
     last_end_s: float = 0.0
 
 
-class Owner(Protocol):
-    """Who decides about requests; all calls come from the pump's thread."""
+class SendListener(Protocol):
+    """Who decides about requests. All calls come from the send thread."""
 
-    def unwanted(self, room: int) -> bool:
+    def is_cancelled(self, room: int) -> bool:
         """Whether a room has failed or was aborted: nothing more is sent for it."""
 
-    def note(self, part: Part) -> object:
-        """A part has just been submitted. The result becomes its receipt."""
+    def on_submitted(self, layers: LayerRange) -> Landed | None:
+        """A range's writes have just been submitted. The result becomes its announcement."""
 
-    def sent(self, sending: "Sending", now_s: float) -> None:
-        """A group is off the wire, acknowledged or failed."""
+    def on_group_done(self, group: Group, now_s: float) -> None:
+        """Every write of a group has been acknowledged or has failed."""
 
-    def arrived(self, part: Part) -> None:
-        """A part's bytes were acknowledged by the peer."""
+    def on_acked(self, layers: LayerRange) -> None:
+        """The peer has acknowledged a range's bytes."""
 
-    def ended(self, job: Job) -> None:
-        """A job has no write left: all acknowledged, or dropped."""
+    def on_failed(self, job: Job, reason: str, *, by_peer: bool) -> None:
+        """A write has failed for good, or the forward pass has (`by_peer` False). `on_done`
+        follows."""
 
-    def broken(self, job: Job, reason: str, *, by_peer: bool) -> None:
-        """A write failed for good, or the forward did. `ended` follows."""
+    def on_done(self, job: Job) -> None:
+        """A job has no write left: all are acknowledged, or it was dropped."""
 
-    def idle(self) -> None:
-        """Called every IDLE_S or so, for what depends on time."""
+    def on_tick(self) -> None:
+        """Called about every TICK_S, for what depends on time."""
 
 
-class Pump(threading.Thread):
-    def __init__(self, link: Link, owner: Owner, sizer: GroupSizer) -> None:
-        super().__init__(name="hma-pump", daemon=True)
+class SendThread(threading.Thread):
+    def __init__(self, link: Link, listener: SendListener, sizer: GroupSizer) -> None:
+        super().__init__(name="hma-send", daemon=True)
         self.link = link
-        self.owner = owner
+        self.listener = listener
         self.sizer = sizer
         self.peers: dict[str, Peer] = {}
         self._incoming: deque[Job] = deque()
         self._wake = threading.Event()
-        self._stopping = False
         self._poll_s = MIN_POLL_S
 
     # -- from other threads --
@@ -176,87 +82,88 @@ class Pump(threading.Thread):
         self._wake.set()
 
     def wake(self) -> None:
-        self._wake.set()
-
-    def stop(self) -> None:
-        self._stopping = True
+        """A gate has grown or ended."""
         self._wake.set()
 
     # -- the thread --
 
     def run(self) -> None:
-        idle_s = 0.0
-        while not self._stopping:
+        ticked_s = 0.0
+        while True:
             try:
-                moved = self._step()
-                if time.monotonic() - idle_s > IDLE_S:
-                    self.owner.idle()
-                    idle_s = time.monotonic()
+                progressed = self.step()
+                if time.monotonic() - ticked_s > TICK_S:
+                    self.listener.on_tick()
+                    ticked_s = time.monotonic()
             except Exception:
-                # A bug must not silence the pump for all later requests.
-                logger.exception("The sending thread failed at one step and goes on")
+                # An error must not stop the sending of all later requests.
+                logger.exception("The send thread failed at one step and goes on")
                 time.sleep(0.05)
-                moved = True
-            if moved:
+                progressed = True
+            if progressed:
                 self._poll_s = MIN_POLL_S / 2
             else:
                 self._pause()
 
-    def _step(self) -> bool:
-        moved = False
+    def step(self) -> bool:
+        """Finish and submit what can be, without waiting. Whether anything was done."""
+        progressed = False
         while self._incoming:
             job = self._incoming.popleft()
             self.peers.setdefault(job.session, Peer(job.session)).jobs.append(job)
-            moved = True
+            progressed = True
         for peer in list(self.peers.values()):
-            moved |= self._reap(peer)
-            moved |= self._submit(peer)
-            if not peer.jobs and not peer.window and len(self.peers) > 64:
+            progressed |= self._finish_groups(peer)
+            progressed |= self._submit_groups(peer)
+            if not peer.jobs and not peer.window and len(self.peers) > KEPT_PEERS:
                 del self.peers[peer.session]
-        return moved
+        return progressed
 
     def _pause(self) -> None:
-        """Until something may have changed: writes have to be looked at, gates and jobs wake."""
+        """Until there may be something to do. Gates and new jobs wake; writes and device events
+        must be polled."""
         polling = any(
             peer.window or any(job.gate.waits_for_device for job in peer.jobs)
             for peer in self.peers.values()
         )
-        self._poll_s = min(2 * self._poll_s, MAX_POLL_S) if polling else IDLE_S
+        self._poll_s = min(2 * self._poll_s, MAX_POLL_S) if polling else TICK_S
         self._wake.wait(self._poll_s)
         self._wake.clear()
 
-    def _submit(self, peer: Peer) -> bool:
-        moved = self._drop(peer)
+    # -- submitting --
+
+    def _submit_groups(self, peer: Peer) -> bool:
+        progressed = self._drop_cancelled(peer)
         while len(peer.window) < WINDOW:
-            parts = self._collect(peer)
-            if not parts:
+            ranges = self._collect(peer)
+            if not ranges:
                 break
-            self._send(peer, parts)
-            moved = True
+            self._submit(peer, ranges)
+            progressed = True
         while peer.jobs and peer.jobs[0].submitted:
             peer.jobs.popleft()
-        return moved
+        return progressed
 
-    def _drop(self, peer: Peer) -> bool:
-        """Take unwanted jobs and those of broken forwards out of the queue."""
-        moved = False
+    def _drop_cancelled(self, peer: Peer) -> bool:
+        """Drop jobs of cancelled rooms and of forward passes that have failed."""
+        progressed = False
         for job in peer.jobs:
             if job.submitted:
                 continue
-            if self.owner.unwanted(job.room):
+            if self.listener.is_cancelled(job.room):
                 job.dropped = True
             elif job.gate.error is not None:
                 job.dropped = True
-                self.owner.broken(job, job.gate.error, by_peer=False)
+                self.listener.on_failed(job, job.gate.error, by_peer=False)
             else:
                 continue
-            moved = True
-            self._maybe_end(job)
-        return moved
+            progressed = True
+            self._maybe_done(job)
+        return progressed
 
-    def _collect(self, peer: Peer) -> list[Part]:
+    def _collect(self, peer: Peer) -> list[LayerRange]:
         """The next group: ready layers of queued jobs, oldest first."""
-        parts: list[Part] = []
+        ranges: list[LayerRange] = []
         size = count = 0
         for job in peer.jobs:
             if job.submitted:
@@ -265,95 +172,85 @@ class Pump(threading.Thread):
             if ready <= job.next_layer:
                 continue
             if peer.window and ready < job.end_layer:
-                wanted = self.sizer.layers(peer.link, job.layer_bytes, job.end_layer)
-                if ready - job.next_layer < wanted:
+                enough = self.sizer.layers(peer.link_model, job.layer_bytes, job.end_layer)
+                if ready - job.next_layer < enough:
                     continue
             layer_bytes, layer_blocks = max(job.layer_bytes, 1), max(job.layer_blocks, 1)
             fits = min(
                 (MAX_GROUP_BYTES - size) // layer_bytes, (MAX_GROUP_BLOCKS - count) // layer_blocks
             )
             # One layer always fits an empty group.
-            layers = min(ready - job.next_layer, max(fits, 0 if parts else 1))
+            layers = min(ready - job.next_layer, max(fits, 0 if ranges else 1))
             if layers <= 0:
                 break
-            parts.append(Part(job, job.next_layer, layers))
+            ranges.append(LayerRange(job, job.next_layer, layers))
             job.next_layer += layers
             size += layers * layer_bytes
             count += layers * layer_blocks
             if job.next_layer < ready:
                 break  # A room's jobs leave in order: nothing overtakes the rest of this one.
-        return parts
+        return ranges
 
-    def _send(self, peer: Peer, parts: list[Part]) -> None:
-        blocks = []
-        for part in parts:
-            job = part.job
+    def _submit(self, peer: Peer, ranges: list[LayerRange]) -> None:
+        writes: deque[Write] = deque()
+        for layers in ranges:
+            job = layers.job
             job.in_flight += 1
-            wanted = [
-                block
-                for layer in range(part.first_layer, part.first_layer + part.layers)
-                for piece in job.pieces[layer]
-                for block in piece.blocks(job.parts)
-            ]
-            part.bytes = sum(length for _, _, length in wanted)
-            blocks += wanted
+            blocks = layers.blocks()
             if job.submitted:
-                blocks += job.extra
-        sending = Sending(
-            parts,
-            deque(Write(block, 0) for block in blocks),
-            sum(length for _, _, length in blocks),
-            time.perf_counter(),
-        )
-        for write in sending.writes:
+                blocks += job.metadata
+            writes.extend(Write(block, 0) for block in blocks)
+        size = sum(write.block[2] for write in writes)
+        group = Group(ranges, writes, size, time.perf_counter())
+        for write in writes:
             write.handle = self.link.submit(peer.session, *write.block)
-        peer.window.append(sending)
-        for part in parts:
-            part.receipt = self.owner.note(part)
+        peer.window.append(group)
+        for layers in ranges:
+            layers.announcement = self.listener.on_submitted(layers)
 
-    def _reap(self, peer: Peer) -> bool:
-        """Finish the oldest groups, in order: a room's last group ends last."""
-        moved = False
+    # -- finishing --
+
+    def _finish_groups(self, peer: Peer) -> bool:
+        """Finish groups in the order of their submission, so that a room's last one ends last."""
+        progressed = False
         while peer.window:
-            sending = peer.window[0]
-            while sending.writes:
-                write = sending.writes[0]
+            group = peer.window[0]
+            while group.writes:
+                write = group.writes[0]
                 status = self.link.check(write.handle) if write.handle else -1
                 if status == 0:
-                    return moved
-                if status < 0 and not sending.failed and write.tries < RETRIES:
+                    return progressed
+                progressed = True
+                if status < 0 and not group.failed and write.tries < RETRIES:
                     # Writing the same bytes to the same place again is harmless: decode
-                    # keeps the pages until this side says that nothing is on its way.
+                    # keeps the pages until this side confirms that nothing is on its way.
                     write.tries += 1
-                    sending.retries += 1
+                    group.retries += 1
                     write.handle = self.link.submit(peer.session, *write.block)
-                    moved = True
                     continue
-                sending.failed |= status < 0
-                sending.writes.popleft()
-                moved = True
+                group.failed |= status < 0
+                group.writes.popleft()
             peer.window.popleft()
-            self._finish(peer, sending)
-        return moved
+            self._finish(peer, group)
+        return progressed
 
-    def _finish(self, peer: Peer, sending: Sending) -> None:
+    def _finish(self, peer: Peer, group: Group) -> None:
         now = time.perf_counter()
-        if not sending.failed:
-            peer.link.observe(sending.bytes, now - max(sending.started_s, peer.last_end_s))
+        if not group.failed:
+            peer.link_model.observe(group.bytes, now - max(group.started_s, peer.last_end_s))
         peer.last_end_s = now
-        self.owner.sent(sending, now)
-        for part in sending.parts:
-            job = part.job
+        self.listener.on_group_done(group, now)
+        for layers in group.ranges:
+            job = layers.job
             job.in_flight -= 1
-            if sending.failed and not job.dropped:
+            if group.failed and not job.dropped:
                 job.dropped = True
-                self.owner.broken(
-                    job, f"a write to decode server {peer.session} failed", by_peer=True
-                )
-            elif not sending.failed and not self.owner.unwanted(job.room):
-                self.owner.arrived(part)
-            self._maybe_end(job)
+                reason = f"a write to decode server {peer.session} failed"
+                self.listener.on_failed(job, reason, by_peer=True)
+            elif not group.failed and not self.listener.is_cancelled(job.room):
+                self.listener.on_acked(layers)
+            self._maybe_done(job)
 
-    def _maybe_end(self, job: Job) -> None:
+    def _maybe_done(self, job: Job) -> None:
         if job.submitted and job.in_flight == 0:
-            self.owner.ended(job)
+            self.listener.on_done(job)

@@ -1,4 +1,4 @@
-"""--hma-trace: layers computing and groups travelling, as a Chrome/Perfetto trace."""
+"""--hma-trace: when layers were computed and groups were on the wire, as a Chrome trace."""
 
 import atexit
 import json
@@ -9,15 +9,15 @@ from typing import Any
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.layer_gate import LayerGate
-from sglang_hma.transfer.prefill.send_thread import Sending
+from sglang_hma.transfer.prefill.jobs import Group
 
 FLUSH_S = 1.0
 COMPUTE, SEND = 1, 2
 
 
 class Trace:
-    """Events in the JSON array format, whose closing bracket is optional: a file
-    that is cut off still opens. Without a path nothing is recorded."""
+    """Writes the JSON array format, whose closing bracket is optional, so that a file that was cut
+    off still opens. Without a path nothing is recorded."""
 
     def __init__(self, path: Path | None, name: str) -> None:
         self._path = path
@@ -46,23 +46,24 @@ class Trace:
         )
 
     def forward(self, gate: LayerGate) -> None:
-        """A forward whose layers are drawn once it has ended."""
+        """A forward pass, whose layers are written once it has ended."""
         if self._path is not None and gate not in self._gates:
             self._gates.append(gate)
 
-    def sending(self, sending: Sending, end_s: float) -> None:
+    def group(self, group: Group, end_s: float) -> None:
+        """A group that has just left the wire; `end_s` is of time.perf_counter()."""
         if self._path is None:
             return
-        first = min(part.first_layer for part in sending.parts)
-        last = max(part.first_layer + part.layers for part in sending.parts) - 1
+        first = min(layers.first_layer for layers in group.ranges)
+        last = max(layers.end_layer for layers in group.ranges) - 1
         self._span(
             SEND,
             f"layers {first}-{last}" if last > first else f"layer {first}",
-            sending.started_s,
+            group.started_s,
             end_s,
-            bytes=sending.bytes,
-            rooms=sorted({str(part.job.room) for part in sending.parts}),
-            failed=sending.failed,
+            bytes=group.bytes,
+            rooms=sorted({str(layers.job.room) for layers in group.ranges}),
+            failed=group.failed,
         )
 
     def _span(self, thread: int, name: str, begin_s: float, end_s: float, **args: Any) -> None:
@@ -71,7 +72,7 @@ class Trace:
         self._events.append(span | times)
 
     def flush(self, *, final: bool = False) -> None:
-        """Append what is complete, at most once a second."""
+        """Append what is complete to the file, at most once a second."""
         now = time.monotonic()
         if self._path is None or (now - self._flushed_s < FLUSH_S and not final):
             return

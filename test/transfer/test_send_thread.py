@@ -1,7 +1,7 @@
-"""The pump over a simulated link with any timing, and over real Mooncake engines."""
+"""The send thread over a simulated link with any timing, and over real Mooncake engines."""
 
 import random
-import time
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,20 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_hma.kvcache.layer_gate import LayerGate
-from sglang_hma.transfer.page_slices import Piece, runs
+from sglang_hma.transfer.messages import Landed
+from sglang_hma.transfer.page_slices import Buffers, page_runs, slice_pairs
+from sglang_hma.transfer.prefill.jobs import Group, Job, LayerRange
+from sglang_hma.transfer.prefill.link import MooncakeLink
 from sglang_hma.transfer.prefill.link_model import GroupSizer
-from sglang_hma.transfer.prefill.send_thread import (
-    RETRIES,
-    WINDOW,
-    Job,
-    MooncakeLink,
-    Part,
-    Pump,
-    Sending,
-)
+from sglang_hma.transfer.prefill.send_thread import RETRIES, WINDOW, SendThread
 
 LAYERS, PAGE_BYTES, PAGES = 6, 24, 40
-EXTRA_BYTES = 8
+METADATA_BYTES = 8
 
 
 class SimulatedLink:
@@ -62,7 +57,7 @@ class SimulatedLink:
 
 
 class Recorder:
-    """An owner that writes down what it is told."""
+    """A listener that writes down what it is told."""
 
     def __init__(self, link: SimulatedLink) -> None:
         self.link = link
@@ -71,36 +66,41 @@ class Recorder:
         self.finished: list[Job] = []
         self.layers: dict[int, int] = {}
 
-    def unwanted(self, room: int) -> bool:
+    def is_cancelled(self, room: int) -> bool:
         return room in self.aborted or room in self.failed
 
-    def note(self, part: Part) -> object:
-        return part.first_layer
+    def on_submitted(self, layers: LayerRange) -> Landed:
+        return announcement(layers)
 
-    def arrived(self, part: Part) -> None:
-        assert part.receipt == part.first_layer
-        job = part.job
-        for layer in range(part.first_layer, part.first_layer + part.layers):
-            for piece in job.pieces[layer]:
-                for source, target, length in piece.blocks(job.parts):
+    def on_acked(self, layers: LayerRange) -> None:
+        assert layers.announcement == announcement(layers)
+        job = layers.job
+        for pairs in job.slices[layers.first_layer : layers.first_layer + layers.layers]:
+            for pair in pairs:
+                for source, target, length in pair.blocks(job.runs):
                     assert np.array_equal(
                         self.link.target(job.session)[target : target + length],
                         self.link.source[source : source + length],
                     ), "announced before it arrived"
-        self.layers[id(job)] = self.layers.get(id(job), 0) + part.layers
+        self.layers[id(job)] = self.layers.get(id(job), 0) + layers.layers
 
-    def sent(self, sending: Sending, now_s: float) -> None:
+    def on_group_done(self, group: Group, now_s: float) -> None:
         pass
 
-    def broken(self, job: Job, reason: str, *, by_peer: bool) -> None:
+    def on_failed(self, job: Job, reason: str, *, by_peer: bool) -> None:
         self.failed[job.room] = reason
 
-    def ended(self, job: Job) -> None:
+    def on_done(self, job: Job) -> None:
         assert job not in self.finished and job.in_flight == 0
         self.finished.append(job)
 
-    def idle(self) -> None:
+    def on_tick(self) -> None:
         pass
+
+
+def announcement(layers: LayerRange) -> Landed:
+    job = layers.job
+    return Landed(job.room, 0, 0, layers.first_layer, layers.layers, job.first_page, job.pages, [])
 
 
 def job(room: int, session: str, pages: list[int], gate: LayerGate, *, last: bool) -> Job:
@@ -108,18 +108,18 @@ def job(room: int, session: str, pages: list[int], gate: LayerGate, *, last: boo
     source = np.array(pages, dtype=np.int32)
     target = np.array([PAGES - 1 - p if p % 3 else p for p in pages], dtype=np.int32)
     size = PAGES * PAGE_BYTES
+    addresses = tuple(buffer * size for buffer in range(2 * LAYERS))
+    slices = slice_pairs(
+        Buffers(addresses, (PAGE_BYTES,) * 2 * LAYERS), addresses, prefill=(0, 1), decode=(0, 1)
+    )
+    at = 2 * LAYERS * size + room * METADATA_BYTES
+    metadata = [(at, at, METADATA_BYTES)] if last else []
+    runs = page_runs(source, target)
+    return Job(room, session, 0, runs, slices, gate, metadata=metadata, last=last)
 
-    def piece(buffer: int) -> Piece:
-        return Piece(buffer * size, PAGE_BYTES, buffer * size, PAGE_BYTES, PAGE_BYTES)
 
-    pieces = [[piece(2 * layer), piece(2 * layer + 1)] for layer in range(LAYERS)]
-    at = 2 * LAYERS * size + room * EXTRA_BYTES
-    extra = [(at, at, EXTRA_BYTES)] if last else []
-    return Job(room, session, 0, runs(source, target), pieces, gate, extra=extra, last=last)
-
-
-def drive(pump: Pump, gates: list[LayerGate], rng: random.Random) -> None:
-    """Steps of the pump between events, as its thread would make them."""
+def drive(thread: SendThread, gates: list[LayerGate], rng: random.Random) -> None:
+    """Steps between events, as the running thread would make them."""
     pending = [(gate, layer) for gate in gates for layer in range(LAYERS)]
     for _ in range(20000):
         if pending and rng.random() < 0.3:
@@ -129,12 +129,12 @@ def drive(pump: Pump, gates: list[LayerGate], rng: random.Random) -> None:
             gate.advance(layer)
             if layer == LAYERS - 1:
                 gate.finish()
-        moved = pump._step()
-        for peer in pump.peers.values():
+        progressed = thread.step()
+        for peer in thread.peers.values():
             assert len(peer.window) <= WINDOW
-        if not moved and not pending and not any(p.window for p in pump.peers.values()):
+        if not progressed and not pending and not any(p.window for p in thread.peers.values()):
             return
-    raise AssertionError("the pump never came to rest")
+    raise AssertionError("the thread never came to rest")
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.booleans(), st.sampled_from([None, 1, 4]))
@@ -143,8 +143,8 @@ def test_everything_arrives_in_order_or_fails_alone(
 ) -> None:
     rng = random.Random(seed)
     link = SimulatedLink(rng, dead=["b"] if one_dies else [])
-    owner = Recorder(link)
-    pump = Pump(link, owner, GroupSizer(fixed))
+    listener = Recorder(link)
+    thread = SendThread(link, listener, GroupSizer(fixed))
     gates, jobs = [], []
     for room in range(rooms):
         session = rng.choice("ab")
@@ -154,22 +154,22 @@ def test_everything_arrives_in_order_or_fails_alone(
         gates.append(gate)
         cut = rng.randrange(count)
         first, second = pages[:cut], pages[cut:]
-        parts = [job(room, session, first, LayerGate.open(LAYERS), last=False)] if first else []
-        parts += [job(room, session, second, gate, last=True)]
-        jobs += parts
+        if first:
+            jobs.append(job(room, session, first, LayerGate.open(LAYERS), last=False))
+        jobs.append(job(room, session, second, gate, last=True))
     for one in jobs:
-        pump.put(one)
+        thread.put(one)
     if rooms > 1 and rng.random() < 0.3:
-        owner.aborted.add(rng.randrange(rooms))
-    drive(pump, gates, rng)
-    assert set(map(id, owner.finished)) == set(map(id, jobs))
+        listener.aborted.add(rng.randrange(rooms))
+    drive(thread, gates, rng)
+    assert set(map(id, listener.finished)) == set(map(id, jobs))
     for one in jobs:
-        lost = one.room in owner.aborted or one.session in link.dead
-        assert lost or owner.layers.get(id(one), 0) == LAYERS
-        assert (one.room in owner.failed) <= (one.session in link.dead)
+        lost = one.room in listener.aborted or one.session in link.dead
+        assert lost or listener.layers.get(id(one), 0) == LAYERS
+        assert (one.room in listener.failed) <= (one.session in link.dead)
         if lost or not one.last:
             continue
-        for at, to, size in one.extra:
+        for at, to, size in one.metadata:
             assert np.array_equal(
                 link.target(one.session)[to : to + size], link.source[at : at + size]
             )
@@ -179,37 +179,37 @@ def test_everything_arrives_in_order_or_fails_alone(
 def test_a_failed_forward_fails_its_requests_and_no_others(seed: int) -> None:
     rng = random.Random(seed)
     link = SimulatedLink(rng)
-    owner = Recorder(link)
-    pump = Pump(link, owner, GroupSizer())
+    listener = Recorder(link)
+    thread = SendThread(link, listener, GroupSizer())
     broken, whole = LayerGate(LAYERS), LayerGate(LAYERS)
     doomed, fine = job(1, "a", [1, 2], broken, last=False), job(2, "a", [5], whole, last=True)
-    pump.put(doomed)
-    pump.put(fine)
+    thread.put(doomed)
+    thread.put(fine)
     broken.advance(1)
-    pump._step()
+    thread.step()
     broken.fail("the forward pass failed: out of memory")
-    drive(pump, [whole], rng)
-    assert owner.failed == {1: "the forward pass failed: out of memory"}
-    assert {one.room for one in owner.finished} == {1, 2}
+    drive(thread, [whole], rng)
+    assert listener.failed == {1: "the forward pass failed: out of memory"}
+    assert {one.room for one in listener.finished} == {1, 2}
 
 
 @pytest.mark.parametrize("failures", [RETRIES, RETRIES + 1])
 def test_writes_are_tried_again_but_not_for_ever(seed: int, failures: int) -> None:
     rng = random.Random(seed)
     link = SimulatedLink(rng, fail_first=failures)
-    owner = Recorder(link)
-    pump = Pump(link, owner, GroupSizer())
-    pump.put(job(1, "a", [1, 2, 5], LayerGate.open(LAYERS), last=True))
-    drive(pump, [], rng)
-    (one,) = owner.finished
+    listener = Recorder(link)
+    thread = SendThread(link, listener, GroupSizer())
+    thread.put(job(1, "a", [1, 2, 5], LayerGate.open(LAYERS), last=True))
+    drive(thread, [], rng)
+    (one,) = listener.finished
     if failures > RETRIES:
-        assert owner.failed == {1: "a write to decode server a failed"}
+        assert listener.failed == {1: "a write to decode server a failed"}
     else:
-        assert owner.layers == {id(one): LAYERS} and not owner.failed
+        assert listener.layers == {id(one): LAYERS} and not listener.failed
 
 
-@pytest.mark.parametrize("tear", [False, True])
-def test_real_engines(seed: int, tear: bool) -> None:
+@pytest.mark.parametrize("peer_is_gone", [False, True])
+def test_real_engines(seed: int, peer_is_gone: bool) -> None:
     """Layers travel between two Mooncake engines while a gate opens; then to one that is gone."""
     from mooncake.engine import TransferEngine
 
@@ -218,45 +218,40 @@ def test_real_engines(seed: int, tear: bool) -> None:
         assert engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
     size = 1 << 16
     rng = np.random.default_rng(seed)
-    source = rng.integers(0, 256, (LAYERS, 2, PAGES, size), dtype=np.uint8)
+    source = rng.integers(0, 256, (2 * LAYERS, PAGES, size), dtype=np.uint8)
     target = np.zeros_like(source)
-    assert engines[0].register_memory(source.ctypes.data, source.nbytes) == 0
-    assert engines[1].register_memory(target.ctypes.data, target.nbytes) == 0
-    session = "127.0.0.1:1" if tear else f"127.0.0.1:{engines[1].get_rpc_port()}"
-    pieces = [
-        [
-            Piece(source[layer, kv].ctypes.data, size, target[layer, kv].ctypes.data, size, size)
-            for kv in (0, 1)
-        ]
-        for layer in range(LAYERS)
-    ]
+    for engine, pages in zip(engines, (source, target), strict=True):
+        assert engine.register_memory(pages.ctypes.data, pages.nbytes) == 0
+    session = "127.0.0.1:1" if peer_is_gone else f"127.0.0.1:{engines[1].get_rpc_port()}"
+    ours, theirs = (
+        tuple(int(buffer.ctypes.data) for buffer in pages) for pages in (source, target)
+    )
+    slices = slice_pairs(Buffers(ours, (size,) * 2 * LAYERS), theirs, prefill=(0, 1), decode=(0, 1))
     order = rng.permutation(PAGES).astype(np.int32)
-    gate = LayerGate(LAYERS)
 
-    class Owner(Recorder):
-        def arrived(self, part: Part) -> None:
-            self.layers[part.job.room] = self.layers.get(part.job.room, 0) + part.layers
+    class Listener(Recorder):
+        done = threading.Event()
 
-    owner = Owner(SimulatedLink(random.Random(seed)))
-    pump = Pump(MooncakeLink(engines[0]), owner, GroupSizer())
-    gate._wake = pump.wake
-    pump.start()
-    try:
-        pages = np.arange(PAGES, dtype=np.int32)
-        pump.put(Job(7, session, 0, runs(pages, order), pieces, gate, last=True))
-        for layer in range(LAYERS):
-            time.sleep(0.01)
-            gate.advance(layer)
-        gate.finish()
-        deadline = time.monotonic() + 30
-        while not owner.finished and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        pump.stop()
-        pump.join(5)
-    assert owner.finished
-    if tear:
-        assert "127.0.0.1:1 failed" in owner.failed[7]
+        def on_acked(self, layers: LayerRange) -> None:
+            self.layers[layers.job.room] = self.layers.get(layers.job.room, 0) + layers.layers
+
+        def on_done(self, job: Job) -> None:
+            super().on_done(job)
+            self.done.set()
+
+    listener = Listener(SimulatedLink(random.Random(seed)))
+    listener.done.clear()
+    thread = SendThread(MooncakeLink(engines[0]), listener, GroupSizer())
+    gate = LayerGate(LAYERS, thread.wake)
+    thread.start()
+    runs = page_runs(np.arange(PAGES, dtype=np.int32), order)
+    thread.put(Job(7, session, 0, runs, slices, gate, last=True))
+    for layer in range(LAYERS):
+        gate.advance(layer)
+    gate.finish()
+    assert listener.done.wait(60)
+    if peer_is_gone:
+        assert "127.0.0.1:1 failed" in listener.failed[7]
     else:
-        assert owner.layers == {7: LAYERS} and not owner.failed
-        assert np.array_equal(target[:, :, order], source)
+        assert listener.layers == {7: LAYERS} and not listener.failed
+        assert np.array_equal(target[:, order], source)

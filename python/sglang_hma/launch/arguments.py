@@ -1,0 +1,166 @@
+"""A server's arguments: read before SGLang is imported, then by SGLang's own parser.
+
+The first reading (launch/flags.py) settles what SGLang must find when it is imported: the role, the
+device and the --hma-* flags. The second is SGLang's, of everything; where the two differ, the
+server does not start.
+"""
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from sglang_hma import config as hma_config
+from sglang_hma import torch_ops
+from sglang_hma.config import HmaConfig, Role, WeightFormats
+from sglang_hma.launch.cards import cards, prefill_runtime
+from sglang_hma.launch.defaults import defaults
+from sglang_hma.launch.flags import CONFIG, Parser, Refusal, parser_of, read
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+ROLE, DEVICE = "--disaggregation-mode", "--device"
+
+
+def assume(argv: Sequence[str]) -> HmaConfig:
+    """What SGLang must find in the environment when it is imported. Raises Refusal."""
+    return configure(read(early_parser(), argv))
+
+
+def is_on(switch: str, argv: Sequence[str]) -> bool:
+    """Whether SGLang will find a switch of its own given. Raises Refusal."""
+    given = read(parser_of(switches=[switch]), argv)
+    return getattr(given, switch.removeprefix("--").replace("-", "_")) not in (None, "false")
+
+
+def early_parser() -> Parser:
+    parser = parser_of(DEVICE)
+    parser.add_argument(ROLE, default="null")
+    hma_config.add_cli_args(parser)
+    return parser
+
+
+def configure(given: argparse.Namespace) -> HmaConfig:
+    """Role, device and --hma-* flags, checked against each other and this machine."""
+    role = given.disaggregation_mode
+    if role not in get_args(Role):
+        raise Refusal(f"{ROLE} is {role}: it must be prefill, decode or null")
+    device = given.device or default_device()
+    if device not in ("cpu", "cuda"):
+        raise Refusal(f"{DEVICE} is {device}: sglang-hma serves on cpu and cuda")
+    runtime = prefill_runtime(given)
+    ids, chips = cards(given, runtime)
+    if runtime == "ttnn":
+        device = "cpu"
+    trace = given.hma_trace
+    if trace and not Path(trace).resolve().parent.is_dir():
+        raise Refusal(f"--hma-trace is {trace}: its folder does not exist, make it first")
+    formats = given.hma_weight_format or WeightFormats.all(given.hma_kv_format)
+    if given.hma_kv_format == "native" and formats.packs_any:
+        raise Refusal(
+            f"--hma-weight-format is {formats} but --hma-kv-format is native, which switches all "
+            "formats off: leave one of them out"
+        )
+    return HmaConfig(
+        role=role,
+        device=device,  # type: ignore[arg-type]
+        kv_format=given.hma_kv_format,
+        weight_formats=formats,
+        layers_per_send=given.hma_layers_per_send,
+        kv_checksum=given.hma_kv_checksum == "on",
+        trace=trace,
+        prefill_runtime=runtime,
+        device_ids=ids,
+        chips=chips,
+        torch_ops=torch_ops.needed(device),
+    )
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def full_parser() -> Parser:
+    """SGLang's parser with the --hma-* flags in it. Imports SGLang."""
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_hma.seams import ATTENTION_BACKEND
+
+    if ATTENTION_BACKEND not in choices.ATTENTION_BACKEND_CHOICES:
+        choices.add_attention_backend_choices([ATTENTION_BACKEND])
+    parser = Parser(
+        prog="python -m sglang_hma.launch_server",
+        description="One SGLang server with BFP8 KV pages. Roles: --disaggregation-mode prefill, "
+        "decode or null (both in one server). For a prefill and a decode server with a router on "
+        "one box use python -m sglang_hma.launch_pd.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    hma_config.add_cli_args(parser)
+    ServerArgs.add_cli_args(parser)
+    return parser
+
+
+def parse(config: HmaConfig, argv: Sequence[str]) -> "ServerArgs":
+    """SGLang's arguments, our defaults filled in where the user said nothing; not resolved yet.
+
+    Raises Refusal for what SGLang's parser refuses, and if it reads another config than `config`.
+    """
+    parser = full_parser()
+    merged = _merge(parser, argv)
+    with _quiet():
+        given = parser.parse_args(merged)
+    if given.config is not None:
+        raise Refusal(f"{CONFIG} {given.config} would not be read: write it as two whole words")
+    _same(config, configure(given))
+    ours = Parser(add_help=False)
+    hma_config.add_cli_args(ours)
+    _, theirs = ours.parse_known_args(merged)
+
+    from sglang.srt.server_args import prepare_server_args
+
+    # Of two values the last one counts: a default stands before what the user gave.
+    return prepare_server_args([*defaults(config), *theirs])
+
+
+def _merge(parser: Parser, argv: Sequence[str]) -> list[str]:
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    try:
+        return ConfigArgumentMerger(parser).merge_config_with_args(list(argv))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{CONFIG}: {' '.join(str(error).split())}") from None
+
+
+def _same(assumed: HmaConfig, found: HmaConfig) -> None:
+    flags = {
+        "role": ROLE,
+        "device": DEVICE,
+        "weight_formats": "--hma-weight-format",
+        "chips": "--hma-mesh",
+    }
+    for name in HmaConfig.__struct_fields__:
+        before, after = getattr(assumed, name), getattr(found, name)
+        if before != after:
+            flag = flags.get(name, f"--hma-{name.replace('_', '-')}")
+            raise Refusal(
+                f"{flag} is {after} for SGLang's parser, but {before} was read before SGLang was "
+                "imported: write the flag in full, on the command line"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of deprecated flags: `prepare_server_args` parses again and repeats
+    them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

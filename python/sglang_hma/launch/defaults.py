@@ -1,0 +1,56 @@
+"""What sglang-hma gives SGLang where the user said nothing."""
+
+import os
+from typing import Any
+
+import psutil
+
+from sglang_hma.config import PAGE_TOKENS, SHARE_ENV, HmaConfig
+
+CPU_KV_SHARE_OF_MEMORY = 0.2
+MODEST_TOKENS = 64 * 1024
+NO_CUDA_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
+
+
+def defaults(config: HmaConfig) -> list[str]:
+    """Flags to stand before the user's own."""
+    flags = ["--device", config.device]
+    on_cpu = config.device == "cpu"
+    if config.packs_kv:
+        flags += ["--attention-backend", "hma", "--page-size", str(PAGE_TOKENS)]
+    else:
+        if config.role != "null":
+            flags += ["--page-size", str(PAGE_TOKENS)]
+        if on_cpu or config.torch_ops:
+            flags += ["--attention-backend", "torch_native"]
+    if on_cpu or config.torch_ops or (config.packs_kv and config.role != "decode"):
+        flags += NO_CUDA_GRAPHS
+    if config.packs_kv and config.role == "decode" and not on_cpu:
+        # An ended request's extra step may write to a page that a transfer has been given since.
+        flags += ["--disable-overlap-schedule"]
+    if on_cpu:
+        flags += ["--sleep-on-idle"]
+    if on_cpu or config.torch_ops:
+        flags += ["--sampling-backend", "pytorch"]
+    if config.role != "null":
+        flags += ["--disaggregation-transfer-backend", "mooncake_tcp" if on_cpu else "mooncake"]
+    if config.role == "decode":
+        flags += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+    return flags
+
+
+def size_pool(config: HmaConfig, server_args: Any, model: Any) -> None:
+    """A KV cache for a CPU box: MODEST_TOKENS or one whole context, as far as they go into this
+    server's part of CPU_KV_SHARE_OF_MEMORY."""
+    if (server_args.max_total_tokens, server_args.mem_fraction_static) != (None, None):
+        return
+    servers = max(1, int(os.environ.get(SHARE_ENV, "1")))
+    budget = psutil.virtual_memory().total * CPU_KV_SHARE_OF_MEMORY / servers
+    tp_size = server_args.tp_size
+    elements = model.num_hidden_layers * model.get_num_kv_heads(tp_size) * tp_size
+    elements *= model.head_dim + model.v_head_dim
+    bytes_per_element = 17 / 16 if config.packs_kv else model.dtype.itemsize
+    tokens = int(budget / (elements * bytes_per_element)) // 1024 * 1024
+    wanted = max(MODEST_TOKENS, -(-model.context_len // 1024) * 1024)
+    server_args.max_total_tokens = min(max(tokens, 2048), wanted)
+    server_args.mem_fraction_static = 0.95

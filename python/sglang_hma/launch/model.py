@@ -1,0 +1,48 @@
+"""Which models a server refuses, in one line each: those without plain KV pages."""
+
+from typing import Any
+
+from sglang_hma.config import PAGE_TOKENS, HmaConfig
+from sglang_hma.launch.checks import one_line
+from sglang_hma.launch.flags import Refusal
+
+
+def check_model(config: HmaConfig, server_args: Any) -> Any:
+    """SGLang's ModelConfig. Raises Refusal."""
+    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+
+    try:
+        model = ModelConfig.from_server_args(server_args)
+    except Exception as error:  # whatever transformers makes of a broken config
+        raise Refusal(f"--model-path is {server_args.model_path}: {one_line(error)}") from error
+    if not config.packs_kv:
+        return model
+    name = (model.hf_config.architectures or ["model"])[0]
+    remedy = "serve it with --hma-kv-format native"
+    if model.attention_arch != AttentionArch.MHA:
+        raise Refusal(
+            f"{name} uses {model.attention_arch.name} attention, BFP8 pages need MHA/GQA: {remedy}"
+        )
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    if mambaish_config(model) is not None:
+        raise Refusal(
+            f"{name} has state-space layers, BFP8 pages need MHA/GQA in every layer: {remedy}"
+        )
+    if getattr(model, "is_hybrid_swa", False):
+        raise Refusal(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
+    if config.on_card:
+        from sglang_hma.prefill.ttnn.shape import ModelShape, UnsupportedModel
+
+        try:
+            ModelShape.of(model.hf_config).split(config.chips)
+        except UnsupportedModel as error:
+            raise Refusal(f"{error}: serve it with --hma-prefill-runtime reference") from None
+    for label, dim in (("head_dim", model.head_dim), ("v_head_dim", model.v_head_dim)):
+        if dim % PAGE_TOKENS:
+            raise Refusal(
+                f"{name} has {label} {dim}, BFP8 tiles need a multiple of {PAGE_TOKENS}: {remedy}"
+            )
+    if str(model.dtype) == "torch.float16":
+        raise Refusal(f"{name} is float16: add --dtype bfloat16, K and V are kept in BFP8 and BF16")
+    return model

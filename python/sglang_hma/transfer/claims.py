@@ -1,0 +1,182 @@
+"""Which decode server has the other half of a request, and whether it still wants it.
+
+A request may wait on decode for pages long before SGLang tells prefill of it, and SGLang never
+tells prefill that decode has given up such a request. So decode claims each request when it
+arrives, and every RENEW_S sends the list of all requests that it still has. Each list is complete
+in itself: a lost message delays the news by one period and loses nothing.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+
+from sglang_hma.transfer.liveness import Address, PeerLiveness
+from sglang_hma.transfer.messages import MAX_ROOMS
+
+logger = logging.getLogger(__name__)
+
+RENEW_S = 3.0
+EMPTY_LISTS_S = 30.0  # how long an empty list is repeated
+
+
+class ClaimRenewer:
+    """On decode: claims requests at prefill ranks and renews the claims until the requests end.
+
+    `send_claim` and `send_renewal` send to one rank; messages must arrive in the order of the
+    calls.
+    """
+
+    def __init__(
+        self,
+        send_claim: Callable[[Address, int], None],
+        send_renewal: Callable[[Address, list[int]], None],
+    ) -> None:
+        self._send_claim = send_claim
+        self._send_renewal = send_renewal
+        self._rooms: dict[Address, set[int]] = {}
+        self._used_s: dict[Address, float] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def claim(self, room: int, ranks: Collection[Address]) -> None:
+        # Sent under the lock: a list without this room must not overtake its claim.
+        with self._lock:
+            for rank in ranks:
+                self._rooms.setdefault(rank, set()).add(room)
+                self._send_claim(rank, room)
+            if self._thread is None and ranks:
+                self._thread = threading.Thread(target=self._run, name="hma-claims", daemon=True)
+                self._thread.start()
+
+    def drop(self, room: int) -> None:
+        """The request has ended here: the next list is without it."""
+        with self._lock:
+            for rooms in self._rooms.values():
+                rooms.discard(room)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(RENEW_S)
+            try:
+                if not self._renew_all():
+                    return
+            except Exception:
+                logger.exception("Renewing the claims failed once")
+
+    def _renew_all(self) -> bool:
+        """Send every rank its list. False if no rank needs one any more: the thread then ends."""
+        with self._lock:
+            now = time.monotonic()
+            for rank, rooms in list(self._rooms.items()):
+                if rooms:
+                    self._used_s[rank] = now
+                elif now - self._used_s.setdefault(rank, now) > EMPTY_LISTS_S:
+                    del self._rooms[rank], self._used_s[rank]
+                    continue
+                self._send_renewal(rank, sorted(rooms)[:MAX_ROOMS])
+            if not self._rooms:
+                self._thread = None
+            return bool(self._rooms)
+
+
+class Claims:
+    """On prefill: which decode ranks have claimed each open request, and which requests are lost.
+
+    The router sends each server its half of a request, and may lose either. A request that nobody
+    has claimed for UNCLAIMED_S never reached a decode server, or reached one that died at once;
+    ORPHANED_S is enough if every known decode server is gone. A request that was claimed UNOPENED_S
+    ago and has not arrived here never will. A decode server that was not heard for LEASE_S is cut
+    off.
+    """
+
+    UNCLAIMED_S = 45.0
+    ORPHANED_S = 10.0
+    UNOPENED_S = 45.0
+    LEASE_S = 30.0
+
+    def __init__(self, *, expected: bool) -> None:
+        self.expected = expected  # False with stock decode servers, which claim nothing
+        self._opened_s: dict[int, float] = {}
+        self._claimants: dict[int, dict[Address, bool]] = {}  # whether each still wants the room
+        self._claimed_s: dict[int, float] = {}
+        self._heard_s: dict[Address, float] = {}
+        self._liveness = PeerLiveness()
+
+    def opened(self, room: int) -> None:
+        """The request has arrived here."""
+        self._opened_s[room] = time.monotonic()
+
+    def closed(self, room: int) -> None:
+        """The request has ended here."""
+        self._opened_s.pop(room, None)
+        self._forget(room)
+
+    def claimed(self, room: int, address: Address) -> None:
+        """May come before `opened`: the router sends to both servers at once."""
+        self._heard_s[address] = time.monotonic()
+        self._claimed_s.setdefault(room, time.monotonic())
+        self._claimants.setdefault(room, {})[address] = True
+        while len(self._claimants) > MAX_ROOMS:  # claims of requests that never arrived here
+            self._forget(next(iter(self._claimants)))
+
+    def renewed(self, rooms: Collection[int], address: Address) -> None:
+        """A decode rank has sent the list of all requests that it still has."""
+        self._heard_s[address] = time.monotonic()
+        kept = set(rooms)
+        for room, claimants in list(self._claimants.items()):
+            if address in claimants:
+                claimants[address] = room in kept
+
+    def lost(self) -> list[tuple[int, str]]:
+        """(room, reason) of each open request whose decode server cannot answer any more."""
+        found = []
+        for room, since in list(self._opened_s.items()):
+            claimants = self._claimants.get(room, {})
+            reasons = (self._loss(address, wants) for address, wants in claimants.items())
+            reason = next(filter(None, reasons), None)
+            if self.expected and not claimants:
+                reason = self._unclaimed(time.monotonic() - since)
+            if reason is not None:
+                found.append((room, reason))
+        return found
+
+    def unopened(self) -> list[tuple[int, list[Address]]]:
+        """(room, decode ranks that want it) of requests that never arrived here.
+
+        A room is returned once every UNOPENED_S as long as a rank wants it.
+        """
+        found = []
+        now = time.monotonic()
+        for room, claimants in list(self._claimants.items()):
+            if room in self._opened_s or now - self._claimed_s.get(room, now) <= self.UNOPENED_S:
+                continue
+            if waiting := [address for address, wants in claimants.items() if wants]:
+                self._claimed_s[room] = now
+                found.append((room, waiting))
+            else:
+                self._forget(room)
+        return found
+
+    def _forget(self, room: int) -> None:
+        self._claimants.pop(room, None)
+        self._claimed_s.pop(room, None)
+
+    def _unclaimed(self, waited_s: float) -> str | None:
+        if waited_s > self.UNCLAIMED_S:
+            return f"no decode server claimed it for {self.UNCLAIMED_S:g} s"
+        if waited_s > self.ORPHANED_S and self._heard_s:
+            gone = [self._liveness.is_gone(address) for address in list(self._heard_s)]
+            if all(gone):
+                return "no decode server claimed it, and all that were known are gone"
+        return None
+
+    def _loss(self, address: Address, wants: bool) -> str | None:
+        server = f"its decode server {address[0]}:{address[1]}"
+        if not wants:
+            return f"{server} has given it up"
+        if self._liveness.is_gone(address):
+            return f"{server} is gone"
+        if time.monotonic() - self._heard_s.get(address, 0.0) > self.LEASE_S:
+            return f"{server} has not been heard of for {self.LEASE_S:g} s"
+        return None

@@ -1,0 +1,108 @@
+"""What the send thread works on: jobs, ranges of their layers, and groups of those on the wire."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_hma.kvcache.layer_gate import LayerGate
+from sglang_hma.transfer.messages import Landed
+from sglang_hma.transfer.page_slices import Block, LayerSlices, PageRun, SlicePair
+
+
+@dataclass(frozen=True)
+class EarlySend:
+    """Pages that are queued before the forward pass of their batch: `gate` says which of their
+    layers are final, `forward` is the batch's own gate."""
+
+    gate: LayerGate
+    forward: LayerGate
+
+
+@dataclass(eq=False)
+class Job:
+    """Some pages of one request for one peer, in layers next_layer..end_layer-1.
+
+    `first_page` is the index of the first page in the request's page list. `metadata` is written
+    with the last group.
+    """
+
+    room: int
+    session: str
+    first_page: int
+    runs: Sequence[PageRun]
+    slices: LayerSlices
+    gate: LayerGate
+    metadata: Sequence[Block] = ()
+    last: bool = False
+    resent: bool = False
+    next_layer: int = 0
+    end_layer: int = -1
+    in_flight: int = 0  # groups
+    dropped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.end_layer < 0:
+            self.end_layer = len(self.slices)
+
+    @property
+    def layer_bytes(self) -> int:
+        return sum(pair.length for pair in self.slices[0]) * self.pages
+
+    @property
+    def layer_blocks(self) -> int:
+        return sum(pair.block_count(self.runs) for pair in self.slices[0])
+
+    @property
+    def pages(self) -> int:
+        return sum(run.pages for run in self.runs)
+
+    @property
+    def submitted(self) -> bool:
+        """Whether no layer is left to submit."""
+        return self.dropped or self.next_layer == self.end_layer
+
+
+@dataclass(eq=False)
+class LayerRange:
+    """Consecutive layers of one job in one group. `announcement` is sent when they have landed."""
+
+    job: Job
+    first_layer: int
+    layers: int
+    announcement: Landed | None = None
+
+    @property
+    def end_layer(self) -> int:
+        return self.first_layer + self.layers
+
+    @property
+    def slices(self) -> list[SlicePair]:
+        """K and V of each layer in turn."""
+        layers = self.job.slices[self.first_layer : self.end_layer]
+        return [pair for layer in layers for pair in layer]
+
+    @property
+    def bytes(self) -> int:
+        return sum(pair.length for pair in self.slices) * self.job.pages
+
+    def blocks(self) -> list[Block]:
+        return [block for pair in self.slices for block in pair.blocks(self.job.runs)]
+
+
+@dataclass(eq=False)
+class Write:
+    block: Block
+    handle: int
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class Group:
+    """Layer ranges that are written to one peer together."""
+
+    ranges: list[LayerRange]
+    writes: deque[Write]
+    bytes: int
+    started_s: float
+    failed: bool = False
+    retries: int = 0

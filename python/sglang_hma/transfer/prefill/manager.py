@@ -1,0 +1,205 @@
+"""The KV manager of a prefill server."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, TransferInfo
+from typing_extensions import override
+
+from sglang_hma.config import HmaConfig
+from sglang_hma.transfer.integrity import memory_of
+from sglang_hma.transfer.liveness import Address
+from sglang_hma.transfer.manager import HmaKVManager
+from sglang_hma.transfer.page_slices import Block, Pages
+from sglang_hma.transfer.prefill.jobs import EarlySend
+from sglang_hma.transfer.prefill.link import MooncakeLink
+from sglang_hma.transfer.prefill.link_model import GroupSizer
+from sglang_hma.transfer.prefill.outgoing import Destination
+from sglang_hma.transfer.prefill.sender import PrefillSender
+from sglang_hma.transfer.prefill.trace import Trace
+
+# Mooncake's TCP transport fails a batch of more than about 2,100 entries with part of it written.
+MAX_BATCH_ENTRIES = 1000
+
+
+class HmaPrefillManager(HmaKVManager):
+    """Implements base.PrefillManager with SGLang's tables. `sender` is None unless pages are
+    plain."""
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.sender: PrefillSender | None = None
+        super().__init__(*args, **kwargs)
+        if self.plain_pages:
+            self.sender = self._make_sender(HmaConfig.require())
+            self.intake.handler = self.sender.on_message
+            self.sender.thread.start()
+
+    def _make_sender(self, config: HmaConfig) -> PrefillSender:
+        fixed = config.layers_per_send
+        return PrefillSender(
+            self,
+            MooncakeLink(self.engine.engine),
+            memory_of(config.device),
+            GroupSizer(fixed if isinstance(fixed, int) else None),
+            Trace.from_config(f"prefill {self.get_session_id()}", self.attn_tp_rank),
+            layers=self.buffers.layers,
+            rank=self._prefill_unique_rank(),
+        )
+
+    # -- what SGLang asks for --
+
+    @override
+    def _validate_peer_state_layout(
+        self, registration_info: KVArgsRegisterInfo
+    ) -> tuple[bool, str | None]:
+        reason = self.handshake.refuse_decode(registration_info)
+        if reason is not None:
+            return False, reason
+        fully_checked, reason = super()._validate_peer_state_layout(registration_info)
+        return bool(fully_checked), reason
+
+    @override
+    def transfer_worker(self, *args: Any, **kwargs: Any) -> None:
+        """SGLang's sending thread, which our send thread replaces for plain pages."""
+        if not self.plain_pages:
+            super().transfer_worker(*args, **kwargs)
+
+    @override
+    def add_transfer_request(
+        self,
+        bootstrap_room: int,
+        kv_indices: Pages,
+        index_slice: slice,
+        is_last_chunk: bool,
+        aux_index: int | None = None,
+        state_indices: Any = None,
+        num_kv_tokens: int | None = None,
+        *,
+        wait_event: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Queue pages of a request. `wait_event` is what HmaKVSender.send_early was given."""
+        if self.sender is None:
+            given = (kv_indices, index_slice, is_last_chunk, aux_index, state_indices)
+            kwargs |= {"wait_event": wait_event}
+            return super().add_transfer_request(bootstrap_room, *given, num_kv_tokens, **kwargs)
+        infos = self.transfer_infos.get(bootstrap_room)
+        if infos is None or self.is_failed(bootstrap_room):
+            return None
+        if all(info.is_dummy for info in infos.values()):
+            if is_last_chunk:
+                self.update_status(bootstrap_room, KVPoll.Success)
+            return None
+        for session in infos:
+            reason = self._unreachable(session)
+            if reason is not None:
+                self.fail(bootstrap_room, reason)
+                return None
+        if is_last_chunk and aux_index is None:
+            raise ValueError("the last send of a request needs its metadata buffer")
+        early: EarlySend | None = wait_event
+        return self.sender.add(
+            bootstrap_room,
+            kv_indices,
+            index_slice,
+            early=early,
+            metadata_row=aux_index if is_last_chunk else None,
+            destinations=(self._destination(i) for i in list(infos.values()) if not i.is_dummy),
+        )
+
+    def _unreachable(self, session: str) -> str | None:
+        with self.session_lock:
+            refusal = self.state_layout_rejections.get(session)
+            if refusal is not None:
+                return str(refusal)
+            if session not in self.failed_sessions:
+                return None
+            probe = self.failed_session_probes.get(session)
+            if probe is not None:
+                probe.last_requested = time.monotonic()
+        return f"decode server {session} does not take KV pages at the moment"
+
+    def _destination(self, info: TransferInfo) -> Destination:
+        session = info.mooncake_session_id
+        return Destination.of(
+            info,
+            self.decode_kv_args_table[session],
+            self.kv_args,
+            rank=(self.attn_tp_rank, self.attn_tp_size),
+            generation=self.intake.generation(info.room, session),
+        )
+
+    @override
+    def _maybe_ack_drained_abort(self, room: int) -> None:
+        """Decode may reuse a failed request's pages only when nothing can land in them."""
+        if self.sender is None or self.sender.is_drained(room):
+            super()._maybe_ack_drained_abort(room)
+
+    @override
+    def _transfer_data(self, mooncake_session_id: str, transfer_blocks: list[Block]) -> int:
+        """Write blocks; 0, or the first failure's code."""
+        for start in range(0, len(transfer_blocks), MAX_BATCH_ENTRIES):
+            batch = transfer_blocks[start : start + MAX_BATCH_ENTRIES]
+            code = super()._transfer_data(mooncake_session_id, batch)
+            if code != 0:
+                return int(code)
+        return 0
+
+    @override
+    def update_status(self, bootstrap_room: int, status: int) -> None:
+        super().update_status(bootstrap_room, status)
+        if status == KVPoll.Failed and self.sender is not None:
+            self.sender.release_pages(bootstrap_room)
+
+    def forget(self, room: int) -> None:
+        super().forget(room)
+        if self.sender is not None:
+            self.sender.claims.closed(room)
+
+    # -- what the sender asks for --
+
+    def is_failed(self, room: int) -> bool:
+        return bool(self.request_status.get(room, KVPoll.Failed) == KVPoll.Failed)
+
+    def is_concluded(self, room: int) -> bool:
+        return self.request_status.get(room) in (None, KVPoll.Success, KVPoll.Failed)
+
+    def fail(self, room: int, reason: str) -> None:
+        self.conclude_failure(bootstrap_room=room, failure_reason=reason)
+
+    def succeed(self, room: int) -> None:
+        self.update_status(room, KVPoll.Success)
+
+    def report_sent(self, room: int) -> None:
+        self.send_kv_status_message(
+            targets=self._room_notify_targets(room), bootstrap_room=room, status=KVPoll.Success
+        )
+
+    def report_unopened(self, room: int, ranks: Sequence[Address], reason: str) -> None:
+        self.send_kv_status_message(
+            targets=list(ranks), bootstrap_room=room, status=KVPoll.Failed, failure_reason=reason
+        )
+
+    # SGLang's own count of what is being sent: it holds back a success while that is above zero.
+
+    def add_sends(self, room: int, change: int) -> None:
+        self._staging_outstanding[room] += change
+
+    def sends(self, room: int) -> int:
+        return int(self._staging_outstanding.get(room, 0))
+
+    def confirm_drained(self, room: int) -> None:
+        self._maybe_ack_drained_abort(room)
+
+    def suspect(self, session: str) -> None:
+        with self.session_lock:
+            self.session_failures[session] += 1
+            self.failed_sessions.add(session)
+
+    def close_room(self, room: int) -> None:
+        self._staging_outstanding.pop(room, None)
+        self.transfer_infos.pop(room, None)
+        self.req_to_decode_prefix_len.pop(room, None)

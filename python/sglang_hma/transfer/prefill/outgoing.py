@@ -1,0 +1,179 @@
+"""One request on its way from this prefill server: where it goes, and what has left so far."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sglang_hma.kvcache.layer_gate import LayerGate
+from sglang_hma.transfer.liveness import Address
+from sglang_hma.transfer.messages import Resend
+from sglang_hma.transfer.page_slices import (
+    Block,
+    Buffers,
+    LayerSlices,
+    PageRun,
+    Pages,
+    PageSlice,
+    SlicePair,
+    page_runs,
+    slice_pairs,
+)
+from sglang_hma.transfer.prefill.jobs import Job, LayerRange
+
+MAX_RESENDS_PER_ROOM = 64
+
+
+@dataclass(frozen=True)
+class Destination:
+    """One decode rank that a request's pages go to.
+
+    `slices[layer]` are what this rank copies of each page. `metadata` are the buffers of SGLang's
+    per-request metadata (the first token and what belongs to it), one row a request; `row` is the
+    request's row there.
+    """
+
+    session: str
+    address: Address
+    generation: int | None  # None: this peer wants no checksums
+    pages: Pages
+    slices: LayerSlices
+    metadata: Sequence[SlicePair]
+    row: int
+
+    @classmethod
+    def of(
+        cls, info: Any, peer: Any, kv_args: Any, *, rank: tuple[int, int], generation: int | None
+    ) -> "Destination":
+        """From SGLang's TransferInfo and KVArgsRegisterInfo of the peer and this server's KVArgs;
+        `rank` is this server's (attention-TP rank, size)."""
+        buffers = Buffers(tuple(kv_args.kv_data_ptrs), tuple(kv_args.kv_item_lens))
+        theirs = peer.dst_tp_rank % peer.dst_attn_tp_size, peer.dst_attn_tp_size
+        rows = zip(kv_args.aux_data_ptrs, peer.dst_aux_ptrs, kv_args.aux_item_lens, strict=False)
+        return cls(
+            session=info.mooncake_session_id,
+            address=(info.endpoint, info.dst_port),
+            generation=generation,
+            pages=info.dst_kv_indices,
+            slices=slice_pairs(buffers, peer.dst_kv_ptrs, prefill=rank, decode=theirs),
+            metadata=tuple(
+                SlicePair(PageSlice.part(source, size), PageSlice.part(target, size))
+                for source, target, size in rows
+            ),
+            row=info.dst_aux_index,
+        )
+
+    def metadata_blocks(self, row: int) -> list[Block]:
+        """Copies this server's row of every metadata buffer."""
+        copy = [PageRun(row, self.row, 1)]
+        return [block for pair in self.metadata for block in pair.blocks(copy)]
+
+
+@dataclass(eq=False)
+class OutgoingRequest:
+    """`source` are this server's page ids, -1 for pages that were not queued yet.
+
+    `submitted` lists (time.perf_counter(), bytes) of what was submitted, without what was resent.
+    `held` are the pages that are held for this request.
+    """
+
+    room: int
+    destinations: dict[str, Destination]
+    source: Pages
+    layers: int
+    sent: set[str] = field(default_factory=set)
+    verified: set[str] = field(default_factory=set)
+    all_sent_s: float | None = None
+    resends: int = 0
+    submitted: list[tuple[float, int]] = field(default_factory=list)
+    forward: LayerGate | None = None
+    last_send_s: float = 0.0
+    held: list[Pages] = field(default_factory=list)
+
+    @classmethod
+    def to(cls, room: int, destinations: Iterable[Destination], layers: int) -> "OutgoingRequest":
+        by_session = {one.session: one for one in destinations}
+        pages = max((len(one.pages) for one in by_session.values()), default=0)
+        return cls(room, by_session, np.full(pages, -1, dtype=np.int32), layers)
+
+    @property
+    def reserved_pages(self) -> int:
+        """Pages that every decode rank has reserved."""
+        return min(len(one.pages) for one in self.destinations.values())
+
+    def jobs(self, source: Pages, index: slice, gate: LayerGate, row: int | None) -> list[Job]:
+        """One job a destination for pages `source`, which are pages `index` of the request.
+
+        `row` is the request's metadata row with the last send, else None. Raises ValueError if a
+        decode rank has reserved too few pages.
+        """
+        if self.destinations and self.reserved_pages < index.start + len(source):
+            raise ValueError(f"decode reserved {self.reserved_pages} pages, too few for the prompt")
+        self.source[index.start : index.start + len(source)] = source
+        return [
+            Job(
+                self.room,
+                one.session,
+                index.start,
+                page_runs(source, one.pages[index][: len(source)]),
+                one.slices,
+                gate,
+                metadata=one.metadata_blocks(row) if row is not None else (),
+                last=row is not None,
+            )
+            for one in self.destinations.values()
+        ]
+
+    def resend_job(self, resend: Resend) -> Job:
+        """Raises ValueError unless decode may ask for this range."""
+        destination = self.destinations[resend.session]
+        end_layer = resend.first_layer + resend.layers
+        end_page = resend.first_page + resend.pages
+        source = self.source[resend.first_page : end_page]
+        self.resends += 1
+        if (
+            end_layer > self.layers
+            or len(source) != resend.pages
+            or (source < 0).any()
+            or self.resends > MAX_RESENDS_PER_ROOM
+        ):
+            raise ValueError("decode asked again for pages that it has no claim to")
+        return Job(
+            self.room,
+            destination.session,
+            resend.first_page,
+            page_runs(source, destination.pages[resend.first_page : end_page]),
+            destination.slices,
+            LayerGate.open(self.layers),
+            resent=True,
+            next_layer=resend.first_layer,
+            end_layer=end_layer,
+        )
+
+    def note_submitted(self, layers: LayerRange) -> None:
+        if not layers.job.resent:
+            self.submitted.append((time.perf_counter(), layers.bytes))
+
+    def note_sent(self, session: str) -> bool:
+        """A destination has acknowledged everything. Whether it was the last one."""
+        self.sent.add(session)
+        if len(self.sent) < len(self.destinations):
+            return False
+        self.all_sent_s = time.monotonic()
+        return True
+
+    @property
+    def arrived(self) -> bool:
+        """Whether every destination has its bytes and, where it checks them, has verified them."""
+        checking = {one.session for one in self.destinations.values() if one.generation is not None}
+        return self.all_sent_s is not None and checking <= self.verified
+
+    def overlap(self) -> tuple[int, int, float]:
+        """(bytes, bytes submitted before the last forward pass ended, seconds since that end)."""
+        gate = self.forward
+        end = gate.ended_s if gate is not None and gate.ended_s else self.last_send_s
+        total = sum(size for _, size in self.submitted)
+        early = sum(size for when, size in self.submitted if when < end)
+        return total, early, max(time.perf_counter() - end, 0.0)

@@ -1,0 +1,90 @@
+"""Why a program ended: its own exception, as Python prints it, from among what SGLang prints."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_hma.launch.diagnosis import KILLED, diagnose
+
+from .fleet import Launch
+
+BEFORE = """\
+[2026-11-25 19:34:54] Init parallel begin.
+/v/site-packages/awq.py:53: UserWarning: Only CUDA, HIP and XPU support AWQ currently.
+  warnings.warn(f"Only CUDA, HIP and XPU support AWQ currently.")
+
+Multi-thread loading shards: 100% Completed | 1/1 [00:00<00:00, 28.21it/s]
+"""
+AFTER = """\
+
+[2026-11-25 19:35:03] Received sigquit from a child process. It usually means the child failed.
+[2026-11-25 19:35:03] kill_process_tree called: parent_pid=1449, include_parent=True, pid=1449
+"""
+
+
+def traceback_of(code: str) -> str:
+    """What Python prints of it, as SGLang logs it."""
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    return f"[2026-11-25 19:35:03] Scheduler hit an exception: {done.stderr}"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise RuntimeError('no room')", ["RuntimeError: no room"]),
+        ("raise KeyError", ["KeyError"]),
+        ("raise OSError('one\\ntwo')", ["OSError: one", "two"]),
+        ("try: 1/0\nexcept ZeroDivisionError: int('x')", ["ValueError: invalid literal"]),
+        ("try: 1/0\nexcept ZeroDivisionError as e: raise KeyError(3) from e", ["KeyError: 3"]),
+    ],
+)
+def test_exception(code: str, words: list[str]) -> None:
+    lines = (BEFORE + traceback_of(code) + AFTER).splitlines()
+    found = diagnose(lines, killed=True).words
+    assert len(found) == len(words)
+    assert all(line.startswith(word) for line, word in zip(found, words, strict=True))
+
+
+def test_one_line_error_wins() -> None:
+    ours = "sglang_hma.launch_server: error: --page-size is 7: use --page-size 32"
+    lines = (BEFORE + traceback_of("raise KeyError") + ours + "\n" + AFTER).splitlines()
+    assert diagnose(lines, killed=False).words == [ours]
+
+
+def test_without_either_the_last_lines_that_are_no_noise() -> None:
+    lines = [*BEFORE.splitlines(), "the disk is on fire", *AFTER.splitlines()]
+    assert diagnose(lines, killed=False).words == [lines[0], "the disk is on fire"]
+    assert diagnose(lines, killed=True).remedy == KILLED
+    assert diagnose([], killed=False).words == []
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("OSError(28, 'No space left on device')", "disk"),
+        ("MemoryError()", "--max-total-tokens"),
+        ("OSError(98, 'Address already in use')", "port"),
+        ("ValueError('who knows')", ""),
+    ],
+)
+def test_remedy(error: str, advice: str) -> None:
+    found = diagnose(traceback_of(f"raise {error}").splitlines(), killed=True)
+    assert advice in found.remedy and bool(advice) == bool(found.remedy)
+
+
+def test_server_that_fails_shows_why(launch: Launch, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    said.write_text(BEFORE + traceback_of("raise MemoryError('no room')") + AFTER)
+    run = launch("--decode-args", f"--fake-die --fake-orphans --fake-say {said}")
+    assert run.end() == 1
+    log = run.logs / "decode-0.log"
+    first, why, last = run.err.read_text().splitlines()
+    assert first == f"decode-0 failed, {log} ends with:"
+    assert why == "  MemoryError: no room"
+    assert last.startswith(
+        "sglang_hma.launch_pd: error: decode-0 ended while starting, exit code 7"
+    )
+    assert "--max-total-tokens" in last and "sglang-hma ready" not in run.text()
+    assert AFTER.splitlines()[-1] in log.read_text()

@@ -1,0 +1,231 @@
+"""Claims, and the lists that renew them: whatever is lost or late, the end state is right."""
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hma.transfer import claims as claims_module
+from sglang_hma.transfer import liveness
+from sglang_hma.transfer.claims import EMPTY_LISTS_S, RENEW_S, ClaimRenewer, Claims
+from sglang_hma.transfer.liveness import Address
+
+A, B = ("10.0.0.1", 5001), ("10.0.0.2", 5002)
+
+
+class Clock:
+    """Stands for the module `time` in claims.py: only the test lets time pass."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self._asleep, self._wake = threading.Semaphore(0), threading.Semaphore(0)
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self._asleep.release()
+        assert self._wake.acquire(timeout=60)
+
+    def wake_sleeper(self, seconds: float) -> None:
+        """Time passes until the one thread that sleeps wakes."""
+        assert self._asleep.acquire(timeout=60)
+        self.now_s += seconds
+        self._wake.release()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(claims_module, "time", made)
+    return made
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """Two ports that listen; closed ones are found out quickly."""
+    monkeypatch.setattr(liveness, "INTERVAL_S", 0.01)
+    made = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    yield made
+    for server in made:
+        server.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def wait_until_probed(claims: Claims, server: socket.socket) -> None:
+    """Until the port was tried often enough to be found gone if it had refused."""
+    server.settimeout(60)
+    for _ in range(liveness.REFUSALS + 1):
+        claims.lost()
+        server.accept()[0].close()
+
+
+def test_claims_tell_waiting_from_lost(clock: Clock, servers: list[socket.socket]) -> None:
+    claims = Claims(expected=True)
+    dead, alive = (server.getsockname()[:2] for server in servers)
+    servers[0].close()
+    claims.claimed(1, dead)
+    for room in (1, 2, 3, 4):
+        claims.opened(room)
+    claims.claimed(2, alive)
+    claims.closed(4)
+    assert claims.lost() == []
+    wait_for(lambda: claims.lost() != [])
+    assert claims.lost() == [(1, f"its decode server {dead[0]}:{dead[1]} is gone")]
+    clock.now_s += Claims.UNCLAIMED_S + 1
+    claims.renewed([2], alive)
+    assert [room for room, _ in claims.lost()] == [1, 3]
+    claims.expected = False
+    assert [room for room, _ in claims.lost()] == [1]
+
+
+def test_unclaimed_requests_end_soon_when_every_decode_server_is_gone(
+    clock: Clock, servers: list[socket.socket]
+) -> None:
+    claims = Claims(expected=True)
+    claims.opened(1)
+    clock.now_s += Claims.ORPHANED_S + 1
+    assert claims.lost() == []  # no decode server has been heard of yet
+    for server in servers:
+        claims.renewed([], server.getsockname()[:2])
+    servers[0].close()
+    wait_until_probed(claims, servers[1])
+    assert claims.lost() == []  # one still listens
+    servers[1].close()
+    wait_for(lambda: claims.lost() != [])
+    assert "all that were known are gone" in claims.lost()[0][1]
+
+
+def test_requests_that_never_came_are_told_of_while_they_are_wanted(clock: Clock) -> None:
+    claims = Claims(expected=True)
+    for room in (1, 2, 3, 4):
+        claims.claimed(room, A)
+    claims.claimed(1, B)
+    claims.opened(2)
+    claims.opened(4)
+    claims.closed(4)
+    assert claims.unopened() == []
+    clock.now_s += Claims.UNOPENED_S + 1
+    assert sorted(claims.unopened()) == [(1, [A, B]), (3, [A])]
+    assert claims.unopened() == []  # not again at once
+    clock.now_s += Claims.UNOPENED_S + 1
+    claims.renewed([1, 2], A)
+    assert claims.unopened() == [(1, [A, B])]
+    clock.now_s += Claims.UNOPENED_S + 1
+    claims.renewed([], A)
+    claims.renewed([], B)
+    assert claims.unopened() == []
+    assert not claims._claimants.keys() - {2}, "claims of requests that never came are forgotten"
+
+
+def given_up(claims: Claims) -> set[int]:
+    return {room for room, why in claims.lost() if "given it up" in why}
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_next_list_that_arrives_settles_everything(seed: int) -> None:
+    """Two decode ranks take and drop rooms, some of their messages are lost; then one list each."""
+    rng = random.Random(seed)
+    claims = Claims(expected=False)
+    held: dict[Address, set[int]] = {A: set(), B: set()}
+    heard: dict[Address, set[int]] = {A: set(), B: set()}
+    for room in range(8):
+        claims.opened(room)
+    for _ in range(rng.randrange(30)):
+        rank, room = rng.choice([A, B]), rng.randrange(8)
+        if rng.random() < 0.6:
+            held[rank].add(room)
+            if rng.random() < 0.7:
+                claims.claimed(room, rank)
+                heard[rank].add(room)
+        else:
+            held[rank].discard(room)
+        if rng.random() < 0.2:
+            claims.renewed(sorted(held[rank]), rank)
+    for rank in (A, B):
+        claims.renewed(sorted(held[rank]), rank)
+    expected = {room for rank in (A, B) for room in heard[rank] - held[rank]}
+    assert given_up(claims) == expected
+
+
+def test_claims_are_renewed_until_nobody_needs_them(clock: Clock) -> None:
+    sent: list[tuple[str, Address, object]] = []
+
+    def next_lists(seconds: float = RENEW_S) -> dict[Address, object]:
+        """What the renewer's thread sends when it wakes next."""
+        del sent[:]
+        thread = renewer._thread
+        clock.wake_sleeper(seconds)
+        wait_for(lambda: clock._asleep._value > 0 or not thread.is_alive())  # type: ignore
+        assert all(kind == "renewal" for kind, _, _ in sent)
+        return {rank: rooms for _, rank, rooms in sent}
+
+    renewer = ClaimRenewer(
+        lambda rank, room: sent.append(("claim", rank, room)),
+        lambda rank, rooms: sent.append(("renewal", rank, rooms)),
+    )
+    renewer.claim(7, [A, B])
+    renewer.claim(8, [A])
+    assert sent == [("claim", A, 7), ("claim", B, 7), ("claim", A, 8)]
+    assert next_lists() == {A: [7, 8], B: [7]}
+    renewer.drop(7)
+    assert next_lists() == {A: [8], B: []}
+    renewer.drop(8)
+    assert next_lists() == {A: [], B: []}
+    assert next_lists(EMPTY_LISTS_S) == {}
+    assert renewer._thread is None  # nothing is left to say
+    renewer.claim(9, [B])
+    assert next_lists() == {B: [9]}
+    renewer.drop(9)
+    assert next_lists(EMPTY_LISTS_S + 1) == {}
+
+
+def test_silence_ends_the_lease(clock: Clock, servers: list[socket.socket]) -> None:
+    claims = Claims(expected=True)
+    address = servers[0].getsockname()[:2]
+    claims.opened(1)
+    claims.claimed(1, address)
+    assert claims.lost() == []
+    clock.now_s += Claims.LEASE_S + 1
+    assert "not been heard of" in claims.lost()[0][1]
+    claims.renewed([1], address)
+    assert claims.lost() == []
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_claim_is_never_overtaken_by_an_older_list(seed: int) -> None:
+    """What arrives at prefill, in order, never makes it give up a room that decode has."""
+    rng = random.Random(seed)
+    claims = Claims(expected=False)
+    renewer = ClaimRenewer(
+        lambda rank, room: claims.claimed(room, rank),
+        lambda rank, rooms: claims.renewed(rooms, rank),
+    )
+    renewer._thread = object()  # type: ignore[assignment]  # lists are sent by hand below
+    held: set[int] = set()
+    for room in range(6):
+        claims.opened(room)
+    for _ in range(40):
+        room = rng.randrange(6)
+        step = rng.randrange(3)
+        if step == 0:
+            renewer.claim(room, [A])
+            held.add(room)
+        elif step == 1:
+            renewer.drop(room)
+            held.discard(room)
+        else:
+            renewer._renew_all()
+            renewer._thread = object()  # type: ignore[assignment]
+        assert not given_up(claims) & held

@@ -1,0 +1,38 @@
+"""Long block lists reach Mooncake in batches that it can take."""
+
+from types import SimpleNamespace
+
+import torch
+
+from sglang_hma.transfer.prefill.manager import MAX_BATCH_ENTRIES, HmaPrefillManager
+
+
+def test_long_block_lists_travel_in_bounded_batches() -> None:
+    """2,500 scattered blocks through two real Mooncake engines on loopback."""
+    from mooncake.engine import TransferEngine
+
+    blocks, size = 2500, 64
+    engines = [TransferEngine() for _ in range(2)]
+    for engine in engines:
+        assert engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+    source = torch.randint(0, 256, (blocks, size), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    assert engines[0].register_memory(source.data_ptr(), source.nbytes) == 0
+    assert engines[1].register_memory(target.data_ptr(), target.nbytes) == 0
+    batches: list[int] = []
+
+    def batch_transfer_sync(session: str, src: list[int], dst: list[int], n: list[int]) -> int:
+        batches.append(len(src))
+        return int(engines[0].batch_transfer_sync_write(session, src, dst, n))
+
+    made = object.__new__(HmaPrefillManager)  # without sockets: this needs none
+    made.engine = SimpleNamespace(batch_transfer_sync=batch_transfer_sync)
+    session = f"127.0.0.1:{engines[1].get_rpc_port()}"
+    order = torch.randperm(blocks).tolist()
+    wanted = [
+        (source.data_ptr() + i * size, target.data_ptr() + j * size, size)
+        for i, j in enumerate(order)
+    ]
+    assert made._transfer_data(session, wanted) == 0
+    assert max(batches) <= MAX_BATCH_ENTRIES and sum(batches) == blocks
+    assert torch.equal(target[order], source)
