@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hma.transfer.prefill.send_thread import MooncakeLink
+from sglang_hma.transfer.prefill.link import MooncakeLink
 
 
 def register() -> None:
