@@ -21,10 +21,11 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import contextlib, io, json, pkgutil, sys
 from sglang_hma import launch_server, overrides, seams
-from sglang_hma.launch import arguments
+from sglang_hma.launch import arguments, environment
 
 _, refused, *flags = sys.argv
 config = arguments.assume(flags)
+environment.prepare(config)  # a refusal comes before it, and this process goes on
 
 
 def launch(*more):

@@ -31,8 +31,6 @@ from sglang.srt.plugins import load_plugins
 from sglang_hma import seams
 from sglang_hma.config import HmaConfig
 
-from .warm_python import WarmPython
-
 load_plugins()
 seams.verify(HmaConfig.require())
 print("platform", type(current_platform).__name__, current_platform.device_type)

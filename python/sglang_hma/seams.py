@@ -187,6 +187,8 @@ def verify(config: HmaConfig) -> None:
         for seam in SEAMS
         if seam.applies(config) and not _holds(pkgutil.resolve_name(seam.target), seam.load())
     ]
+    if not _has_platform(config):
+        lost.append("sglang.srt.platforms: platform 'hma'")
     if config.packs_kv and not _has_attention_backend():
         lost.append("sglang.srt.layers.attention.attention_registry: backend 'hma'")
     if config.on_card and not _has_models():
@@ -205,6 +207,12 @@ def verify(config: HmaConfig) -> None:
             f"sglang {found} is installed, but not as sglang-hma knows it: {'; '.join(changed)}; "
             f"install sglang=={SGLANG_VERSION} afresh"
         )
+
+
+def _has_platform(config: HmaConfig) -> bool:
+    from sglang.srt.platforms import current_platform
+
+    return isinstance(current_platform, pkgutil.resolve_name(config.platform_class))
 
 
 def _load_what_sglang_asks_for(config: HmaConfig) -> None:
