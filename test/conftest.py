@@ -1,9 +1,12 @@
 """What every test may use, what hypothesis does, and the order of the tests."""
 
 import random
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from .warm_python import WarmPython
 
 # Drawn afresh in every run, and never judged by how fast this machine is.
 hypothesis.settings.register_profile(
@@ -26,8 +29,15 @@ def pytest_collectstart() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that start servers come last."""
-    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
+    """Those that start servers come last, those that break them after all."""
+    items.sort(key=lambda item: sum(map(bool, map(item.get_closest_marker, ("e2e", "faults")))))
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[WarmPython]:
+    """Runs Python processes that know nothing of SGLang yet, and start fast."""
+    with WarmPython() as made:
+        yield made
 
 
 @pytest.fixture

@@ -26,7 +26,5 @@ print(torch.equal(hma_kernels.bfp8_unpack(packed), hma_kernels.bfp8_round(x)))
 
 def test_needs_only_torch_and_triton() -> None:
     env = os.environ | {"PYTHONPATH": str(Path(hma_kernels.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE], env=env, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", ALONE], env=env, capture_output=True, text=True)
     assert done.stdout.split() == ["True"], done.stderr[-2000:]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from sglang_hma import overrides
-from test.launch.test_arguments import PLAIN
+from test.launch.test_models import PLAIN
+from test.warm_python import WarmPython
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,17 +105,17 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode"], 7),
+        ("--enable-mixed", ["--disaggregation-mode", "decode"], 8),
         ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 6),
     ],
 )
-def test_losses_are_noticed(refused: str, argv: list[str], hooks: int, tmp_path: Path) -> None:
+def test_losses_are_noticed(
+    python: WarmPython, refused: str, argv: list[str], hooks: int, tmp_path: Path
+) -> None:
     """Hooks that did not take hold, methods that SGLang has lost or calls otherwise; the launcher
     says it in one line, as it does of flags that it or SGLang refuses."""
     (tmp_path / "config.json").write_text(json.dumps(PLAIN))
-    command = [sys.executable, "-c", SCRIPT, refused]
-    command += ["--model-path", str(tmp_path), "--device", "cpu", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = python("-c", SCRIPT, refused, "--model-path", str(tmp_path), "--device", "cpu", *argv)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["hooks"] == hooks and found["overrides"] > 20

@@ -1,12 +1,12 @@
 """A GPU server without sgl_kernel: its worker processes import SGLang's model runner."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from sglang_hma.config import HmaConfig
+
+from .warm_python import WarmPython
 
 # torch says that there is a Hopper GPU; the launcher's module is imported as multiprocessing does.
 WORKER = """
@@ -31,30 +31,24 @@ from sglang.srt.plugins import load_plugins
 from sglang_hma import seams
 from sglang_hma.config import HmaConfig
 
+from .warm_python import WarmPython
+
 load_plugins()
 seams.verify(HmaConfig.require())
 print("platform", type(current_platform).__name__, current_platform.device_type)
 """
 
 
-def worker(config: HmaConfig) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", WORKER],
-        env=os.environ | config.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_worker_needs_no_sgl_kernel() -> None:
-    done = worker(HmaConfig(role="decode", device="cuda", torch_ops=True))
+def test_worker_needs_no_sgl_kernel(python: WarmPython) -> None:
+    config = HmaConfig(role="decode", device="cuda", torch_ops=True)
+    done = python("-c", WORKER, env=os.environ | config.environment())
     assert "platform HmaTorchCudaPlatform cuda" in done.stdout, done.stderr[-3000:]
 
 
-def test_sglang_itself_needs_it() -> None:
+def test_sglang_itself_needs_it(python: WarmPython) -> None:
     """So the test above can fail."""
-    done = worker(HmaConfig(role="decode", device="cuda"))
+    config = HmaConfig(role="decode", device="cuda")
+    done = python("-c", WORKER, env=os.environ | config.environment())
     assert "import of sgl_kernel halted" in done.stderr
 
 

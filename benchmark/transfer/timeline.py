@@ -12,8 +12,9 @@ COMPUTE, SEND = 1, 2
 
 
 def spans(path: Path) -> list[dict[str, Any]]:
-    """The trace's complete events; a trace that was cut off still reads."""
-    text = path.read_text().rstrip().rstrip(",")
+    """The trace's complete events; one that was cut off, or is being written, still reads."""
+    written = path.read_text()
+    text = written[: written.rindex("\n")].rstrip().rstrip(",")
     return [event for event in json.loads(text.removesuffix("]") + "]") if event["ph"] == "X"]
 
 

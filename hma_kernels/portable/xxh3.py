@@ -77,7 +77,7 @@ def accumulate(addresses: Addresses, length: int) -> Words:
 def merge(acc: Words, length: int) -> Words:
     """Each block's 8 accumulators, [n, 8], as its hash."""
     mixed = acc ^ _MERGE
-    total = _fold(mixed[:, ::2], mixed[:, 1::2]).sum(axis=1, dtype=np.uint64)
+    total: Words = _fold(mixed[:, ::2], mixed[:, 1::2]).sum(axis=1, dtype=np.uint64)
     total += np.uint64(length * PRIME64_1 % 2**64)
     total ^= total >> np.uint64(37)
     total *= np.uint64(AVALANCHE)

@@ -1,5 +1,6 @@
 """python -m sglang_hma.launch_pd: prefill servers, decode servers and a router on one box."""
 
+import argparse
 import json
 import os
 import random
@@ -9,11 +10,10 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from argparse import Namespace
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sglang_hma.config import SHARE_ENV
 from sglang_hma.launch.pd_args import LOOPBACK, Options, fail, parse
@@ -113,7 +113,7 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     return servers, Program("router", command, f"{router_url}/readiness", env, "connecting")
 
 
-def own_cards(asked: Namespace, index: int, number: int) -> list[str]:
+def own_cards(asked: argparse.Namespace, index: int, number: int) -> list[str]:
     """--hma-device-ids of the server's equal share, to stand behind the user's own."""
     cards = asked.hma_device_ids
     if cards is None or number == 1:
@@ -127,7 +127,7 @@ def own_cards(asked: Namespace, index: int, number: int) -> list[str]:
     return ["--hma-device-ids", ",".join(map(str, cards[index * each :][:each]))]
 
 
-def own_trace(asked: Namespace, name: str) -> list[str]:
+def own_trace(asked: argparse.Namespace, name: str) -> list[str]:
     """--hma-trace FILE for all but the first server of a role: FILE with `name` in it."""
     path = asked.hma_trace
     if not path or not name:
@@ -197,9 +197,25 @@ def curl(url: str, body: str, key: str | None) -> str:
     return f"curl -s {shlex.quote(url)} {json_type}{secret} -d {shlex.quote(body)}"
 
 
+class RouterParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(f"--router-args: {message}; see python -m sglang_router.launch_router --help")
+
+
+def check_router(args: list[str]) -> None:
+    """Refuse what the router would refuse when its servers are there at last."""
+    from sglang_router.router_args import RouterArgs
+
+    parser = RouterParser(add_help=False)
+    RouterArgs.add_cli_args(parser, use_router_prefix=False)
+    parser.parse_args(args)
+
+
 def main(argv: list[str] | None = None, commands: Commands | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     servers, router = plan(options, commands or Commands())
+    if commands is None or commands.router == Commands().router:
+        check_router(options.router_args)
     decode_url = servers[-1].ready_url.removesuffix("/health")
     fleet = Fleet(
         servers,

@@ -1,4 +1,7 @@
-"""Runs the Tenstorrent runtime on a described card and prints what it saw as JSON."""
+"""Runs the Tenstorrent runtime on described cards; prints a line of JSON for each run.
+
+mock_session CHIPS SEED KIND:HEAD_DIM ... widths:HIDDEN,HEADS,KV_HEADS,INTERMEDIATE ...
+"""
 
 import json
 import sys
@@ -13,6 +16,7 @@ from sglang_hma.prefill.ttnn.card import opened
 from sglang_hma.prefill.ttnn.offline import split
 from sglang_hma.prefill.ttnn.shape import bucket, page_bucket, pages_of
 from sglang_hma.prefill.ttnn.tiles import tile_bytes, tile_rows
+from test.device.mock_widths import chunks_taken
 from test.prefill.models import on_card, random_model
 
 PAGES = 200
@@ -73,4 +77,15 @@ def session(kind: str, head_dim: int, chips: int, seed: int) -> dict[str, object
         }
 
 
-print(json.dumps(session(sys.argv[1], *map(int, sys.argv[2:]))))
+def main(chips: int, seed: int, *runs: str) -> None:
+    for run in runs:
+        kind, sizes = run.split(":")
+        numbers = map(int, sizes.split(","))
+        if kind == "widths":
+            print(json.dumps(chunks_taken(chips, *numbers)))
+        else:
+            print(json.dumps(session(kind, *numbers, chips, seed)))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

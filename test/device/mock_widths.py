@@ -1,14 +1,10 @@
-"""Prefills a layer of a published model's widths on a described card; prints the chunks it took.
+"""Prefills a layer of a published model's widths on described cards.
 
 The memory of a core is described too: an operation that would not fit there is refused.
 """
 
-import json
-import sys
-
 import numpy as np
 import torch
-import ttnn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sglang_hma.prefill.ttnn.card import opened
@@ -16,9 +12,6 @@ from sglang_hma.prefill.ttnn.model import Chunk
 from test.prefill.models import on_card
 
 CHUNKS = [(32, 0), (96, 32), (2048, 0), (8192, 0), (2048, 8192), (8192, 24576)]
-
-# A card without silicon has no queue to wait on.
-ttnn.wait_for_event = lambda queue, event: None
 
 
 def zeros(hidden: int, heads: int, kv_heads: int, intermediate: int) -> Qwen3ForCausalLM:
@@ -44,7 +37,7 @@ def _zero(module: torch.nn.Module) -> None:
         parameter.data.zero_()
 
 
-def main(chips: int, *widths: int) -> None:
+def chunks_taken(chips: int, *widths: int) -> list[tuple[int, int]]:
     taken = []
     with opened(range(chips), chips) as card:
         runtime = on_card(card, zeros(*widths), pages=1025)
@@ -52,7 +45,4 @@ def main(chips: int, *widths: int) -> None:
             pages = np.arange(1, 1 + (start + length) // 32)
             runtime.prefill([Chunk(np.zeros(length, np.int64), start, pages)], last=True)
             taken.append((length, start))
-    print(json.dumps(taken))
-
-
-main(*map(int, sys.argv[1:]))
+    return taken

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.transfer.timeline import spans
 from sglang_hma.demo_model import make_demo_model
 
-from ..e2e.harness import Pair, Server, launch, output_ids, running, running_pair
-from ..e2e.test_load import assert_drained
-from ..e2e.test_tenstorrent import sent_during_forwards, sure_tokens
+from ..e2e.client import assert_drained, output_ids, sure_tokens
+from ..e2e.harness import Pair, Server, launch, running, running_pair, until
+from ..e2e.test_tenstorrent import sent_during_forwards
 from .test_card import needs_a_card
 
 pytestmark = [needs_a_card, pytest.mark.timeout(3600)]
@@ -71,7 +72,7 @@ def test_tokens_are_those_of_the_reference_runtime(card: Pair, reference: Server
 
 def test_layers_leave_during_the_forward(card: Pair, folder: Path) -> None:
     output_ids(card.url, list(range(200, 296)), 2)
-    assert sent_during_forwards(folder / "trace.json")
+    until(lambda: sent_during_forwards(spans(folder / "trace.json")), card.prefill)
 
 
 def test_a_cached_prefix_gives_the_same_tokens(card: Pair) -> None:

@@ -1,10 +1,12 @@
 """Real ttnn accepts the runtime's calls; programs are used again; memory is as predicted."""
 
+import functools
 import json
 import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,36 +21,52 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def on_described(folder: Path, chips: int, arch: str, module: str, *arguments: object) -> Any:
-    """What `python -m test.device.MODULE` printed last, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"test.device.{module}", *map(str, arguments)],
-        env=os.environ | environment(folder, chips, arch),
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+QWEN3_32B, WIDE = "widths:5120,64,8,25600", "widths:8192,64,8,4096"
+
+# (arch, chips): what one process runs there. Importing ttnn takes longer than a run.
+RUNS = {
+    ("blackhole", 1): ("qwen3:128", "qwen2:64"),
+    ("blackhole", 2): ("qwen3:64",),
+    ("blackhole", 4): ("qwen2:64", WIDE),
+    ("wormhole_b0", 1): ("llama:64", QWEN3_32B),
+}
+CASES = [(*where, run) for where, runs in RUNS.items() for run in runs]
+WIDTHS = [case for case in CASES if case[2].startswith("widths")]
+MODELS = [case for case in CASES if case not in WIDTHS]
+
+OnDescribed = Callable[[str, int, str], Any]
 
 
-@pytest.mark.parametrize(
-    ("kind", "head_dim", "chips", "arch"),
-    [
-        ("qwen3", 128, 1, "blackhole"),
-        ("qwen2", 64, 1, "blackhole"),
-        ("llama", 64, 1, "wormhole_b0"),
-        ("qwen3", 64, 2, "blackhole"),
-        ("qwen2", 64, 4, "blackhole"),
-    ],
-)
-def test_real_ttnn_takes_every_call(
-    tmp_path: Path, kind: str, head_dim: int, chips: int, arch: str
-) -> None:
+@pytest.fixture(scope="module")
+def on_described(tmp_path_factory: pytest.TempPathFactory) -> OnDescribed:
+    """What a run on described cards prints, as JSON. Those of one (arch, chips) share a process."""
     seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    seen = on_described(tmp_path, chips, arch, "mock_session", kind, head_dim, chips, seed)
+
+    @functools.cache
+    def process(arch: str, chips: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "test.device.mock_session", str(chips), str(seed)]
+        return subprocess.run(
+            [*command, *RUNS[arch, chips]],
+            env=os.environ | environment(tmp_path_factory.mktemp("cards"), chips, arch),
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+
+    def printed(arch: str, chips: int, run: str) -> Any:
+        print(f"seed {seed}")
+        done, place = process(arch, chips), RUNS[arch, chips].index(run)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return json.loads(done.stdout.splitlines()[place])
+
+    return printed
+
+
+@pytest.mark.parametrize(("arch", "chips", "run"), MODELS)
+def test_real_ttnn_takes_every_call(
+    on_described: OnDescribed, arch: str, chips: int, run: str
+) -> None:
+    seen = on_described(arch, chips, run)
     assert (seen["arch"], seen["chips"]) == (arch, chips)
     assert seen["layers"] == [0, 1]
     assert seen["same_bytes"]
@@ -56,15 +74,9 @@ def test_real_ttnn_takes_every_call(
     assert seen["needless"] == [], "compiled again for a shape it had"
 
 
-@pytest.mark.parametrize(
-    ("arch", "chips", "widths"),
-    [
-        pytest.param("wormhole_b0", 1, (5120, 64, 8, 25600), id="Qwen3-32B"),
-        pytest.param("blackhole", 4, (8192, 64, 8, 4096), id="hidden 8192, four chips"),
-    ],
-)
+@pytest.mark.parametrize(("arch", "chips", "run"), WIDTHS)
 def test_operations_fit_a_core_at_published_widths(
-    tmp_path: Path, arch: str, chips: int, widths: tuple[int, ...]
+    on_described: OnDescribed, arch: str, chips: int, run: str
 ) -> None:
     """Up to 8,192 tokens after 24,576."""
-    assert len(on_described(tmp_path, chips, arch, "mock_widths", chips, *widths)) == 6
+    assert len(on_described(arch, chips, run)) == 6

@@ -1,17 +1,20 @@
 """Servers shared by the end-to-end tests. All run on CPU, fp32, with a random tiny model."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import requests
 
-from .harness import Pair, Server, launch, running, running_pair
+from .harness import Pair, Process, Server, launch, launch_router, running
 
 CHUNK = 64
 COMMON = ("--dtype", "float32", "--chunked-prefill-size", str(CHUNK), "--enable-metrics")
 # Small enough that 200 concurrent requests reuse pages and retract.
 POOL_TOKENS = 4096
+FAULTY_LINK = Path(__file__).parent.parent / "stand_ins" / "faulty_link"
+SHOWN_LINES = 40
 
 
 @pytest.fixture(scope="session")
@@ -28,37 +31,88 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@dataclass
+class Faults:
+    """What the pair's transfer engine does wrong, from now on: see stand_ins/faulty_link."""
+
+    file: Path
+
+    def set(self, **faults: float) -> None:
+        self.held.unlink(missing_ok=True)
+        written = self.file.with_suffix(".new")
+        written.write_text(json.dumps(faults))
+        written.replace(self.file)
+
+    @property
+    def held(self) -> Path:
+        """Exists once a write is kept from being done by `hold_after`."""
+        return self.file.with_name(f"{self.file.name}.held")
+
+
 @pytest.fixture(scope="session")
-def pair(model: Path, logs: Path) -> Iterator[Pair]:
-    """Prefill, decode and router with BFP8 pages; the decode pool is small."""
-    with running_pair(
-        model,
-        logs,
-        *COMMON,
-        prefill_flags=("--max-total-tokens", "16384"),
-        decode_flags=(
+def faults(logs: Path) -> Faults:
+    made = Faults(logs / "faults.json")
+    made.set()
+    return made
+
+
+@pytest.fixture(scope="session")
+def launched(
+    request: pytest.FixtureRequest, model: Path, logs: Path, faults: Faults
+) -> Iterator[dict[str, Server]]:
+    """The servers that several modules use, started at once; `pair` and `single` wait for them.
+
+    Prefill's pool is small, so that freed pages are handed out again at once. So are the others':
+    requests compete for pages.
+    """
+    pools = {
+        "prefill": ("--max-total-tokens", "2048"),
+        "decode": (
             *("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "64"),
             *("--num-reserved-decode-tokens", "1"),
         ),
-    ) as started:
-        yield started
+        "single": ("--max-total-tokens", "3072"),
+    }
+    env = {"PYTHONPATH": str(FAULTY_LINK), "HMA_TEST_FAULTS": str(faults.file)}
+    used = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    servers = {}
+    try:
+        for mode in ("prefill", "decode") if "pair" in used else ():
+            flags = (*COMMON, *pools[mode])
+            servers[mode] = launch(f"pd-{mode}", model, logs, *flags, mode=mode, env=env)
+        if "single" in used:
+            servers["single"] = launch("single", model, logs, *COMMON, *pools["single"])
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
 
 
 @pytest.fixture(scope="session")
-def native(model: Path, logs: Path) -> Iterator[Pair]:
-    """The same pair with all formats off."""
-    flags = ("--hma-kv-format", "native", "--page-size", "16", "--max-total-tokens", "8192")
-    with running_pair(model, logs, *COMMON, *flags, name="native") as started:
-        yield started
+def pair(launched: dict[str, Server], logs: Path) -> Iterator[Pair]:
+    """Prefill, decode and router with BFP8 pages."""
+    prefill, decode = (launched[mode].wait_healthy() for mode in ("prefill", "decode"))
+    router = launch_router(logs, prefill, decode, "pd-router")
+    with running(router):
+        yield Pair(prefill, decode, router)
 
 
 @pytest.fixture(scope="session")
-def single(model: Path, logs: Path) -> Iterator[Server]:
+def single(launched: dict[str, Server]) -> Server:
     """One server with the same formats, both roles."""
-    server = launch("single", model, logs, *COMMON, "--max-total-tokens", "16384")
-    with running(server):
-        yield server
+    return launched["single"].wait_healthy()
 
 
-def flush(server: Server) -> None:
-    requests.post(f"{server.url}/flush_cache", timeout=30).raise_for_status()
+def pytest_runtest_setup() -> None:
+    Process.started[:] = [process for process in Process.started if process.alive()]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A failure shows the last lines of every process that ran during the test."""
+    report = yield
+    if report.failed and report.when in ("setup", "call"):
+        for process in Process.started:
+            lines = [line for line in process.text().splitlines() if '"GET /' not in line]
+            report.sections.append((f"log of {process.name}", "\n".join(lines[-SHOWN_LINES:])))
+    return report

@@ -1,15 +1,17 @@
-"""Real servers and a real router for the end-to-end tests."""
+"""Real servers and a real router for the end-to-end tests.
+
+Nothing here gives up after a time of its own: pytest's timeout ends a hang, on any machine.
+"""
 
 import contextlib
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,14 @@ from typing import Any
 import requests
 
 from sglang_hma.launch.guardian import kill_run, marked
-from sglang_hma.launch_pd import ROUTER_DEFAULTS
-
-START_TIMEOUT_S = 240
-
+from sglang_hma.launch_pd import ROUTER_DEFAULTS, Commands
 
 # Not those that the kernel gives to outgoing connections: a server binds its port half a minute
 # after it was chosen. Nor those that Mooncake, launch_pd and SGLang pick from.
 PORTS = range(10100, 14900)
 _handed_out: set[int] = set()
+POLL_S = 0.1
+ANSWER_S = 60  # a server that is alive answers a question about itself sooner, or is asked again
 
 
 def free_port() -> int:
@@ -40,6 +41,15 @@ def free_port() -> int:
             return port
 
 
+def until(condition: Callable[[], Any], *alive: "Process") -> Any:
+    """What `condition` returns once it is true, as long as the processes `alive` are."""
+    while not (found := condition()):
+        for process in alive:
+            process.check_alive()
+        time.sleep(POLL_S)
+    return found
+
+
 @dataclass
 class Process:
     """A child process tree with a log file."""
@@ -49,29 +59,35 @@ class Process:
     log: Path
     env: dict[str, str] = field(default_factory=dict)
 
+    started = []  # all that a test may want to show the logs of
+
     def start(self) -> "Process":
         self.run_id = uuid.uuid4().hex
         env = os.environ | {"SGLANG_HMA_SHARE": "3"} | self.env | marked(self.run_id)
-        with self.log.open("wb") as out:
+        with self.log.open("ab") as out:
             self.popen = subprocess.Popen(
                 self.command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
+        if self not in Process.started:
+            Process.started.append(self)
         return self
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def wait_logged(self, words: str) -> None:
+        until(lambda: words in self.text(), self)
+
     def alive(self) -> bool:
         return self.popen.poll() is None
 
+    def check_alive(self) -> None:
+        assert self.alive(), f"{self.name} ended by itself, exit code {self.popen.returncode}"
+
     def stop(self) -> None:
         """End exactly the processes that carry this run's id."""
-        if self.alive():
-            self.popen.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.popen.wait(3)
         kill_run(self.run_id)
-        self.popen.wait(10)
+        self.popen.wait()
 
 
 @dataclass
@@ -81,27 +97,29 @@ class Server(Process):
     ready_path: str = "/health"
 
     def wait_healthy(self) -> "Server":
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if not self.alive():
-                raise AssertionError(f"{self.name} ended early:\n{self.text()[-6000:]}")
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(self.url + self.ready_path, timeout=2).status_code == 200:
-                    return self
-            time.sleep(0.3)
-        raise AssertionError(f"{self.name} is not healthy:\n{self.text()[-6000:]}")
+        until(self._healthy, self)
+        return self
+
+    def _healthy(self) -> bool:
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(self.url + self.ready_path, timeout=ANSWER_S).status_code == 200
+        return False
 
     def info(self) -> dict[str, Any]:
-        return dict(requests.get(f"{self.url}/get_server_info", timeout=10).json())
+        return dict(requests.get(f"{self.url}/get_server_info").json())
 
     def metrics(self, name: str) -> dict[str, float]:
         """Samples of one Prometheus metric, label string -> value."""
         found = {}
-        for line in requests.get(f"{self.url}/metrics", timeout=10).text.splitlines():
+        for line in requests.get(f"{self.url}/metrics").text.splitlines():
             if line.startswith(name) and line[len(name)] in "{ ":
                 labels, _, value = line[len(name) :].rpartition(" ")
                 found[labels] = float(value)
         return found
+
+    def metric(self, name: str) -> float:
+        """The sum of one metric's samples."""
+        return sum(self.metrics(name).values())
 
 
 def launch(
@@ -133,7 +151,7 @@ def launch(
 
 def launch_router(logs: Path, prefill: Server, decode: Server, name: str = "router") -> Server:
     port = free_port()
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+    command = [*Commands().router, "--pd-disaggregation"]
     command += ["--policy", "random", *ROUTER_DEFAULTS, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-port", str(free_port())]
     command += ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]
@@ -192,19 +210,3 @@ def running_pair(
         router = launch_router(logs, prefill, decode, f"{name}-router")
         with running(router):
             yield Pair(prefill, decode, router)
-
-
-def generate(url: str, input_ids: list[int], tokens: int = 16, **extra: Any) -> dict[str, Any]:
-    """One greedy request; raises on anything but HTTP 200."""
-    reply = requests.post(f"{url}/generate", json=payload(input_ids, tokens, **extra), timeout=180)
-    assert reply.status_code == 200, (reply.status_code, reply.text[:2000])
-    return dict(reply.json())
-
-
-def payload(input_ids: list[int], tokens: int = 16, **extra: Any) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-    return {"input_ids": input_ids, "sampling_params": sampling, **extra}
-
-
-def output_ids(url: str, input_ids: list[int], tokens: int = 16) -> list[int]:
-    return list(generate(url, input_ids, tokens)["output_ids"])

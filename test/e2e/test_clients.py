@@ -1,38 +1,44 @@
 """The clients people use, against the router."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ..warm_python import WarmPython
 from .harness import Pair, Server
 
 pytestmark = pytest.mark.e2e
 
 
-def bench(pair: Pair, model: Path, tmp_path: Path, *args: str) -> dict:
-    out = tmp_path / "bench.jsonl"
-    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"]
-    command += ["--base-url", pair.url, "--model", str(model), "--pd-separated"]
-    command += ["--output-file", str(out), "--disable-tqdm", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return dict(json.loads(out.read_text().splitlines()[-1]))
+Bench = Callable[..., dict]
 
 
-def test_bench_serving_random_ids(pair: Pair, model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def bench(python: WarmPython, pair: Pair, model: Path, tmp_path: Path) -> Bench:
+    def run(*args: str) -> dict:
+        out = tmp_path / "bench.jsonl"
+        flags = ["--backend", "sglang", "--base-url", pair.url, "--model", str(model)]
+        flags += ["--pd-separated", "--output-file", str(out), "--disable-tqdm", *args]
+        done = python("-m", "sglang.bench_serving", *flags)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return dict(json.loads(out.read_text().splitlines()[-1]))
+
+    return run
+
+
+def test_bench_serving_random_ids(bench: Bench) -> None:
     args = ["--dataset-name", "random-ids", "--num-prompts", "12", "--random-input-len", "100"]
-    result = bench(pair, model, tmp_path, *args, "--random-output-len", "16")
+    result = bench(*args, "--random-output-len", "16")
     assert result["completed"] == 12
 
 
-def test_bench_serving_shared_prefix(pair: Pair, model: Path, tmp_path: Path) -> None:
+def test_bench_serving_shared_prefix(bench: Bench) -> None:
     args = ["--dataset-name", "generated-shared-prefix", "--gsp-num-groups", "2"]
     args += ["--gsp-prompts-per-group", "4", "--gsp-system-prompt-len", "128"]
     args += ["--gsp-question-len", "16", "--gsp-output-len", "8"]
-    result = bench(pair, model, tmp_path, *args)
+    result = bench(*args)
     assert result["completed"] == 8
 
 
@@ -82,21 +88,16 @@ print("select ok")
 """
 
 
-def run_program(source: str, url: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", source, url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def test_frontend_programs(pair: Pair) -> None:
-    done = run_program(FRONTEND, pair.url)
+def test_frontend_programs(python: WarmPython, pair: Pair) -> None:
+    done = python("-c", FRONTEND, pair.url)
     assert "frontend ok" in done.stdout, done.stdout + done.stderr
 
 
-def test_select(pair: Pair, single: Server) -> None:
+def test_select(python: WarmPython, pair: Pair, single: Server) -> None:
     """The router of this version takes one text a request; `select` sends a list."""
-    done = run_program(SELECT, single.url)
+    done = python("-c", SELECT, single.url)
     assert "select ok" in done.stdout, done.stdout + done.stderr
-    routed = run_program(SELECT, pair.url)
+    routed = python("-c", SELECT, pair.url)
     assert "invalid type: sequence, expected a string" in routed.stderr, routed.stderr
 
 

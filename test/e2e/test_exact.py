@@ -1,21 +1,45 @@
-"""Token for token: PD == one server == radix hit, and native == transformers."""
+"""Token for token: PD == one server == radix hit == transformers with the formats' roundings."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .conftest import COMMON, flush
-from .harness import Pair, Server, generate, launch, output_ids, running
+from sglang_hma.demo_model import make_demo_model
+
+from .client import flush, generate, output_ids
+from .conftest import COMMON
+from .harness import Pair, Server, launch
 from .oracle import Oracle
 
 LENGTHS = [1, 31, 32, 33, 64, 96, 500]
 NEW_TOKENS = 40
 VOCAB = 4096
-FP32_TIE = 1e-3  # logits closer than this may be ordered differently in fp32
 FLIPPED_ROUNDING = 0.05  # a last-bit difference in K may flip a rounding: a logit moves this far
 
+FAMILIES = ("qwen2", "llama")
+
 pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module", autouse=True)
+def families(
+    tmp_path_factory: pytest.TempPathFactory, logs: Path
+) -> Iterator[dict[str, tuple[Server, Path]]]:
+    """A small server of each other family; they start while the first tests run."""
+    started = {}
+    try:
+        for family in FAMILIES:
+            path = tmp_path_factory.mktemp("models") / family
+            sizes = {"layers": 2, "heads": 4, "kv_heads": 2}
+            make_demo_model(path, family=family, **sizes, tie_embeddings=family == "llama")
+            server = launch(f"one-{family}", path, logs, *COMMON, "--max-total-tokens", "2048")
+            started[family] = server, path
+        yield started
+    finally:
+        for server, _ in started.values():
+            server.stop()
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -41,33 +65,17 @@ def test_radix_cache_is_hit(pair: Pair, seed: int) -> None:
     assert again["meta_info"]["cached_tokens"] == (len(prompt) - 1) // 32 * 32
 
 
-def test_native_equals_transformers(native: Pair, model: Path, seed: int) -> None:
-    oracle = Oracle(model)
-    for prompt in prompts(seed):
-        got = output_ids(native.url, prompt, NEW_TOKENS)
-        regrets = oracle.regrets(prompt, got, rounded=False)
-        assert max(regrets) < FP32_TIE, (len(prompt), regrets)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
-def test_formats_equal_the_oracle(
-    family: str, request: pytest.FixtureRequest, tmp_path: Path, logs: Path, seed: int
-) -> None:
+def test_formats_equal_the_oracle(single: Server, model: Path, seed: int) -> None:
     """A server's tokens against transformers with reference-rounded weights, K and V."""
-    if family == "qwen3":
-        compare_with_oracle(
-            request.getfixturevalue("single"), request.getfixturevalue("model"), seed
-        )
-        return
-    from sglang_hma.demo_model import make_demo_model
+    compare_with_oracle(single, model, seed)
 
-    path = tmp_path / family
-    make_demo_model(
-        path, family=family, layers=2, heads=4, kv_heads=2, tie_embeddings=family == "llama"
-    )
-    server = launch(f"one-{family}", path, logs, *COMMON, "--max-total-tokens", "8192")
-    with running(server):
-        compare_with_oracle(server, path, seed)
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_formats_equal_the_oracle_in_other_families(
+    families: dict[str, tuple[Server, Path]], family: str, seed: int
+) -> None:
+    server, path = families[family]
+    compare_with_oracle(server.wait_healthy(), path, seed)
 
 
 def compare_with_oracle(server: Server, path: Path, seed: int) -> None:

@@ -5,19 +5,46 @@ import http.client
 import random
 import select
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-import aiohttp
 import pytest
-import requests
 
-from .conftest import COMMON, POOL_TOKENS
-from .harness import Pair, Server, launch, output_ids, payload, running
+from .client import all_at_once, assert_drained, flush, output_ids
+from .conftest import POOL_TOKENS
+from .harness import Pair, Server
 
 pytestmark = pytest.mark.e2e
 
 REQUESTS = 200
+TOKENS = [*range(2, 25, 2), 96]
+LENGTHS = [1, 2, 17, 31, 32, 33, 63, 64, 65, 96, 130, 200, 257, 300]
+IDLE_S = 8  # SGLang's default is 5 s
+
+
+@pytest.fixture(scope="module", autouse=True)
+def idle_since(pair: Pair) -> Iterator[tuple[float, list[http.client.HTTPConnection]]]:
+    """Connections over which one request went, before the other tests."""
+    links = []
+    for server in (pair.prefill, pair.decode):
+        url = urlsplit(server.url)
+        link = http.client.HTTPConnection(str(url.hostname), url.port)
+        link.request("GET", "/health")
+        assert link.getresponse().read() is not None
+        links.append(link)
+    yield time.monotonic(), links
+    for link in links:
+        link.close()
+
+
+@pytest.fixture
+def idle_links(
+    idle_since: tuple[float, list[http.client.HTTPConnection]],
+) -> list[http.client.HTTPConnection]:
+    """Idle for IDLE_S by now."""
+    began, links = idle_since
+    time.sleep(max(0.0, began + IDLE_S - time.monotonic()))
+    return links
 
 
 def random_jobs(seed: int, count: int) -> list[tuple[list[int], int]]:
@@ -45,68 +72,31 @@ def test_every_request_survives_and_keeps_its_tokens(pair: Pair, seed: int) -> N
     assert_drained(pair.prefill, pair.decode)
 
 
-def test_idle_connections_stay_open(pair: Pair) -> None:
-    """A server that closes first loses requests that a router sends at that moment."""
-    links = []
-    for server in (pair.prefill, pair.decode):
-        url = urlsplit(server.url)
-        link = http.client.HTTPConnection(str(url.hostname), url.port)
-        link.request("GET", "/health")
-        assert link.getresponse().read() is not None
-        links.append(link)
-    time.sleep(8)  # SGLang's default is 5 s
-    for link in links:
-        readable, _, _ = select.select([link.sock], [], [], 0)
-        assert not readable, "the server closed an idle connection"
-        link.close()
-
-
-def test_single_server_under_pressure(single: Server, model: Path, logs: Path, seed: int) -> None:
+def test_single_server_under_pressure(single: Server, seed: int) -> None:
     """Both roles in one small pool: prompts, generated pages and cached prefixes compete."""
     jobs = random_jobs(seed, 60)
-    small = launch("small", model, logs, *COMMON, "--max-total-tokens", "3072")
-    with running(small):
-        replies = asyncio.run(all_at_once(small.url, jobs))
-        undisturbed = 0
-        for (prompt, tokens), (status, body) in zip(jobs, replies, strict=True):
-            assert status == 200, body
-            assert len(body["output_ids"]) == tokens
-            # A retracted request is prefilled again, its own tokens as prompt: BFP8, not BF16.
-            if body["meta_info"].get("num_retractions", 0) == 0:
-                undisturbed += 1
-                assert body["output_ids"] == output_ids(single.url, prompt, tokens)
-        assert undisturbed > 10
-        assert_drained(small)
+    alone = []
+    for job in jobs:
+        flush(single)
+        alone.append(output_ids(single.url, *job))
+    flush(single)
+    replies = asyncio.run(all_at_once(single.url, jobs))
+    undisturbed = 0
+    for (_, tokens), expected, (status, body) in zip(jobs, alone, replies, strict=True):
+        assert status == 200, body
+        assert len(body["output_ids"]) == tokens
+        # A retracted request is prefilled again, its own tokens as prompt: BFP8, not BF16.
+        if body["meta_info"].get("num_retractions", 0) == 0:
+            undisturbed += 1
+            assert body["output_ids"] == expected
+    assert undisturbed > 10
+    assert_drained(single)
 
 
-TOKENS = [*range(2, 25, 2), 96]
-LENGTHS = [1, 2, 17, 31, 32, 33, 63, 64, 65, 96, 130, 200, 257, 300]
-
-
-async def all_at_once(url: str, jobs: list[tuple[list[int], int]]) -> list[tuple[int, dict]]:
-    timeout = aiohttp.ClientTimeout(total=280)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-
-        async def one(prompt: list[int], tokens: int) -> tuple[int, dict]:
-            async with session.post(f"{url}/generate", json=payload(prompt, tokens)) as reply:
-                return reply.status, await reply.json(content_type=None)
-
-        return await asyncio.gather(*(one(*job) for job in jobs))
-
-
-def assert_drained(*servers: Server) -> None:
-    """After the last answer every page is free."""
-    for server in servers:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            assert server.alive(), server.text()[-3000:]
-            flushed = requests.post(f"{server.url}/flush_cache", timeout=30)
-            if flushed.status_code == 200:
-                break
-            time.sleep(0.5)
-        load = requests.get(f"{server.url}/get_load", timeout=30)
-        state = server.info()["internal_states"][0]
-        used = [v for k, v in server.metrics("sglang:num_used_tokens").items() if v]
-        assert flushed.status_code == 200, (server.name, state, load.text, used)
-        assert "leak" not in server.text().lower(), server.name
+def test_idle_connections_stay_open(
+    pair: Pair, idle_links: list[http.client.HTTPConnection]
+) -> None:
+    """A server that closes first loses requests that a router sends at that moment."""
+    for link in idle_links:
+        readable, _, _ = select.select([link.sock], [], [], 0)
+        assert not readable, "the server closed an idle connection"

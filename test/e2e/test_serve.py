@@ -1,17 +1,17 @@
 """What `make serve` starts: launch_pd with real servers, in the model's own bfloat16."""
 
-import contextlib
+import random
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from ..launch.fleet import carrying
-from .harness import Process, free_port, output_ids
+from .client import assert_same_where_sure, output_ids
+from .harness import Pair, Process, free_port, until
 
 pytestmark = pytest.mark.e2e
 
@@ -21,14 +21,14 @@ READY = re.compile(
 OTHER_DEVICES = re.compile(r"AWQ|GGUF|Triton is not|torchao|numactl")
 
 
-def test_one_command_serves_and_stops(model: Path, logs: Path) -> None:
+def test_one_command_serves_and_stops(pair: Pair, model: Path, logs: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "sglang_hma.launch_pd", "--model-path", str(model)]
     command += ["--port", str(port), "--log-dir", str(logs / "pd")]
     launcher = Process("launch-pd", command, logs / "launch-pd.log")
     launcher.start()
     try:
-        ready = wait_ready(launcher)
+        ready = until(lambda: READY.search(launcher.text()), launcher)
         assert ready.group(1) == f"http://127.0.0.1:{port}"
         printed = subprocess.run(ready.group(2), shell=True, capture_output=True, text=True)
         assert '"choices"' in printed.stdout, printed.stdout + printed.stderr
@@ -36,10 +36,13 @@ def test_one_command_serves_and_stops(model: Path, logs: Path) -> None:
         first = output_ids(ready.group(1), prompt, 8)
         assert len(first) == 8
         assert output_ids(ready.group(1), prompt, 8) == first
+        rng = random.Random(5)
+        prompts = [[rng.randrange(8, 4000) for _ in range(length)] for length in (1, 33, 100, 300)]
+        assert_same_where_sure(ready.group(1), pair.url, prompts)
         # Neither the scheduler nor the detokenizer was spawned, to import SGLang once more.
         assert "multiprocessing" not in " ".join(carrying(launcher.run_id).values())
         launcher.popen.send_signal(signal.SIGTERM)
-        assert launcher.popen.wait(60) == 0
+        assert launcher.popen.wait() == 0
         for name in ("prefill-0", "decode-0", "router"):
             log = (logs / "pd" / f"{name}.log").read_text()
             assert not OTHER_DEVICES.search(log)
@@ -50,15 +53,3 @@ def test_one_command_serves_and_stops(model: Path, logs: Path) -> None:
         assert all(line.startswith(("sglang-hma", "  ")) for line in launcher.text().splitlines())
     finally:
         launcher.stop()
-
-
-def wait_ready(launcher: Process) -> re.Match[str]:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            found = READY.search(launcher.text())
-            if found:
-                return found
-        assert launcher.alive(), launcher.text()[-4000:]
-        time.sleep(0.5)
-    raise AssertionError(launcher.text()[-4000:])

@@ -1,25 +1,23 @@
 """Prefill by the Tenstorrent runtime on the stand-in for ttnn, decode on the CPU, a real router."""
 
-import json
 import random
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from sglang_hma.transfer.prefill.trace import COMPUTE, SEND
+from benchmark.transfer.timeline import COMPUTE, SEND, spans
 
-from .harness import Pair, generate, output_ids, payload, running_pair
-from .test_load import assert_drained
+from .client import assert_drained, assert_same_where_sure, flush, generate, output_ids, payload
+from .harness import Pair, launch, launch_router, running, until
 
 pytestmark = pytest.mark.e2e
 
 STAND_IN = Path(__file__).parent.parent / "stand_ins" / "ttnn_on_torch"
 LAYER_S = 0.02  # how long the stand-in takes for a layer's attention
-SURE = 0.1  # of a logprob, over the second best
-FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "8192", "--enable-metrics")
+FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "2048", "--enable-metrics")
 
 
 @pytest.fixture(scope="module")
@@ -28,62 +26,70 @@ def traced(logs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def card(model: Path, logs: Path, traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def card(
+    pair: Pair, model: Path, logs: Path, traced: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    """A prefill server of its own before the decode server that the other tests use."""
     env = {
         "PYTHONPATH": str(STAND_IN),
         "TT_METAL_SIMULATOR": "a stand-in",
         "HMA_STAND_IN_LAYER_S": str(LAYER_S),
         "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
     }
-    prefill = (
-        *("--hma-prefill-runtime", "ttnn", "--hma-mesh", "1x2", "--chunked-prefill-size", "128"),
-        *("--hma-trace", str(traced)),
-    )
-    with running_pair(model, logs, *FLAGS, prefill_flags=prefill, name="tt", env=env) as running:
-        yield running
+    flags = ("--hma-prefill-runtime", "ttnn", "--hma-mesh", "1x2", "--chunked-prefill-size", "128")
+    flags += (*FLAGS, "--hma-trace", str(traced))
+    prefill = launch("tt-prefill", model, logs, *flags, mode="prefill", env=env)
+    with running(prefill):
+        router = launch_router(logs, prefill, pair.decode, "tt-router")
+        with running(router):
+            yield Pair(prefill, pair.decode, router)
 
 
-def sent_during_forwards(trace: Path) -> list[dict[str, Any]]:
-    """Sends that began while a layer of the same forward was still to come."""
-    events = json.loads(trace.read_text().rstrip("\n,") + "]")
-    spans = [event for event in events if event["ph"] == "X"]
-    computing = [span for span in spans if span["tid"] == COMPUTE]
-    return [
-        send
-        for send in spans
-        if send["tid"] == SEND
-        and any(span["ts"] < send["ts"] < span["ts"] + span["dur"] for span in computing)
-    ]
+def forwards(events: list[dict[str, Any]]) -> list[list[float]]:
+    """When each layer of each forward pass ended, in microseconds."""
+    found: list[list[float]] = []
+    for event in events:
+        if event["tid"] == COMPUTE and event["name"] != "rest":
+            if event["name"] == "layer 0":
+                found.append([])
+            found[-1].append(event["ts"] + event["dur"])
+    return found
 
 
-def sure_tokens(url: str, prompt: list[int], tokens: int, sure_by: float = SURE) -> list[int]:
-    """The first of a server's tokens, as long as each leads the second best by `sure_by`."""
-    reply = generate(url, prompt, tokens, return_logprob=True, top_logprobs_num=2)
-    margins = [
-        best[0] - second[0] > sure_by for best, second in reply["meta_info"]["output_top_logprobs"]
-    ]
-    sure = margins.index(False) if False in margins else tokens
-    return list(reply["output_ids"][:sure])
+def sent_during_forwards(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sends that began after their own layers and before the last one of the same forward."""
+    ended = forwards(events)
+    early = []
+    for event in events:
+        if event["tid"] == SEND:
+            last = int(event["name"].split()[1].split("-")[-1])
+            own = max((f for f in ended if f[last] <= event["ts"]), default=None)
+            early += [event] if own is not None and event["ts"] < own[-1] else []
+    return early
 
 
 def test_layers_leave_during_the_forward(card: Pair, traced: Path) -> None:
-    """First in this file, so that every forward so far was a request's only one."""
-    for first in (200, 300, 400):
-        output_ids(card.url, list(range(first, first + 96)), 2)
-        time.sleep(1.1)  # the trace is written once a second
-    assert sent_during_forwards(traced)
+    rng = random.Random()
+
+    def sent_early() -> list[dict[str, Any]]:
+        """Of one forward, that of a new prompt."""
+        before = len(spans(traced))
+        output_ids(card.url, [rng.randrange(8, 4000) for _ in range(96)], 2)
+
+        def drawn() -> list[dict[str, Any]] | None:
+            events = spans(traced)[before:]
+            return events if forwards(events) and any(e["tid"] == SEND for e in events) else None
+
+        return sent_during_forwards(until(drawn, card.prefill))
+
+    until(sent_early)
 
 
 def test_tokens_are_those_of_the_reference_runtime(card: Pair, pair: Pair) -> None:
-    """As long as the reference, in float32, is sure of its token by more than BF16's noise."""
     rng = random.Random(6)
-    compared = 0
-    for length in (1, 31, 32, 33, 100, 300):
-        prompt = [rng.randrange(8, 4000) for _ in range(length)]
-        expected = sure_tokens(pair.url, prompt, 4)
-        assert output_ids(card.url, prompt, 4)[: len(expected)] == expected
-        compared += len(expected)
-    assert compared >= 6
+    lengths = (1, 31, 32, 33, 100, 300)
+    prompts = [[rng.randrange(8, 4000) for _ in range(length)] for length in lengths]
+    assert_same_where_sure(card.url, pair.url, prompts)
 
 
 def test_a_cached_prefix_gives_the_same_tokens(card: Pair) -> None:
@@ -92,7 +98,7 @@ def test_a_cached_prefix_gives_the_same_tokens(card: Pair) -> None:
     cold = output_ids(card.url, prompt, 6)
     again = generate(card.url, prompt, 6)
     assert again["output_ids"] == cold
-    requests.post(f"{card.prefill.url}/flush_cache", timeout=10).raise_for_status()
+    flush(card.prefill)
     assert output_ids(card.url, prompt, 6) == cold
     assert_drained(card.prefill, card.decode)
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from .harness import Pair, generate
+from .client import generate
+from .harness import Pair
 
 pytestmark = pytest.mark.e2e
 
@@ -23,4 +24,4 @@ def test_transfer_is_eight_and_a_half_bits_an_element(pair: Pair, seed: int, len
 
 
 def total_mb(pair: Pair) -> float:
-    return sum(pair.prefill.metrics("sglang:kv_transfer_total_mb_sum").values())
+    return pair.prefill.metric("sglang:kv_transfer_total_mb_sum")

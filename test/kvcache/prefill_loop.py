@@ -23,10 +23,11 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.radix_cache import RadixCache
-from sglang.srt.runtime_context import get_context, get_parallel
+from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_tree_cache
+from sglang.srt.runtime_context import get_context, get_parallel, get_server_args
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -139,9 +140,7 @@ class PrefillLoop(Scheduler):
             pages * PAGE, PAGE, dtype=torch.uint8, device="cpu", kvcache=pool, need_sort=False
         )
         self.req_to_token_pool = ReqToTokenPool(ROWS, 4096, "cpu", False)
-        self.tree_cache = self.tree = RadixCache(
-            CacheInitParams(False, self.req_to_token_pool, self.allocator, PAGE)
-        )
+        self.tree_cache = self.tree = self._radix_cache()
         self.policy = SchedulePolicy("fcfs", self.tree, False, False, False)
         self.attn_cp_cpu_group = self.attn_tp_cpu_group = dist.group.WORLD
         self.disagg_prefill_bootstrap_queue = SimpleNamespace(kv_manager=self.kv, queue=[])
@@ -151,6 +150,23 @@ class PrefillLoop(Scheduler):
         self.waiting_queue: list[Req] = []
         self.running_batch = ScheduleBatch(reqs=[])
         self.result_queue: deque[Any] = deque()
+
+    def _radix_cache(self) -> BasePrefixCache:
+        """The one that a server has."""
+        no = dict.fromkeys(("is_hybrid_swa", "is_hybrid_ssm", "enable_hierarchical_cache"), False)
+        return create_tree_cache(
+            TreeCacheBuildContext(
+                server_args=get_server_args(),
+                params=CacheInitParams(False, self.req_to_token_pool, self.allocator, PAGE),
+                disable_radix_cache=False,
+                tp_worker=self.tp_worker,
+                model_config=self.model_config,
+                tp_size=1,
+                tp_rank=0,
+                tp_group=None,
+                **no,
+            )
+        )
 
     # -- what happens to it --
 
@@ -200,10 +216,6 @@ class PrefillLoop(Scheduler):
 
     # -- what can be seen of it --
 
-    def sent(self, req: Req) -> bool:
-        """Whether all of a request's pages were sent and nothing has become of them yet."""
-        return req in self.disagg_prefill_inflight_queue
-
     def live(self) -> list[Req]:
         """Requests that may still be read by a transfer."""
         return [req for req in self.reqs if req.disagg_kv_sender.conclude_state is None]
@@ -214,14 +226,10 @@ class PrefillLoop(Scheduler):
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         return (row[: req.kv.kv_allocated_len : PAGE] // PAGE).tolist()
 
-    def cached_pages(self, *, evictable: bool = False) -> list[int]:
-        found, nodes = [], [self.tree.root_node]
-        while nodes:
-            node = nodes.pop()
-            nodes += node.children.values()
-            if node is not self.tree.root_node and not (evictable and node.lock_ref):
-                found += (node.value[::PAGE] // PAGE).tolist()
-        return found
+    def cached_pages(self) -> list[int]:
+        if not self.tree.evictable_size() + self.tree.protected_size():
+            return []
+        return (self.tree.all_values_flatten()[::PAGE] // PAGE).tolist()
 
     def idle(self) -> bool:
         queues = self.waiting_queue, self.disagg_prefill_inflight_queue, self.result_queue

@@ -74,7 +74,7 @@ def test_one_dies_later(launch: Launch, victim: str) -> None:
     (line,) = run.err.read_text().splitlines()
     name = "prefill-0" if victim == "prefill" else "router"
     assert line == (
-        f"sglang_hma.launch_pd: error: {name} ended by itself, killed by SIGKILL, so all stopped; "
+        f"sglang_hma.launch_pd: error: {name} was killed by SIGKILL, so all stopped; "
         f"log: {run.logs}/{name}.log"
     )
 

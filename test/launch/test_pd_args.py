@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from sglang_hma.launch.pd_args import parse
-from sglang_hma.launch_pd import PORT_POOL, Commands, plan
-from test.launch.fleet import FAKE, free_port
+from sglang_hma.launch_pd import PORT_POOL, Commands, main, plan
+
+from .fleet import FAKE, free_port
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -177,3 +178,14 @@ def test_prefill_servers_share_the_cards(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         planned(*argv, "--hma-device-ids 0,1,2")
     assert "2 prefill servers cannot share 3 cards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--no-such-flag 3", "--log-level loud"])
+def test_router_flags_are_refused_before_anything_starts(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--model-path", "a/b", "--port", str(free_port()), "--router-args", given])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--router-args: " in line and given.split()[0] in line

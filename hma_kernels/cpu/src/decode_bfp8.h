@@ -35,6 +35,7 @@ HMA_INLINE void bfp8_scores(const uint8_t* k, const uint8_t* later, int tiles, c
                 const uint8_t* data = bytes_of(k, group, row + b * W);
                 keys[b] = load_keys(data);
                 scale[b] = key_scales(exponents_of(k, group, row + b * W));
+                if (row == 0) __builtin_prefetch(exponents_of(later, group, 0));
                 for (int line = 0; line < W * GROUP; line += 64)
                     __builtin_prefetch(later + (data - k) + line);
             }

@@ -42,6 +42,7 @@ HMA_INLINE void pair_scores(const uint8_t* k, const uint8_t* later, int tiles,
             const uint8_t* data = bytes_of(k, group, f * 16);
             keys[f] = load_pairs(data);
             scale[f] = key_scales(exponents_of(k, group, f * 16));
+            __builtin_prefetch(exponents_of(later, group, f * 16));
             for (int line = 0; line < FACE_BYTES; line += 64)
                 __builtin_prefetch(later + (data - k) + line);
         }

@@ -51,10 +51,11 @@ KILLED = "perhaps for lack of memory: free some, or lower --max-total-tokens"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`words`: lines of the log. `remedy`: what to do, "" if nobody knows."""
+    """`words`: lines of the log, an error if `explained`. `remedy`: "" if nobody knows one."""
 
     words: list[str]
     remedy: str
+    explained: bool
 
 
 def diagnose(lines: Sequence[str], killed: bool) -> Diagnosis:
@@ -62,8 +63,8 @@ def diagnose(lines: Sequence[str], killed: bool) -> Diagnosis:
     words = one_line_error(lines) or exception(lines)
     if not words:
         words = [line for line in lines if not NOISE.search(line)][-SHOWN_LINES:]
-        return Diagnosis(words, KILLED if killed else remedy(words))
-    return Diagnosis(words, remedy(words))
+        return Diagnosis(words, KILLED if killed else remedy(words), explained=False)
+    return Diagnosis(words, remedy(words), explained=True)
 
 
 def one_line_error(lines: Sequence[str]) -> list[str]:

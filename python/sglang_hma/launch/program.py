@@ -80,7 +80,9 @@ class Child:
 
     def end(self) -> str:
         code = self.popen.returncode
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
 
     def _copy(self, log: LogFile, show: Callable[[str], None] | None) -> None:
         assert self.popen.stdout is not None

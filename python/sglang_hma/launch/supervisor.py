@@ -172,14 +172,16 @@ class Fleet:
 
     def _obituary(self, child: Child) -> str:
         child.drain()
-        found = diagnose(list(child.tail), child.killed)
         if self._serving:
-            return f"{child.name} ended by itself, {child.end()}, so all stopped; log: {child.log}"
+            return f"{child.name} {child.end()}, so all stopped; log: {child.log}"
+        found = diagnose(list(child.tail), child.killed)
         self._console.error(f"{child.name} failed, {child.log} ends with:")
         for line in found.words:
             self._console.error(f"  {line}")
-        remedy = f": {found.remedy}" if found.remedy else f"; log: {child.log}"
-        return f"{child.name} ended while starting, {child.end()}{remedy}"
+        # SGLang kills itself when it has said why.
+        how = "failed" if found.explained and child.killed else child.end()
+        what_to_do = f": {found.remedy}" if found.remedy else f"; log: {child.log}"
+        return f"{child.name} {how} while starting{what_to_do}"
 
     def _stop(self) -> None:
         """Router first, then the servers, then SIGKILL for whatever carries the run's id."""

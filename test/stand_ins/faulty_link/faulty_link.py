@@ -1,10 +1,12 @@
 """A Mooncake link with faults that a test switches on while the server runs.
 
-HMA_TEST_FAULTS names a JSON file, read again whenever it changes:
-  flip     probability that one byte of an acknowledged write is changed on the far side
-  slow_s   every write is reported done this much later
+HMA_TEST_FAULTS names a JSON file, read again whenever it is replaced:
+  flip        probability that one byte of an acknowledged write is changed on the far side
+  slow_s      every write is reported done this much later
+  hold_after  after so many writes none is reported done; the file FILE.held says that one waits
 """
 
+import ctypes
 import json
 import os
 import random
@@ -14,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from sglang_hma.transfer.prefill.link import MooncakeLink
+
 
 def register() -> None:
     from sglang_hma.transfer.prefill import manager
@@ -21,48 +25,57 @@ def register() -> None:
     manager.MooncakeLink = FaultyLink
 
 
-class FaultyLink:
+class FaultyLink(MooncakeLink):
     def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
         self.engine = engine
         self.path = Path(os.environ["HMA_TEST_FAULTS"])
-        self.read_at = -1.0
+        self.held = self.path.with_name(f"{self.path.name}.held")
+        self.read_at = -1
         self.faults: dict[str, float] = {}
         self.writes: dict[int, tuple[str, int, int, int]] = {}
         self.done: dict[int, float] = {}
+        self.ended = 0  # since the file was replaced
         self.scratch = np.zeros(1, dtype=np.uint8)
         assert engine.register_memory(self.scratch.ctypes.data, 1) == 0
 
-    def fault(self, name: str) -> float:
-        changed = self.path.stat().st_mtime
+    def fault(self, name: str) -> float | None:
+        changed = self.path.stat().st_mtime_ns
         if changed != self.read_at:
-            self.faults, self.read_at = json.loads(self.path.read_text()), changed
-        return self.faults.get(name, 0.0)
+            self.faults, self.read_at, self.ended = json.loads(self.path.read_text()), changed, 0
+        return self.faults.get(name)
 
     def submit(self, session: str, source: int, target: int, length: int) -> int:
-        handle = int(self.engine.transfer_submit_write(session, source, target, length))
+        handle = super().submit(session, source, target, length)
         self.writes[handle] = session, source, target, length
         return handle
 
     def check(self, handle: int) -> int:
         if handle not in self.done:
-            status = int(self.engine.transfer_check_status(handle))
+            status = super().check(handle)
             if status == 0:
                 return 0
             write = self.writes.pop(handle)
             if status < 0:
                 return status
-            self.done[handle] = time.monotonic() + self.fault("slow_s")
+            self.done[handle] = time.monotonic() + (self.fault("slow_s") or 0)
             # Not the metadata, whose writes are short: checksums are for pages.
-            if write[3] >= 1088 and random.random() < self.fault("flip"):
+            if write[3] >= 1088 and random.random() < (self.fault("flip") or 0):
                 self.flip(*write)
-        if time.monotonic() < self.done[handle]:
+        if self.holds() or time.monotonic() < self.done[handle]:
             return 0
         del self.done[handle]
+        self.ended += 1
         return 1
 
-    def flip(self, session: str, source: int, target: int, length: int) -> None:
-        import ctypes
+    def holds(self) -> bool:
+        after = self.fault("hold_after")
+        if after is None or self.ended < after:
+            return False
+        self.held.touch()
+        return True
 
+    def flip(self, session: str, source: int, target: int, length: int) -> None:
         at = random.randrange(length)
         self.scratch[0] = ctypes.c_uint8.from_address(source + at).value ^ random.randrange(1, 256)
         scratch = self.scratch.ctypes.data
