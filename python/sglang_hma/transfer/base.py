@@ -1,7 +1,7 @@
 """What the sender and the receiver need of the KV manager of their server.
 
-HmaKVManager implements both with SGLang's tables, which remain the only place where the status of
-a request is kept.
+HmaPrefillManager and HmaDecodeManager implement them with SGLang's tables, which remain the only
+place where the status of a request is kept.
 """
 
 from collections.abc import Sequence

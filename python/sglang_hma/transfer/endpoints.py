@@ -31,7 +31,7 @@ class HmaKVSender(MooncakeKVSender):
         self, early: EarlySend, send: Callable[[], None], *, hold: Hold | None = None
     ) -> None:
         """Run `send`, which sends pages of this request, with `early` in place of SGLang's event:
-        HmaKVManager.add_transfer_request gets it as `wait_event`.
+        HmaPrefillManager.add_transfer_request gets it as `wait_event`.
 
         `hold` takes the pages and returns what is called when the request has ended.
         """

@@ -74,7 +74,7 @@ class MessageIntake:
         return True
 
     def _remember_request(self, message: list[bytes]) -> None:
-        """A decode rank's pages for one request; HmaKVManager appends the generation to it."""
+        """A decode rank's pages for one request; HmaDecodeManager appends the generation."""
         info = TransferInfo.from_zmq(message)
         if (info.dst_kv_indices < 0).any():
             raise ValueError("negative page index")
