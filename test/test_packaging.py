@@ -98,14 +98,40 @@ print(version("sglang-hma"), kernels.isa() if kernels else None)
     assert version == __version__ and (isa != "None") == HAS_KERNELS
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # other tests import
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_it_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_says_what_it_takes(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
     try:
         assert main([command, "--help"]) == 0
     except SystemExit as ended:
         assert not ended.code
     shown = capsys.readouterr().out
     assert "usage:" in shown and f"-m {COMMANDS[command][0]}" in shown
+
+
+def test_a_command_is_the_main_module_of_what_it_spawns(tmp_path: Path) -> None:
+    """As under `python -m`: launch_server's workers prepare torch's operators that way."""
+    (tmp_path / "spawning.py").write_text("""
+import multiprocessing
+import sys
+
+def say():
+    print(__name__, *sys.argv[1:])
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=say)
+    child.start()
+    child.join()
+""")
+    code = "from sglang_hma import cli; cli.COMMANDS['spawn'] = ('spawning', ''); "
+    code += "cli.main(['spawn', '--a-flag'])"
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "__mp_main__ --a-flag\n", done.stderr
 
 
 def test_no_command_and_a_wrong_one_are_refused_in_one_line(

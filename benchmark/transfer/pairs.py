@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmark.transfer.link import DECODE_IP, PREFILL_IP, Link
 from sglang_hma.launch_pd import ROUTER_DEFAULTS
 
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 900  # only to end a hang
 PLAIN_CPU = Path(__file__).parents[2] / "test" / "stand_ins" / "plain_cpu"
 
 
@@ -148,7 +148,7 @@ def wait(
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        with urllib.request.urlopen(url, timeout=60):
             return True
     except OSError:
         return False
@@ -179,7 +179,7 @@ def first_token(url: str, prompt: list[int]) -> float:
         f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     begin = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=120) as reply:
+    with urllib.request.urlopen(request, timeout=START_TIMEOUT_S) as reply:
         for line in reply:
             if line.startswith(b"data:"):
                 seconds = time.perf_counter() - begin

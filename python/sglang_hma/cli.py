@@ -1,12 +1,11 @@
 """sglang-hma: one command for what `python -m sglang_hma.*` does."""
 
+import runpy
 import sys
-from collections.abc import Callable
-from importlib import import_module
 
 from sglang_hma import __version__
 
-# command: (module whose main gets the rest of the arguments, what it does)
+# command: (module that runs with the rest of the arguments, what it does)
 COMMANDS = {
     "check-env": ("sglang_hma.check_env", "say what this box can serve, and what it lacks"),
     "demo-model": ("sglang_hma.demo_model", "write a small random model to try the servers with"),
@@ -56,5 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         names = ", ".join(COMMANDS)
         print(f"sglang-hma: error: {given}: give one of {names}; see --help", file=sys.stderr)
         return 2
-    run: Callable[[list[str]], int | None] = import_module(COMMANDS[command][0]).main
-    return run(arguments) or 0
+    # As `python -m` does: a process that it spawns imports the module first, not this one.
+    sys.argv = [f"sglang-hma {command}", *arguments]
+    runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+    return 0

@@ -13,6 +13,7 @@ CHUNK = 64
 COMMON = ("--dtype", "float32", "--chunked-prefill-size", str(CHUNK), "--enable-metrics")
 # Small enough that 200 concurrent requests reuse pages and retract.
 POOL_TOKENS = 4096
+PREFILL_TOKENS = 2048
 FAULTY_LINK = Path(__file__).parent.parent / "stand_ins" / "faulty_link"
 SHOWN_LINES = 40
 
@@ -66,7 +67,7 @@ def launched(
     requests compete for pages.
     """
     pools = {
-        "prefill": ("--max-total-tokens", "2048"),
+        "prefill": ("--max-total-tokens", str(PREFILL_TOKENS)),
         "decode": (
             *("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "64"),
             *("--num-reserved-decode-tokens", "1"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 
 from sglang_hma.launch.guardian import kill_run, marked
@@ -26,6 +27,13 @@ from sglang_hma.launch_pd import ROUTER_DEFAULTS, Commands
 PORTS = range(10100, 14900)
 _handed_out: set[int] = set()
 POLL_S = 0.1
+# How long a request may wait, and how long a server may take to say that it is healthy, are no
+# matter of the machine that runs the tests.
+PATIENCE = {
+    "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "3600",
+    "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "3600",
+}
+PATIENT_ROUTER = ("--health-check-timeout-secs", "600", "--request-timeout-secs", "3600")
 ANSWER_S = 60  # a server that is alive answers a question about itself sooner, or is asked again
 
 
@@ -63,7 +71,7 @@ class Process:
 
     def start(self) -> "Process":
         self.run_id = uuid.uuid4().hex
-        env = os.environ | {"SGLANG_HMA_SHARE": "3"} | self.env | marked(self.run_id)
+        env = os.environ | {"SGLANG_HMA_SHARE": "3"} | PATIENCE | self.env | marked(self.run_id)
         with self.log.open("ab") as out:
             self.popen = subprocess.Popen(
                 self.command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -83,6 +91,10 @@ class Process:
 
     def check_alive(self) -> None:
         assert self.alive(), f"{self.name} ended by itself, exit code {self.popen.returncode}"
+
+    def tree(self) -> list[psutil.Process]:
+        root = psutil.Process(self.popen.pid)
+        return [root, *root.children(recursive=True)]
 
     def stop(self) -> None:
         """End exactly the processes that carry this run's id."""
@@ -152,8 +164,8 @@ def launch(
 def launch_router(logs: Path, prefill: Server, decode: Server, name: str = "router") -> Server:
     port = free_port()
     command = [*Commands().router, "--pd-disaggregation"]
-    command += ["--policy", "random", *ROUTER_DEFAULTS, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prometheus-port", str(free_port())]
+    command += ["--policy", "random", *ROUTER_DEFAULTS, *PATIENT_ROUTER]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
     command += ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]
     router = Server(
         name,

@@ -55,12 +55,16 @@ class Oracle:
         continuation is the given one, so a tie early on hides no later token.
         """
         cache = RoundingCache() if rounded else DynamicCache()
-        model = self.prefill_model if rounded else self.decode_model
-        ids, out = torch.tensor([prompt]), []
-        for token in tokens:
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
-            out.append(float(logits.max() - logits[token]))
-            ids, model = torch.tensor([[token]]), self.decode_model
-            if rounded:
-                cache.packs = False
-        return out
+        first = self.prefill_model if rounded else self.decode_model
+        logits = [self._logits(first, prompt, cache)[-1:]]
+        if rounded:
+            cache.packs = False
+        if len(tokens) > 1:
+            # All at once: what each token stores is rounded by itself.
+            logits.append(self._logits(self.decode_model, tokens[:-1], cache))
+        found = torch.cat(logits)
+        return (found.max(-1).values - found[range(len(tokens)), tokens]).tolist()
+
+    @staticmethod
+    def _logits(model: torch.nn.Module, ids: list[int], cache: DynamicCache) -> torch.Tensor:
+        return model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0]

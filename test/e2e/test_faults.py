@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import pytest
 import requests
 
@@ -135,11 +134,6 @@ class Load(threading.Thread):
         return refused
 
 
-def tree(server: Server) -> list[psutil.Process]:
-    root = psutil.Process(server.popen.pid)
-    return [root, *root.children(recursive=True)]
-
-
 def flipped_and_resent(pair: Pair) -> tuple[float, float]:
     return (
         pair.decode.metric("sglang_hma:kv_checksum_failures_total"),
@@ -177,7 +171,7 @@ def test_stopped_server(faulty: Faulty, role: str, seed: int) -> None:
     server = getattr(faulty.pair, role)
     for _ in range(REPEATS):
         with faulty.load_in_flight(rng) as load:
-            stopped = tree(server)
+            stopped = server.tree()
             for process in stopped:
                 process.suspend()
         faulty.faults.set(slow_s=0.005)
@@ -237,7 +231,7 @@ def test_killed_server(faulty: Faulty, role: str, seed: int) -> None:
     other: Server = faulty.pair.decode if role == "prefill" else faulty.pair.prefill
     for _ in range(REPEATS):
         with faulty.load_in_flight(rng) as load:
-            for process in tree(server):
+            for process in server.tree():
                 process.send_signal(signal.SIGKILL)
             server.popen.wait()
         faulty.faults.set(slow_s=0.05)

@@ -92,7 +92,7 @@ def test_a_forked_child_has_its_own_threads(rng, threads):
     expected = bfp8_pack(x).numpy().tobytes()
     child = multiprocessing.get_context("fork").Process(target=pack_in_child, args=(x, expected))
     child.start()
-    child.join(60)
+    child.join(600)
     code, alive = child.exitcode, child.is_alive()
     child.kill()
     assert not alive and code == 0

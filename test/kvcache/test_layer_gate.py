@@ -77,8 +77,8 @@ def test_a_reader_never_sees_a_layer_too_early(seed: int) -> None:
         gate.advance(layer)
         if rng.random() < 0.2:
             time.sleep(1e-4)
-    reader.join(10)
-    assert not reader.is_alive() and not wrong
+    reader.join()
+    assert not wrong
 
 
 @pytest.mark.parametrize("layer", [-1, 3])

@@ -23,7 +23,7 @@ import sglang_hma
 FAKE = Path(__file__).with_name("fake_server.py")
 MARK = "SGLANG_HMA_TEST_RUN"
 # A launcher that neither answers nor ends within this is stuck, however slow the machine.
-STUCK_S = 120.0
+STUCK_S = 600.0
 
 
 def carrying(mark: str) -> dict[int, str]:

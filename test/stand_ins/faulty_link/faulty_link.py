@@ -4,6 +4,8 @@ HMA_TEST_FAULTS names a JSON file, read again whenever it is replaced:
   flip        probability that one byte of an acknowledged write is changed on the far side
   slow_s      every write is reported done this much later
   hold_after  after so many writes none is reported done; the file FILE.held says that one waits
+  hold_peers  if true, none is that goes to a peer which `hold_after` has kept a write of
+  lease_s     how long a decode server may be silent (the product's own, if it is not given)
 """
 
 import ctypes
@@ -16,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from sglang_hma.transfer.claims import Claims
 from sglang_hma.transfer.prefill.link import MooncakeLink
+
+LEASE_S = Claims.LEASE_S
 
 
 def register() -> None:
@@ -34,8 +39,9 @@ class FaultyLink(MooncakeLink):
         self.read_at = -1
         self.faults: dict[str, float] = {}
         self.writes: dict[int, tuple[str, int, int, int]] = {}
-        self.done: dict[int, float] = {}
+        self.done: dict[int, tuple[str, float]] = {}  # its peer, when it is reported
         self.ended = 0  # since the file was replaced
+        self.held_peers: set[str] = set()
         self.scratch = np.zeros(1, dtype=np.uint8)
         assert engine.register_memory(self.scratch.ctypes.data, 1) == 0
 
@@ -43,6 +49,9 @@ class FaultyLink(MooncakeLink):
         changed = self.path.stat().st_mtime_ns
         if changed != self.read_at:
             self.faults, self.read_at, self.ended = json.loads(self.path.read_text()), changed, 0
+            Claims.LEASE_S = self.faults.get("lease_s", LEASE_S)
+            if not self.faults.get("hold_peers"):
+                self.held_peers.clear()
         return self.faults.get(name)
 
     def submit(self, session: str, source: int, target: int, length: int) -> int:
@@ -58,20 +67,22 @@ class FaultyLink(MooncakeLink):
             write = self.writes.pop(handle)
             if status < 0:
                 return status
-            self.done[handle] = time.monotonic() + (self.fault("slow_s") or 0)
+            self.done[handle] = write[0], time.monotonic() + (self.fault("slow_s") or 0)
             # Not the metadata, whose writes are short: checksums are for pages.
             if write[3] >= 1088 and random.random() < (self.fault("flip") or 0):
                 self.flip(*write)
-        if self.holds() or time.monotonic() < self.done[handle]:
+        session, done_s = self.done[handle]
+        if self.holds(session) or time.monotonic() < done_s:
             return 0
         del self.done[handle]
         self.ended += 1
         return 1
 
-    def holds(self) -> bool:
+    def holds(self, session: str) -> bool:
         after = self.fault("hold_after")
         if after is None or self.ended < after:
-            return False
+            return session in self.held_peers
+        self.held_peers.add(session)
         self.held.touch()
         return True
 

@@ -1,0 +1,88 @@
+"""A stopped decode server costs the others the pages of its own requests, and nothing else."""
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from .client import assert_drained, flush, payload
+from .conftest import COMMON, PREFILL_TOKENS, Faults
+from .harness import Pair, Server, launch, running, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.faults]
+
+PAGE = 32
+POOL_PAGES = PREFILL_TOKENS // PAGE
+GUESTS, GUEST_PAGES = 8, 2
+AT_ONCE = 6
+LEASE_S = 3600.0  # in place of 30 s: whether a machine is slow must not matter
+
+
+@pytest.fixture(scope="module")
+def guest(pair: Pair, model: Path, logs: Path) -> Iterator[Server]:
+    """A second decode server of the same prefill server."""
+    pool = ("--max-total-tokens", "4096", "--num-reserved-decode-tokens", "1")
+    server = launch("guest", model, logs, *COMMON, *pool, mode="decode")
+    with running(server):
+        yield server
+
+
+def ask(prefill: Server, decode: Server, prompt: list[int]) -> Any:
+    """Four new tokens: as a router does, each server gets its half of a request."""
+    half = {"bootstrap_host": "127.0.0.1", "bootstrap_port": prefill.bootstrap_port}
+    job = payload(prompt, 4, **half, bootstrap_room=random.getrandbits(62))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(requests.post, f"{prefill.url}/generate", json=job)
+        reply = requests.post(f"{decode.url}/generate", json=job)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["output_ids"]
+
+
+def in_flight(prefill: Server) -> int:
+    """Requests that are computed and not yet concluded."""
+    loads = requests.get(f"{prefill.url}/v1/loads", params={"include": "disagg"}).json()["loads"]
+    return sum(load["disaggregation"]["prefill_inflight_queue_reqs"] for load in loads)
+
+
+def test_others_go_on_while_a_peer_is_stopped(
+    pair: Pair, guest: Server, faults: Faults, seed: int
+) -> None:
+    rng = random.Random(seed)
+
+    def prompt(tokens: int) -> list[int]:
+        return [rng.randrange(8, 4000) for _ in range(tokens)]
+
+    # A prompt of whole pages, asked twice, frees a page while it is on its way.
+    guests = [prompt(GUEST_PAGES * PAGE) for _ in range(GUESTS)]
+    others = [prompt(tokens) for tokens in (96, 130, 256, 300, 448, 500) * 2]
+    left = POOL_PAGES - GUESTS * (GUEST_PAGES + 1)
+    assert sum(map(len, others)) / len(others) * AT_ONCE > left * PAGE
+
+    def ask_others() -> list[Any]:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda one: ask(pair.prefill, pair.decode, one), others))
+
+    quiet = ask_others()
+    flush(pair.prefill)
+    expected = [ask(pair.prefill, pair.decode, one) for one in guests]
+    faults.set(hold_after=0)
+    with ThreadPoolExecutor(GUESTS) as pool:
+        asked = [pool.submit(ask, pair.prefill, guest, one) for one in guests]
+        until(lambda: in_flight(pair.prefill) >= GUESTS, pair.prefill, guest)
+        stopped = guest.tree()
+        for process in stopped:
+            process.suspend()
+        try:
+            faults.set(hold_peers=True, lease_s=LEASE_S)
+            assert ask_others() == quiet
+            assert in_flight(pair.prefill) == GUESTS
+        finally:
+            for process in stopped:
+                process.resume()
+            faults.set()
+        assert [one.result() for one in asked] == expected
+    assert_drained(pair.prefill, pair.decode, guest)
