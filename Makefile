@@ -33,13 +33,14 @@ serve: venv $(if $(MODEL),,demo-model) ## Serve MODEL=, or a demo model, on PORT
 demo-model: venv ## Make a small random model in build/demo-model
 	@$(RUN) -m sglang_hma.demo_model $(DEMO_MODEL)
 
-# Triton must be told before it is imported that it interprets: these run in a process of their own.
-TRITON_TESTS = TRITON_INTERPRET=1 $(RUN) -m pytest test/gpu -k 'not compile'
-
 .PHONY: test
-test: venv ## Lint, then run the tests (PYTEST_ARGS=)
+test: venv ## Lint, types and all tests; with PYTEST_ARGS= lint and those
+ifeq ($(strip $(PYTEST_ARGS)),)
+	@VENV='$(VENV)' scripts/test.sh
+else
 	@lint=0; $(MAKE) --no-print-directory lint || lint=$$?; \
-	$(RUN) -m pytest $(PYTEST_ARGS) $(if $(strip $(PYTEST_ARGS)),,&& $(TRITON_TESTS)) && exit $$lint
+	$(RUN) -m pytest $(PYTEST_ARGS) && exit $$lint
+endif
 
 .PHONY: test-gpu
 test-gpu: venv ## On a machine with a GPU: the kernels' tests on it
