@@ -106,7 +106,7 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode"], 8),
+        ("--enable-mixed", ["--disaggregation-mode", "decode"], 9),
         ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 6),
     ],
 )

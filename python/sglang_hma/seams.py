@@ -151,6 +151,14 @@ SEAMS = (
         "bfp8, decode",
     ),
     Seam(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+        "in a full pool the last running request is put aside too; SGLang would abort it, though "
+        "requests that are landing hold pages that they will give back",
+        _from("transfer.decode.retraction", "retract_decode"),
+        lambda config: config.packs_kv and config.role == "decode",
+        "bfp8, decode",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler_components.internal_state"
         ".SchedulerInternalStateController.get_internal_state",
         "formats, kernels and cards under `internal_states[].hma` of `/get_server_info`",

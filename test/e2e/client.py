@@ -61,6 +61,12 @@ async def all_at_once(url: str, jobs: list[tuple[list[int], int]]) -> list[tuple
         return await asyncio.gather(*(one(*job) for job in jobs))
 
 
+def load(server: Server) -> dict[str, Any]:
+    """What SGLang says of a server's queues."""
+    (found,) = requests.get(f"{server.url}/v1/loads", params={"include": "all"}).json()["loads"]
+    return dict(found)
+
+
 def flush(server: Server) -> None:
     """Empty the cache once the server has nothing to do. A request that was answered may still
     have to be concluded on prefill; SGLang flushes when it is."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import requests
 
-from .client import assert_drained, flush, payload
+from .client import assert_drained, flush, load, payload
 from .conftest import COMMON, PREFILL_TOKENS, Faults
 from .harness import Pair, Server, launch, running, until
 
@@ -44,8 +44,7 @@ def ask(prefill: Server, decode: Server, prompt: list[int]) -> Any:
 
 def in_flight(prefill: Server) -> int:
     """Requests that are computed and not yet concluded."""
-    loads = requests.get(f"{prefill.url}/v1/loads", params={"include": "disagg"}).json()["loads"]
-    return sum(load["disaggregation"]["prefill_inflight_queue_reqs"] for load in loads)
+    return int(load(prefill)["disaggregation"]["prefill_inflight_queue_reqs"])
 
 
 def test_others_go_on_while_a_peer_is_stopped(

@@ -39,6 +39,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         reserved = self.num_reserved_decode_tokens * BFP8_PAGES_PER_SLAB
         self.num_reserved_decode_tokens = -(-reserved // BF16_PAGES_PER_SLAB)
         self._candidate: Any = None
+        self._room_to_go_on = 0  # tokens that must fit beside the request just priced
 
     @override
     def _check_if_req_exceed_kv_capacity(self, req: Any) -> bool:
@@ -71,8 +72,32 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         return super()._prealloc_reservation_fits(
             *args, **kwargs
         ) and self.token_to_kv_pool_allocator.fits_landing(
-            len(req.origin_input_ids), self._pre_alloc_fill_len(req)
+            len(req.origin_input_ids), self._pre_alloc_fill_len(req) + self._room_to_go_on
         )
+
+    @override
+    def resume_retracted_reqs(self, rids_to_check: list[str] | None = None) -> list[Any]:
+        """What begins before anything new is let in. If nothing runs, requests that have landed
+        come first: only they can give pages back, and SGLang would let them wait as long as a
+        retracted one has no room."""
+        if not self.retracted_queue or not self._nothing_runs():
+            return list(super().resume_retracted_reqs(rids_to_check))
+        if landed := self.transfer_queue.pop_transferred():
+            return list(landed)
+        # With a page to go on in, or it would be retracted again at once.
+        self._room_to_go_on = PAGE
+        resumed: list[Any] = super().resume_retracted_reqs(rids_to_check)
+        self._room_to_go_on = 0
+        if resumed or self.transfer_queue.queue:
+            return resumed
+        # Nobody else is left, so the reserve is for nobody.
+        reserved, self.num_reserved_decode_tokens = self.num_reserved_decode_tokens, 0
+        resumed = super().resume_retracted_reqs([self.retracted_queue[0].rid])
+        self.num_reserved_decode_tokens = reserved
+        return resumed
+
+    def _nothing_runs(self) -> bool:
+        return self.scheduler.running_batch.is_empty() and not self.scheduler.waiting_queue
 
     @override
     def _alloc_for_decode_prealloc(
