@@ -49,6 +49,10 @@ class Faults:
         """Exists once a write is kept from being done by `hold_after`."""
         return self.file.with_name(f"{self.file.name}.held")
 
+    def hold_a_peer(self) -> bool:
+        """Whether `hold_peers` would hold one."""
+        return self.held.exists() and self.held.read_text() != ""
+
 
 @pytest.fixture(scope="session")
 def faults(logs: Path) -> Faults:

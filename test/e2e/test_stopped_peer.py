@@ -71,7 +71,9 @@ def test_others_go_on_while_a_peer_is_stopped(
     faults.set(hold_after=0)
     with ThreadPoolExecutor(GUESTS) as pool:
         asked = [pool.submit(ask, pair.prefill, guest, one) for one in guests]
-        until(lambda: in_flight(pair.prefill) >= GUESTS, pair.prefill, guest)
+        until(
+            lambda: in_flight(pair.prefill) >= GUESTS and faults.hold_a_peer(), pair.prefill, guest
+        )
         stopped = guest.tree()
         for process in stopped:
             process.suspend()

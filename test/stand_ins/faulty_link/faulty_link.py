@@ -3,16 +3,20 @@
 HMA_TEST_FAULTS names a JSON file, read again whenever it is replaced:
   flip        probability that one byte of an acknowledged write is changed on the far side
   slow_s      every write is reported done this much later
-  hold_after  after so many writes none is reported done; the file FILE.held says that one waits
-  hold_peers  if true, none is that goes to a peer which `hold_after` has kept a write of
+  hold_after  after so many writes none is reported done; the file FILE.held says that one waits,
+              and lists the peers to which writes began since
+  hold_peers  if true, none is that goes to a peer that the `hold_after` before it listed
   lease_s     how long a decode server may be silent (the product's own, if it is not given)
 """
 
+import contextlib
 import ctypes
+import itertools
 import json
 import os
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,19 @@ def register() -> None:
     manager.MooncakeLink = FaultyLink
 
 
+@dataclass
+class Write:
+    """`handle` is Mooncake's, which it gives to another write once this one has ended."""
+
+    handle: int
+    session: str
+    source: int
+    target: int
+    length: int
+    began: int  # under which file
+    done_s: float | None = None  # when it is reported
+
+
 class FaultyLink(MooncakeLink):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -38,8 +55,8 @@ class FaultyLink(MooncakeLink):
         self.held = self.path.with_name(f"{self.path.name}.held")
         self.read_at = -1
         self.faults: dict[str, float] = {}
-        self.writes: dict[int, tuple[str, int, int, int]] = {}
-        self.done: dict[int, tuple[str, float]] = {}  # its peer, when it is reported
+        self.handles = itertools.count(1)
+        self.writes: dict[int, Write] = {}
         self.ended = 0  # since the file was replaced
         self.held_peers: set[str] = set()
         self.scratch = np.zeros(1, dtype=np.uint8)
@@ -55,39 +72,48 @@ class FaultyLink(MooncakeLink):
         return self.faults.get(name)
 
     def submit(self, session: str, source: int, target: int, length: int) -> int:
+        self.fault("")  # reads the file
         handle = super().submit(session, source, target, length)
-        self.writes[handle] = session, source, target, length
-        return handle
+        if not handle:
+            return 0
+        own = next(self.handles)
+        self.writes[own] = Write(handle, session, source, target, length, self.read_at)
+        return own
 
     def check(self, handle: int) -> int:
-        if handle not in self.done:
-            status = super().check(handle)
-            if status == 0:
-                return 0
-            write = self.writes.pop(handle)
+        write = self.writes[handle]
+        if write.done_s is None:
+            status = super().check(write.handle)
             if status < 0:
+                del self.writes[handle]
+            if status <= 0:
                 return status
-            self.done[handle] = write[0], time.monotonic() + (self.fault("slow_s") or 0)
+            write.done_s = time.monotonic() + (self.fault("slow_s") or 0)
             # Not the metadata, whose writes are short: checksums are for pages.
-            if write[3] >= 1088 and random.random() < (self.fault("flip") or 0):
-                self.flip(*write)
-        session, done_s = self.done[handle]
-        if self.holds(session) or time.monotonic() < done_s:
+            if write.length >= 1088 and random.random() < (self.fault("flip") or 0):
+                self.flip(write)
+        if self.holds(write) or time.monotonic() < write.done_s:
             return 0
-        del self.done[handle]
+        del self.writes[handle]
         self.ended += 1
         return 1
 
-    def holds(self, session: str) -> bool:
+    def holds(self, write: Write) -> bool:
         after = self.fault("hold_after")
         if after is None or self.ended < after:
-            return session in self.held_peers
-        self.held_peers.add(session)
-        self.held.touch()
+            return write.session in self.held_peers
+        if write.began == self.read_at:
+            self.held_peers.add(write.session)
+        told = "\n".join(sorted(self.held_peers))
+        with contextlib.suppress(FileNotFoundError):
+            if self.held.read_text() == told:
+                return True
+        self.held.write_text(told)
         return True
 
-    def flip(self, session: str, source: int, target: int, length: int) -> None:
-        at = random.randrange(length)
-        self.scratch[0] = ctypes.c_uint8.from_address(source + at).value ^ random.randrange(1, 256)
+    def flip(self, write: Write) -> None:
+        at = random.randrange(write.length)
+        byte = ctypes.c_uint8.from_address(write.source + at).value
+        self.scratch[0] = byte ^ random.randrange(1, 256)
         scratch = self.scratch.ctypes.data
-        assert self.engine.transfer_sync_write(session, scratch, target + at, 1) == 0
+        assert self.engine.transfer_sync_write(write.session, scratch, write.target + at, 1) == 0
