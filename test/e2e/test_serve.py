@@ -3,13 +3,12 @@
 import random
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ..launch.fleet import carrying
+from ..launch.fleet import carrying, send
 from .client import assert_same_where_sure, output_ids
 from .harness import Pair, Process, free_port, until
 
@@ -30,8 +29,8 @@ def test_one_command_serves_and_stops(pair: Pair, model: Path, logs: Path) -> No
     try:
         ready = until(lambda: READY.search(launcher.text()), launcher)
         assert ready.group(1) == f"http://127.0.0.1:{port}"
-        printed = subprocess.run(ready.group(2), shell=True, capture_output=True, text=True)
-        assert '"choices"' in printed.stdout, printed.stdout + printed.stderr
+        _, _, reply = send(ready.group(2))
+        assert '"choices"' in reply
         prompt = list(range(100, 170))
         first = output_ids(ready.group(1), prompt, 8)
         assert len(first) == 8

@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -13,10 +15,12 @@ import sys
 import termios
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sglang_hma
 
@@ -49,6 +53,19 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def send(curl: str) -> tuple[str, dict[str, Any], str]:
+    """Send the request of a curl line as launch_pd prints it, without curl, which a box may lack:
+    the URL, the body, the reply."""
+    words = shlex.split(curl)
+    assert words[:2] == ["curl", "-s"]
+    headers = dict(words[i + 1].split(": ") for i, word in enumerate(words) if word == "-H")
+    headers = {name: value.replace("$API_KEY", "secret") for name, value in headers.items()}
+    body = words[words.index("-d") + 1]
+    request = urllib.request.Request(words[2], body.encode(), headers)
+    with urllib.request.urlopen(request, timeout=STUCK_S) as reply:
+        return words[2], json.loads(body), reply.read().decode()
 
 
 @dataclass

@@ -1,33 +1,23 @@
 """launch_pd with fake servers: real processes, real signals, nothing left behind."""
 
-import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
-import urllib.request
 import uuid
 
 import pytest
 
 from sglang_hma.launch.guardian import kill_run, marked
 
-from .fleet import STUCK_S, Launch, Run, carrying, until
+from .fleet import STUCK_S, Launch, Run, carrying, send, until
 
 
 def printed_request(run: Run) -> tuple[str, dict[str, object]]:
     """Send the curl line that launch_pd printed, as printed."""
     (line,) = [line for line in run.text().splitlines() if line.startswith("  try: ")]
-    words = shlex.split(line)[1:]
-    assert words[:2] == ["curl", "-s"]
-    headers = dict(words[i + 1].split(": ") for i, word in enumerate(words) if word == "-H")
-    headers = {name: value.replace("$API_KEY", "secret") for name, value in headers.items()}
-    body = words[words.index("-d") + 1]
-    request = urllib.request.Request(words[2], body.encode(), headers)
-    with urllib.request.urlopen(request, timeout=STUCK_S) as reply:
-        assert reply.status == 200
-    return words[2], json.loads(body)
+    url, body, _ = send(line.removeprefix("  try: "))
+    return url, body
 
 
 def test_serves_and_stops(launch: Launch) -> None:
