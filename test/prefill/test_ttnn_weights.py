@@ -40,7 +40,7 @@ def test_second_start_reads_the_cache_alone(
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor.value, second[name].value)
         assert tensor.dtype == second[name].dtype and tensor.layout == second[name].layout
-    assert not [file for file in tmp_path.iterdir() if str(os.getpid()) in file.name]
+    assert not list(tmp_path.glob(f"*.{os.getpid()}.tensorbin"))
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
