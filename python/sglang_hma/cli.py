@@ -8,12 +8,12 @@ from sglang_hma import __version__
 # command: (module that runs with the rest of the arguments, what it does)
 COMMANDS = {
     "check-env": ("sglang_hma.check_env", "say what this box can serve, and what it lacks"),
-    "demo-model": ("sglang_hma.demo_model", "write a small random model to try the servers with"),
+    "demo-model": ("sglang_hma.demo_model", "get a small model to try the servers with"),
     "serve": ("sglang_hma.launch_pd", "prefill servers, decode servers and a router on one box"),
     "launch-server": ("sglang_hma.launch_server", "one server of a role: prefill, decode or both"),
     "compare": (
-        "sglang_hma.prefill.ttnn.compare",
-        "compare a Tenstorrent card's prefill with transformers",
+        "sglang_hma.prefill.compare",
+        "compare a prefill runtime with transformers, layer by layer",
     ),
 }
 

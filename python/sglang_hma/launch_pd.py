@@ -32,6 +32,7 @@ ROUTER_DEFAULTS = (
     *("--health-check-interval-secs", "10", "--health-success-threshold", "1"),
     *("--cb-timeout-duration-secs", "5", "--cb-success-threshold", "1"),
 )
+QUESTION = "What is the capital of France?"
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,13 @@ def first_request(options: Options, decode_url: str) -> str:
     model = json.loads(reply)["data"][0]["id"]
     # A base model has no chat template and refuses the first of these.
     prompts: dict[str, dict[str, Any]] = {
-        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
-        "/v1/completions": {"prompt": "Hello"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": QUESTION}]},
+        "/v1/completions": {"prompt": "The capital of France is"},
     }
     refusals = []
     for path, prompt in prompts.items():
-        body = json.dumps({"model": model, **prompt, "max_tokens": 16}, separators=(",", ":"))
+        fields = {"model": model, **prompt, "max_tokens": 16, "temperature": 0}
+        body = json.dumps(fields, separators=(",", ":"))
         status, reply = request(url + path, headers, options.timeout, body)
         if status == 200:
             return curl(url + path, body, key)

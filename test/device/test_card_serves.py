@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmark.transfer.timeline import spans
-from sglang_hma.demo_model import make_demo_model
+from sglang_hma.demo.random_model import make_random_model
 
 from ..e2e.client import assert_drained, output_ids, sure_tokens
 from ..e2e.harness import Pair, Server, launch, running, running_pair, until
@@ -28,7 +28,7 @@ FLAGS = ("--skip-server-warmup", "--watchdog-timeout", "3000", "--max-total-toke
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("card")
-    make_demo_model(path / "model", layers=2)
+    make_random_model(path / "model", layers=2)
     return path
 
 

@@ -25,10 +25,10 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sglang_hma.demo_model import make_demo_model
+    from sglang_hma.demo.random_model import make_random_model
 
     path = tmp_path_factory.mktemp("models") / "qwen3"
-    make_demo_model(path)
+    make_random_model(path)
     return path
 
 

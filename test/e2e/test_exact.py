@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_hma.demo_model import make_demo_model
+from sglang_hma.demo.random_model import make_random_model
 
 from .client import flush, generate, output_ids
 from .conftest import COMMON
@@ -33,7 +33,7 @@ def families(
         for family in FAMILIES:
             path = tmp_path_factory.mktemp("models") / family
             sizes = {"layers": 2, "heads": 4, "kv_heads": 2}
-            make_demo_model(path, family=family, **sizes, tie_embeddings=family == "llama")
+            make_random_model(path, family=family, **sizes, tie_embeddings=family == "llama")
             server = launch(f"one-{family}", path, logs, *COMMON, "--max-total-tokens", "2048")
             started[family] = server, path
         yield started

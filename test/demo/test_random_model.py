@@ -6,7 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglang_hma import demo_model
-from sglang_hma.demo_model import DemoModelError, Family, make_demo_model
+from sglang_hma.demo import random_model
+from sglang_hma.demo.folder import DemoModelError
+from sglang_hma.demo.random_model import Family, make_random_model
 
 SMALL = dict(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=128, vocab=512)
 
@@ -20,7 +22,7 @@ def one_thread():
 
 
 def small(path: Path, **changes) -> Path:
-    return make_demo_model(path, **{**SMALL, **changes})
+    return make_random_model(path, **{**SMALL, **changes})
 
 
 def weights(path: Path) -> bytes:
@@ -81,7 +83,7 @@ def test_a_demo_model_is_kept_or_replaced_by_a_whole_one(tmp_path: Path, monkeyp
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo_model, "_train_tokenizer", fail)
+        patch.setattr(random_model, "_train_tokenizer", fail)
         with pytest.raises(OSError):
             small(path, layers=1)
     assert json.loads((path / "config.json").read_text())["num_hidden_layers"] == 2
@@ -111,8 +113,14 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path: Path, capsys, arguments, message) -> None:
-    assert demo_model.main([str(tmp_path / "model"), *arguments]) == 1
+    assert demo_model.main([str(tmp_path / "model"), "--random", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_sizes_are_for_random_models_only(tmp_path: Path, capsys) -> None:
+    for also in ([], ["--gguf", "model.gguf"]):
+        assert demo_model.main([str(tmp_path / "model"), "--head-dim", "64", *also]) == 1
+        assert "--head-dim is for random models: add --random" in capsys.readouterr().err
