@@ -17,7 +17,6 @@ from transformers import (
 
 from hma_kernels import bfp8_unpack, reference
 from sglang_hma.prefill.ttnn.card import Card
-from sglang_hma.prefill.ttnn.compare import correlation
 from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
 from sglang_hma.prefill.ttnn.shape import pages_of
 
@@ -74,6 +73,11 @@ class Result:
 
     logits: torch.Tensor
     kv: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Pearson's, over all elements."""
+    return float(np.corrcoef(a.double().flatten().numpy(), b.double().flatten().numpy())[0, 1])
 
 
 def with_packed_weights(model: Any) -> Any:

@@ -68,6 +68,7 @@ class _OnCard:
 
 # (layer, one (K, V) pair a chunk): packed tensors [1, a chip's kv_heads, padded length, head_dim]
 Stored = Callable[[int, list[tuple[Any, Any]]], None]
+After = Callable[[int, list[Any]], None]
 
 
 # K and V of each layer: BFP8 [pages, a chip's kv_heads, 32, head_dim]; page 0 takes what padding
@@ -124,24 +125,33 @@ class PrefillModel:
             for fidelity in (ttnn.MathFidelity.HiFi2, ttnn.MathFidelity.HiFi3)
         )
 
-    def forward(self, chunks: Sequence[Chunk], cache: Cache, stored: Stored) -> list[Any]:
+    def forward(
+        self, chunks: Sequence[Chunk], cache: Cache, stored: Stored, after: After | None = None
+    ) -> list[Any]:
         """The residual stream after the last layer, [1, 1, padded length, hidden] a chunk.
 
-        `stored` is called after each layer was enqueued, not when it has run.
+        `stored`, and `after` with the residual streams, are called after each layer was enqueued,
+        not when it has run.
         """
         on_card = [self._upload(chunk) for chunk in chunks]
         for layer, kv in enumerate(cache):
             stored(layer, [self._layer(layer, chunk, *kv) for chunk in on_card])
+            if after is not None:
+                after(layer, [chunk.x for chunk in on_card])
         return [chunk.x for chunk in on_card]
 
     def hidden(self, x: Any, first: int, rows: int) -> torch.Tensor:
         """Normed rows first.. of a residual stream, BF16 [rows, hidden], on the host."""
+        return self.rows(self._norm(x, "norm"), first, rows)
+
+    def rows(self, x: Any, first: int, rows: int) -> torch.Tensor:
+        """Rows first.. of a tensor [1, 1, padded length, hidden], on the host."""
         import ttnn
 
         # Cut on the host: on the card each place to cut at would be a program of its own.
-        normed = ttnn.from_device(ttnn.get_device_tensors(self._norm(x, "norm"))[0])
+        on_host = ttnn.from_device(ttnn.get_device_tensors(x)[0])
         begin, end = first // TILE, -(-(first + rows) // TILE)
-        part = tile_rows(normed, self.shape.hidden, begin, end)
+        part = tile_rows(on_host, self.shape.hidden, begin, end)
         return part[first - begin * TILE :][:rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -43,22 +43,35 @@ class OfflinePrefill:
         ]
         self.stored: list[int] = []
 
-    def prefill(self, chunks: Sequence[Chunk], *, last: bool = False) -> list[torch.Tensor]:
+    def prefill(
+        self,
+        chunks: Sequence[Chunk],
+        *,
+        last: bool = False,
+        hidden: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
         """BF16 logits [n, vocab] of each chunk's tokens, or [1, vocab] of its last one; returns
-        when all pages are in `host`."""
+        when all pages are in `host`. `hidden` gets what the first chunk's residual stream is after
+        each layer, [n, hidden]."""
         readback = Readback(self.card, self._store, self.stored.append)
         own = [chunk.own_pages for chunk in chunks]
+
+        def keep(_layer: int, streams: list[Any]) -> None:
+            if hidden is not None:
+                hidden.append(self.model.rows(streams[0], 0, len(chunks[0].tokens)))
+
         try:
             streams = self.model.forward(
                 chunks,
                 self.cache,
                 lambda layer, pairs: readback.submit(layer, list(zip(own, pairs, strict=True))),
+                keep,
             )
             logits = []
             for chunk, stream in zip(chunks, streams, strict=True):
                 rows = 1 if last else len(chunk.tokens)
-                hidden = self.model.hidden(stream, len(chunk.tokens) - rows, rows)
-                logits.append(self.model.logits(hidden))
+                normed = self.model.hidden(stream, len(chunk.tokens) - rows, rows)
+                logits.append(self.model.logits(normed))
             readback.drain()
         finally:
             readback.close()
