@@ -15,6 +15,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 SOAK ?= 50
 DEMO_MODEL := build/demo-model
+TASKS ?= last_words
 
 .PHONY: help
 help: ## Show this list
@@ -30,7 +31,7 @@ serve: venv $(if $(MODEL),,demo-model) ## Serve MODEL=, or a demo model, on PORT
 		--prefill $(PREFILL) --decode $(DECODE) --log-dir build/logs/$(PORT) $(ARGS)
 
 .PHONY: demo-model
-demo-model: venv ## Make a small random model in build/demo-model
+demo-model: venv ## A small model, fetched once (random where that fails), at build/demo-model
 	@$(RUN) -m sglang_hma.demo_model $(DEMO_MODEL)
 
 .PHONY: test
@@ -82,6 +83,48 @@ bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, an
 	$(RUN) -m benchmark.transfer.ttft --json build/bench/transfer_ttft.json \
 		--plot build/bench/transfer_ttft.svg $(ARGS)
 	$(RUN) -m benchmark.transfer.checksum --json build/bench/transfer_checksum.json $(ARGS)
+
+QUALITY_MODEL ?= $(DEMO_MODEL)
+QUALITY_TEXT ?= prose
+COMPARE = $(RUN) -m benchmark.quality.compare --model '$(QUALITY_MODEL)' --text $(QUALITY_TEXT) \
+	--json build/quality/$@.json --plot build/quality/$@.svg
+
+.PHONY: quality-main
+quality-main: venv demo-model ## Ours against BF16 and its noise floor, 50k tokens; QUALITY_MODEL=DIR QUALITY_TEXT=held-out ARGS=--check
+	$(COMPARE) --documents 100 --context 512 --scored 512 $(ARGS)
+
+.PHONY: quality-long
+quality-long: venv demo-model ## The same for 20k tokens after 4k
+	$(COMPARE) --documents 40 --context 4096 --scored 512 $(ARGS)
+
+.PHONY: quality-lengths
+quality-lengths: venv demo-model ## The same by context length
+	$(COMPARE) --documents 10 --context 256 512 1024 2048 4096 7680 --scored 256 $(ARGS)
+
+.PHONY: quality-parts
+quality-parts: venv demo-model ## What weights and KV cost, each alone
+	$(COMPARE) --set parts --documents 24 $(ARGS)
+
+.PHONY: quality-formats
+quality-formats: venv demo-model ## Ours beside FP8, INT8, INT4 and BFP4 KV, and BFP8 weights in decode
+	$(COMPARE) --set formats --documents 16 $(ARGS)
+
+.PHONY: quality-outliers
+quality-outliers: venv demo-model ## KV formats where some K channels are 32 times as large
+	$(COMPARE) --set outliers --outliers 32 --documents 24 $(ARGS)
+
+.PHONY: quality-served
+quality-served: venv demo-model ## A real pair of servers beside the harness of the figures above
+	$(RUN) -m benchmark.quality.served --model '$(QUALITY_MODEL)' --json build/quality/$@.json $(ARGS)
+
+.PHONY: quality-tasks
+quality-tasks: venv demo-model ## lm-evaluation-harness on ours and BF16; TASKS=
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) -r requirements/quality.txt
+	$(RUN) -m benchmark.quality.tasks --model '$(QUALITY_MODEL)' --tasks $(TASKS) --json build/quality/$@.json $(ARGS)
+
+.PHONY: train
+train: venv ## Train the small Qwen3 of docs/quality.md (hours; goes on where it was interrupted)
+	$(RUN) -m benchmark.quality.train $(ARGS)
 
 .PHONY: soak
 soak: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead link, aborts, flipped bytes (hours)

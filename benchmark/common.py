@@ -74,14 +74,15 @@ class Figure:
         return f"{verdict}: {self.name}: {self.value:.3g} (target {sign} {self.target:g})"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, *, timed: bool = True) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    result.add_argument("--rounds", type=int, default=9, help="paired rounds a figure; medians")
+    if timed:
+        result.add_argument("--rounds", type=int, default=9, help="paired rounds a figure; medians")
+        result.add_argument("--quick", action="store_true", help="without the sweeps")
     result.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     result.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.svg, .png)")
-    result.add_argument("--quick", action="store_true", help="without the sweeps")
     result.add_argument(
         "--check", action="store_true", help="exit 1 if a figure falls short of its target"
     )

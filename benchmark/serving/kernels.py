@@ -5,53 +5,17 @@ sglang.bench_serving. Prompts are random ids, new in each round, so that no pref
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmark.common import Timing, console, finish, parser, table
+from benchmark.serving.pair import pair
 
 KINDS = {"torch": "portable", "C++": "cpu"}
 METRICS = {"TTFT": "median_ttft_ms", "TPOT": "median_tpot_ms"}
-START_TIMEOUT_S = 900  # only to end a hang
-
-
-@contextmanager
-def pair(model: Path, port: int, kernels: str, log: Path) -> Any:
-    with log.open("w") as out:
-        flags = ["--model-path", str(model), "--port", str(port)]
-        flags += ["--log-dir", str(log.parent / log.stem)]
-        server = subprocess.Popen(
-            [sys.executable, "-m", "sglang_hma.launch_pd", *flags],
-            env=os.environ | {"HMA_KERNELS": kernels},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_until_ready(server, f"http://127.0.0.1:{port}/readiness", log)
-        yield
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise RuntimeError(f"the servers ended while starting; their log: {log}")
-        try:
-            with urllib.request.urlopen(url, timeout=60):
-                return
-        except OSError:
-            time.sleep(1)
-    raise TimeoutError(f"no server is ready after {START_TIMEOUT_S} s; their log: {log}")
 
 
 def bench_serving(args: Any, port: int, seed: int, output: Path) -> dict[str, Any]:
@@ -84,7 +48,7 @@ def bench_serving(args: Any, port: int, seed: int, output: Path) -> dict[str, An
 def main() -> None:
     options = parser(__doc__ or "")
     options.set_defaults(rounds=3)
-    options.add_argument("--model", type=Path, default=Path("build/demo-model"))
+    options.add_argument("--model", type=Path, default=Path("build/random-model"))
     options.add_argument("--port", type=int, default=31500)
     options.add_argument("--input-len", type=int, default=1024, help="prompt tokens")
     options.add_argument("--output-len", type=int, default=64, help="generated tokens")
@@ -92,7 +56,8 @@ def main() -> None:
     options.add_argument("--concurrency", type=int, default=4)
     args = options.parse_args()
     if not (args.model / "config.json").is_file():
-        options.error(f"--model is {args.model}: no model is there; `make demo-model` makes one")
+        make = f"python -m sglang_hma.demo_model --random {args.model}"
+        options.error(f"--model is {args.model}: no model is there; `{make}` makes one")
     args.model = args.model.resolve()
 
     seconds: dict[str, dict[str, list[float]]] = {
@@ -103,7 +68,7 @@ def main() -> None:
             for kind, kernels in KINDS.items():
                 console.print(f"round {index + 1} of {args.rounds}: {kind}", style="dim")
                 log = Path(folder) / f"{kernels}-{index}.log"
-                with pair(args.model, args.port, kernels, log):
+                with pair(args.model, args.port, log, env={"HMA_KERNELS": kernels}):
                     result = bench_serving(args, args.port, index + 1, log.with_suffix(".jsonl"))
                 for metric, field in METRICS.items():
                     seconds[metric][kind].append(result[field] / 1e3)

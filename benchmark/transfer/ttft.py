@@ -94,13 +94,13 @@ def main() -> None:
 
 
 def measure(args: Any) -> None:
-    from sglang_hma.demo_model import make_demo_model
+    from sglang_hma.demo.random_model import make_random_model
 
     console.print(f"seed {args.seed}", style="dim")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = folder / "model"
-        make_demo_model(model, max_position=8192, intermediate=512, **MODEL)
+        make_random_model(model, max_position=8192, intermediate=512, **MODEL)
         road = stack.enter_context(link())
         flags = ["--dtype", "bfloat16", "--chunked-prefill-size", "8192"]
         flags += ["--max-total-tokens", "24576", "--mem-fraction-static", "0.9"]

@@ -1,0 +1,1 @@
+"""What the formats cost in quality: see docs/quality.md."""

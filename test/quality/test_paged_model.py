@@ -1,0 +1,94 @@
+"""Documents scored through the product's pages, against transformers."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmark.quality.outliers import add_outliers
+from benchmark.quality.paged_model import Models, PagedModel, emulate_bf16
+from benchmark.quality.policies import BF16, FLOAT32, OURS_FLOAT32, Policy
+from sglang_hma.demo.random_model import make_random_model
+
+from ..e2e.oracle import Oracle
+
+TOKENS, CONTEXT = 150, 96
+SIZES = dict(layers=2, heads=4, kv_heads=2, head_dim=64, hidden=256, vocab=600)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / request.param
+    tied = request.param == "llama"
+    return make_random_model(folder, family=request.param, tie_embeddings=tied, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> PagedModel:
+    return PagedModel(Models(path), TOKENS)
+
+
+@pytest.fixture
+def ids(seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(8, 590) for _ in range(TOKENS)]
+
+
+def test_float32_is_transformers(path: Path, model: PagedModel, ids: list[int]) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = plain(torch.tensor([ids])).logits[0, CONTEXT - 1 : -1]
+    assert (model.logits(ids, CONTEXT, FLOAT32) - expected).abs().max() < 1e-3
+
+
+def test_ours_is_the_oracle(path: Path, model: PagedModel, ids: list[int]) -> None:
+    """Weights and KV rounded by the numpy definition, all else in float64."""
+    logits = model.logits(ids, CONTEXT, OURS_FLOAT32)
+    regrets = logits.max(-1).values - logits[range(len(logits)), ids[CONTEXT:]]
+    expected = torch.tensor(Oracle(path).regrets(ids[:CONTEXT], ids[CONTEXT:]))
+    # A last-bit difference may flip a rounding of K.
+    assert (regrets - expected).abs().median() < 1e-3
+    assert (regrets - expected).abs().max() < 0.1
+    plain = torch.tensor(Oracle(path).regrets(ids[:CONTEXT], ids[CONTEXT:], rounded=False))
+    assert (regrets - plain).abs().median() > 0.01, "rounding changes nothing: it shows nothing"
+
+
+def test_bf16_rounds_more_than_float32(model: PagedModel, ids: list[int]) -> None:
+    exact = model.logits(ids, CONTEXT, FLOAT32)
+    pages = model.logits(ids, CONTEXT, Policy("KV BF16", dtype=torch.float32))
+    all_bf16 = model.logits(ids, CONTEXT, BF16)
+    assert 0 < (pages - exact).abs().mean() < (all_bf16 - exact).abs().mean() < 0.2
+
+
+def test_outliers_leave_the_function(path: Path, model: PagedModel, ids: list[int]) -> None:
+    before = model.logits(ids, CONTEXT, FLOAT32)
+    models = Models(path)
+    stressed = models.get(torch.float32, attention="sdpa")
+    add_outliers(stressed, 32.0)  # a power of two: exact in bfloat16 too
+    after = PagedModel(models, TOKENS).logits(ids, CONTEXT, FLOAT32)
+    assert (after - before).abs().max() < 1e-3
+    attention = stressed.model.layers[0].self_attn
+    scaled = getattr(attention, "k_norm", attention.k_proj).weight.flatten().abs()
+    assert scaled.max() > 8 * scaled.median()
+
+
+def test_bf16_by_float32_is_bf16(path: Path, ids: list[int]) -> None:
+    """Layer by layer on the same input: what differs is a last bit, now and then."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    seen: list[tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, x, y: seen.append((m, x[0], y)))
+    with torch.inference_mode():
+        model(torch.tensor([ids]))
+        native, seen = seen, []
+        emulate_bf16(model)
+        assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+        for module, x, expected in native:
+            found = module.forward(x)
+            assert found.dtype == torch.bfloat16
+            apart = (found.float() - expected.float()).abs()
+            assert (apart <= expected.float().abs() * 2**-7 + 1e-3).all()
+            assert (apart > 0).float().mean() < 0.02
