@@ -95,11 +95,11 @@ quality-main: venv demo-model ## Ours against BF16 and its noise floor, 50k toke
 
 .PHONY: quality-long
 quality-long: venv demo-model ## The same for 20k tokens after 4k
-	$(COMPARE) --documents 40 --context 4096 --scored 512 $(ARGS)
+	$(COMPARE) --documents 12 --context 4096 --scored 1728 $(ARGS)
 
 .PHONY: quality-lengths
 quality-lengths: venv demo-model ## The same by context length
-	$(COMPARE) --documents 10 --context 256 512 1024 2048 4096 7680 --scored 256 $(ARGS)
+	$(COMPARE) --documents 6 --context 256 512 1024 2048 4096 7680 --scored 256 $(ARGS)
 
 .PHONY: quality-parts
 quality-parts: venv demo-model ## What weights and KV cost, each alone
@@ -107,7 +107,7 @@ quality-parts: venv demo-model ## What weights and KV cost, each alone
 
 .PHONY: quality-formats
 quality-formats: venv demo-model ## Ours beside FP8, INT8, INT4 and BFP4 KV, and BFP8 weights in decode
-	$(COMPARE) --set formats --documents 16 $(ARGS)
+	$(COMPARE) --set formats --documents 20 $(ARGS)
 
 .PHONY: quality-outliers
 quality-outliers: venv demo-model ## KV formats where some K channels are 32 times as large
