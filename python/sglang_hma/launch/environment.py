@@ -52,6 +52,13 @@ VARIABLES = (
         early=True,
     ),
     Variable(
+        "JE_ARROW_MALLOC_CONF",
+        "background_thread:false",
+        "pyarrow's allocator would start a thread; transformers imports it where scikit-learn is "
+        "installed",
+        early=True,
+    ),
+    Variable(
         "SGLANG_EXTERNAL_MODEL_PACKAGE",
         "sglang_hma.served_model",
         "SGLang imports the module of the served model, not all two hundred of its models",
