@@ -56,17 +56,27 @@ def deployment(args: argparse.Namespace, index: int) -> Iterator[str]:
 def answers(url: str, args: argparse.Namespace) -> Answers:
     """Which questions were answered rightly, for metrics that are 0 or 1."""
     import lm_eval
+    from lm_eval.models.sglang_generate_API import SGLANGGENERATEAPI
     from lm_eval.tasks import TaskManager
+
+    class Router(SGLANGGENERATEAPI):
+        def _create_payload(self, messages: Any, **kwargs: Any) -> dict[str, Any]:
+            """One prompt alone: the router loses the logprobs of prompts in a list."""
+            request = dict(super()._create_payload(messages, **kwargs))
+            for name in ("input_ids", "text"):
+                if isinstance(request.get(name), list) and isinstance(request[name][0], list | str):
+                    (request[name],) = request[name]
+            return request
 
     folders = [str(folder) for folder in (TASKS, args.task_files) if folder]
     found = lm_eval.simple_evaluate(
-        model="sglang-generate",
-        model_args={
-            "base_url": f"{url}/generate",
-            "model": "default",
-            "tokenizer": str(args.model),
-            "num_concurrent": args.concurrent,
-        },
+        model=Router(
+            base_url=f"{url}/generate",
+            model="default",
+            tokenizer=str(args.model),
+            num_concurrent=args.concurrent,
+            batch_size=1,
+        ),
         tasks=args.tasks,
         limit=args.limit,
         task_manager=TaskManager(include_path=folders),
