@@ -9,7 +9,7 @@ import pytest
 from benchmark.transfer.timeline import spans
 from sglang_hma.demo.random_model import make_random_model
 
-from ..e2e.client import assert_drained, output_ids, sure_tokens
+from ..e2e.client import assert_drained, greedy, output_ids
 from ..e2e.harness import Pair, Server, launch, running, running_pair, until
 from ..e2e.test_tenstorrent import sent_during_forwards
 from .test_card import needs_a_card
@@ -62,9 +62,9 @@ def test_tokens_are_those_of_the_reference_runtime(card: Pair, reference: Server
     compared = 0
     for length in 2 * (1, 31, 33, 64, 100):
         prompt = [rng.randrange(8, 4000) for _ in range(length)]
-        sure = [sure_tokens(url, prompt, 4, SURE) for url in (card.url, reference.url)]
-        both = min(map(len, sure))
-        assert sure[0][:both] == sure[1][:both]
+        ours, theirs = (greedy(url, prompt, 4, SURE) for url in (card.url, reference.url))
+        both = min(ours.sure, theirs.sure)
+        assert ours.tokens[:both] == theirs.tokens[:both]
         compared += both
     print(f"{compared} tokens compared")
     assert compared >= 5

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import requests
 
-from .client import assert_drained, output_ids, payload
+from .client import Greedy, assert_drained, greedy, output_ids, payload
 from .conftest import Faults
 from .harness import Pair, Server, until
 
@@ -38,7 +38,7 @@ class Faulty:
     pair: Pair
     faults: Faults
     jobs: list[tuple[list[int], int]]
-    quiet: list[list[int]]
+    quiet: list[Greedy]
 
     def works(self) -> bool:
         """A router that saw ten failures in a row refuses everything for some seconds."""
@@ -63,18 +63,18 @@ class Faulty:
 
 
 @pytest.fixture(scope="module")
-def answers(pair: Pair) -> tuple[list[tuple[list[int], int]], list[list[int]]]:
+def answers(pair: Pair) -> tuple[list[tuple[list[int], int]], list[Greedy]]:
     rng = random.Random(20261121)
     jobs = [
         ([rng.randrange(8, 4000) for _ in range(rng.choice([33, 64, 200, 700]))], 8)
         for _ in range(24)
     ]
-    return jobs, [output_ids(pair.url, *job) for job in jobs]
+    return jobs, [greedy(pair.url, *job) for job in jobs]
 
 
 @pytest.fixture
 def faulty(
-    pair: Pair, faults: Faults, answers: tuple[list[tuple[list[int], int]], list[list[int]]]
+    pair: Pair, faults: Faults, answers: tuple[list[tuple[list[int], int]], list[Greedy]]
 ) -> Iterator[Faulty]:
     """Works before each test and after it, whatever the test did."""
     made = Faulty(pair, faults, *answers)
@@ -208,7 +208,7 @@ def test_pages_are_not_reused_while_they_travel(faulty: Faulty, seed: int) -> No
         return [[rng.randrange(8, 4000) for _ in range(32 * pages)] for _ in range(count)]
 
     url, cached = faulty.pair.url, prompts(8, 2)
-    alone = [output_ids(url, prompt, 6) for prompt in cached]
+    alone = [greedy(url, prompt, 6) for prompt in cached]
     for _ in range(2 * REPEATS):
         for prompt in cached:
             output_ids(url, prompt, 1)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .client import assert_drained, generate, load
+from .client import assert_drained, greedy, load, output_ids
 from .conftest import POOL_TOKENS, Faults
 from .harness import Pair, until
 
@@ -28,7 +28,7 @@ def test_the_last_running_request_waits_for_those_that_land(
     assert SHORT * SHORT_PROMPT > POOL_TOKENS > LONG_TOKENS + LONG_PROMPT
 
     def ask(job: tuple[list[int], int]) -> list[int]:
-        return list(generate(pair.url, *job)["output_ids"])
+        return output_ids(pair.url, *job)
 
     def queued(name: str) -> int:
         return int(load(pair.decode)["disaggregation"][f"decode_{name}_queue_reqs"])
@@ -37,7 +37,7 @@ def test_the_last_running_request_waits_for_those_that_land(
         return int(load(pair.decode)["num_running_reqs"])
 
     alive = (pair.prefill, pair.decode, pair.router)
-    quiet = [ask(job) for job in long + short]
+    quiet = [greedy(pair.url, *job) for job in long + short]
     faults.set(hold_after=0)
     with ThreadPoolExecutor(LONG + SHORT) as pool:
         asked = [pool.submit(ask, job) for job in long]

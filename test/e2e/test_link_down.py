@@ -13,7 +13,7 @@ import requests
 from benchmark.transfer.link import LinkError, link
 from benchmark.transfer.pairs import running
 
-from .client import payload
+from .client import WITH_MARGINS, Greedy, payload
 from .harness import free_port, until
 from .test_faults import REPEATS, REQUEST_TIMEOUT_S
 
@@ -36,15 +36,17 @@ def test_link_down(model: Path, tmp_path: Path, seed: int) -> None:
             running("ours", model, road, tmp_path, free_port(), flags) as pair,
         ):
 
-            def ask(prompt: list[int]) -> tuple[int, Any]:
+            def ask(prompt: list[int], **extra: Any) -> tuple[int, Any]:
                 def post() -> requests.Response:
                     url = f"{pair.url}/generate"
-                    return requests.post(url, json=payload(prompt, 8), timeout=REQUEST_TIMEOUT_S)
+                    return requests.post(
+                        url, json=payload(prompt, 8, **extra), timeout=REQUEST_TIMEOUT_S
+                    )
 
                 reply = road.call(road.prefill, post)
                 return reply.status_code, reply.json() if reply.ok else reply.text
 
-            quiet = [ask(prompt)[1]["output_ids"] for prompt in jobs]
+            quiet = [Greedy.of(ask(prompt, **WITH_MARGINS)[1]) for prompt in jobs]
             for turn in range(REPEATS):
                 answers: list[tuple[int, Any] | None] = [None] * len(jobs)
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .client import all_at_once, assert_drained, flush, output_ids
+from .client import all_at_once, assert_drained, flush, greedy
 from .conftest import POOL_TOKENS
 from .harness import Pair, Server
 
@@ -60,7 +60,8 @@ def test_every_request_survives_and_keeps_its_tokens(pair: Pair, seed: int) -> N
     jobs = random_jobs(seed, REQUESTS)
     demand = sum(len(prompt) + tokens for prompt, tokens in jobs)
     assert demand > 3 * POOL_TOKENS
-    quiet = [output_ids(pair.url, prompt, tokens) for prompt, tokens in jobs]
+    quiet = [greedy(pair.url, prompt, tokens) for prompt, tokens in jobs]
+    assert sum(one.sure for one in quiet) > sum(tokens for _, tokens in jobs) / 2
     # Whether some are retracted depends on who is faster; test_full_pool makes sure of it.
     for _ in range(2):
         replies = asyncio.run(all_at_once(pair.url, jobs))
@@ -76,7 +77,7 @@ def test_single_server_under_pressure(single: Server, seed: int) -> None:
     alone = []
     for job in jobs:
         flush(single)
-        alone.append(output_ids(single.url, *job))
+        alone.append(greedy(single.url, *job))
     flush(single)
     replies = asyncio.run(all_at_once(single.url, jobs))
     undisturbed = 0

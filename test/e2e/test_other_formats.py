@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from .client import output_ids, payload
+from .client import greedy, output_ids, payload
 from .conftest import COMMON
 from .harness import Pair, Server, launch, launch_router, running, running_pair, until
 from .oracle import Oracle
@@ -77,7 +77,7 @@ def test_decode_with_another_format_is_refused(
     pair: Pair, native: Pair, stock: Server, logs: Path
 ) -> None:
     peers = {"native": native.decode, "stock": stock.wait_healthy()}
-    before = output_ids(pair.url, list(range(10, 80)))
+    before = greedy(pair.url, list(range(10, 80)))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         answers = {
             name: pool.submit(refused, pair.prefill, peer, logs, f"x-router-{name}")
