@@ -7,7 +7,7 @@ from benchmark.quality.statistics import Comparison
 
 
 def plot(path: Path, by_context: dict[int, dict[str, Comparison]], model: str) -> None:
-    """Perplexity change and KL of each policy: bars of one context's, lines over several."""
+    """Perplexity change and KL of each policy: points of one context's, lines over several."""
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "hma"
@@ -25,11 +25,14 @@ def plot(path: Path, by_context: dict[int, dict[str, Comparison]], model: str) -
         if len(contexts) == 1:
             values = [points[name][0] for name in names]
             errors = [[v - low for v, low, _ in values], [high - v for v, _, high in values]]
-            ax.barh(names, [v for v, _, _ in values], xerr=errors, color="#7aa6c2", capsize=3)
+            middle = [value for value, _, _ in values]
+            ax.errorbar(middle, names, xerr=errors, fmt="o", capsize=3)
             ax.invert_yaxis()
+            ax.margins(y=0.2)
             ax.set_xlabel(label)
             ax.axvline(0, color="black", linewidth=0.8)
-            ax.set_xscale("symlog" if what == "perplexity_change" else "log")
+            if max(map(abs, middle)) > 10 * min(map(abs, middle)):
+                ax.set_xscale("symlog", linthresh=0.1 if what == "perplexity_change" else 1)
         else:
             for name in names:
                 middle, low, high = zip(*points[name], strict=True)
