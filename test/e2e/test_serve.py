@@ -38,6 +38,10 @@ def served(model: Path, logs: Path, name: str) -> Iterator[tuple[Process, str, s
         _, _, reply = send(curl)
         assert '"choices"' in reply
         yield launcher, url, reply
+        if launcher.alive():
+            launcher.popen.send_signal(signal.SIGTERM)
+        assert launcher.popen.wait() == 0
+        assert not carrying(launcher.run_id), "servers are left"
     finally:
         launcher.stop()
 
