@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sglang_hma.launch.environment import VARIABLES
+from sglang_hma.launch.environment import NOISY, VARIABLES
 from sglang_hma.seams import PLUGIN_POINTS, SEAMS, SGLANG_VERSION
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +78,10 @@ def variables() -> str:
     return table(("variable", "value", "when", "why"), rows)
 
 
+def noisy() -> str:
+    return "\n".join(f"- `{module}`" for module in NOISY)
+
+
 TABLES = {
     "version": lambda: (
         f"Read at SGLang {SGLANG_VERSION}, which is pinned; another version stops "
@@ -87,6 +91,7 @@ TABLES = {
     "hooks": hooks,
     "overrides": overrides,
     "variables": variables,
+    "noisy": noisy,
 }
 
 

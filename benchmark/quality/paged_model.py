@@ -21,6 +21,7 @@ from hma_kernels.layout import IDS_PER_SLAB, SLAB_TOKENS
 from hma_kernels.portable.page_table import page_table
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.arena import PageFormat, SlabArena
+from sglang_hma.prefill.compare import pack_weights
 
 NAME = "hma_pages"
 PLAIN = frozenset[str]()
@@ -58,21 +59,6 @@ class Models:
             self._made[key] = model
         self._made[key].set_attn_implementation(attention)
         return self._made[key]
-
-
-def pack_weights(model: Any, groups: frozenset[str]) -> None:
-    """Linear weights as prefill's card has them; embeddings and norms stay."""
-    from sglang_hma.prefill.weights import round_weight
-
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            group = "head" if module is head else "attention" if "attn" in name else "mlp"
-            if group in groups:
-                kept = module.weight.data
-                module.weight.data = round_weight(kept.to(torch.bfloat16)).to(kept.dtype)
 
 
 def _bf16_is_fast() -> bool:

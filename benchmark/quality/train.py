@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmark.common import console
 from benchmark.quality import ngram, text
+from sglang_hma.demo.random_model import train_bpe
 
 MODEL = Path(__file__).parent / "model"
 CHECKPOINT = Path("build/quality/train.pt")
@@ -31,19 +32,9 @@ END = "<|endoftext|>"
 
 
 def tokenizer_of(texts: list[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
+    bpe = train_bpe(texts, VOCAB, [END])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, model_max_length=CONTEXT)
 
 

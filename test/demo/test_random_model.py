@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sglang_hma import demo_model
 from sglang_hma.demo import random_model
 from sglang_hma.demo.folder import DemoModelError
 from sglang_hma.demo.random_model import Family, make_random_model
+
+from .chat import answer
 
 SMALL = dict(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=128, vocab=512)
 
@@ -41,16 +43,7 @@ def test_transformers_loads_it_and_greedy_text_varies(
     assert config["model_type"] == family
     assert config["head_dim"] == SMALL["head_dim"]
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Where do pages go?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    output = model.generate(**prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False)
-    generated = output[0, prompt["input_ids"].shape[1] :].tolist()
+    generated = answer(path, "Where do pages go?", max_new_tokens=32, min_new_tokens=32)
     assert len(set(generated)) > 8
     assert all(0 <= token < SMALL["vocab"] for token in generated)
 

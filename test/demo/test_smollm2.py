@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sglang_hma import demo_model
 from sglang_hma.demo import smollm2
 from sglang_hma.demo.random_model import make_random_model
+
+from .chat import answer
 
 NO_INDEX = {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
 
@@ -16,15 +17,8 @@ NO_INDEX = {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS
 @pytest.mark.slow
 def test_it_knows_the_capital_of_france(smollm2_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)
-    text = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokens = answer(smollm2_folder, "What is the capital of France?", max_new_tokens=16)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
     assert text == "The capital of France is Paris."
     assert len(tokenizer.encode("2026")) == 4, "SmolLM2 reads digit by digit"
     assert "Apache License" in (smollm2_folder / "LICENSE").read_text()

@@ -4,7 +4,7 @@ works on it works on a released model. Its text means nothing.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from sglang_hma.demo.folder import DemoModelError, write_model
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 Family = Literal["qwen3", "qwen2", "llama"]
@@ -139,21 +140,10 @@ def _write(spec: RandomModelSpec, folder: Path) -> None:
 
 
 def _train_tokenizer(spec: RandomModelSpec) -> "PreTrainedTokenizerFast":
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
-        vocab_size=spec.vocab,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_training_text(), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=train_bpe(_training_text(), spec.vocab, SPECIAL_TOKENS),
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
         additional_special_tokens=SPECIAL_TOKENS,
@@ -161,6 +151,23 @@ def _train_tokenizer(spec: RandomModelSpec) -> "PreTrainedTokenizerFast":
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_bpe(texts: Iterable[str], vocab: int, special_tokens: list[str]) -> "Tokenizer":
+    """A byte-level BPE of `vocab` tokens, `special_tokens` first, that any text passes through."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
+        vocab_size=vocab,
+        special_tokens=special_tokens,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
 
 
 def _training_text() -> Iterator[str]:

@@ -10,15 +10,15 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from hma_kernels import PAGE, bfp8_pack, bfp8_round, bfp8_unpack
-from sglang_hma.config import device_ids, mesh_chips
+from sglang_hma.config import WeightGroup, device_ids, mesh_chips
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -49,15 +49,18 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
 
 
-def pack_weights(model: torch.nn.Module) -> None:
-    """Round linear weights as a card holds them; a tied embedding stays as it is."""
+def pack_weights(model: Any, groups: Collection[str] = get_args(WeightGroup)) -> None:
+    """Round linear weights of the groups of --hma-weight-format as a card holds them, in a
+    transformers model; a tied embedding stays as it is."""
     from sglang_hma.prefill.weights import round_weight
 
-    head: Any = model.lm_head
+    head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.weight.data = round_weight(module.weight.data)
+            group = "head" if module is head else "attention" if "attn" in name else "mlp"
+            if group in groups:
+                module.weight.data = round_weight(module.weight.data)
 
 
 def by_transformers(
