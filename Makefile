@@ -123,7 +123,7 @@ quality-tasks: venv demo-model ## lm-evaluation-harness on ours and BF16; TASKS=
 	$(RUN) -m benchmark.quality.tasks --model '$(QUALITY_MODEL)' --tasks $(TASKS) --json build/quality/$@.json $(ARGS)
 
 .PHONY: train
-train: venv ## Train the small Qwen3 of docs/quality.md (hours; goes on where it was interrupted)
+train: venv ## Train the small Qwen3 of docs/quality.md (hours; minutes with ARGS='--device cuda'; goes on where it stopped)
 	$(RUN) -m benchmark.quality.train $(ARGS)
 
 .PHONY: soak

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+STANDARD_LIBRARY = Path(os.__file__).parent
+
 
 def reference() -> Iterator[str]:
     """help()'s topics, each paragraph once: topics repeat one another."""
@@ -26,7 +28,7 @@ def reference() -> Iterator[str]:
 def docstrings() -> Iterator[str]:
     """Of each module of the standard library, in the order of their names."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for source in sorted(Path(os.__file__).parent.glob("*.py")):
+    for source in sorted(STANDARD_LIBRARY.glob("*.py")):
         tree = ast.parse(source.read_text(encoding="utf-8", errors="ignore"))
         nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
         yield "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
@@ -36,10 +38,9 @@ HELD_OUT = 20  # one source file in so many is kept from training
 NOT_TEXT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def sources(*, held_out: bool) -> Iterator[str]:
+def sources(*, held_out: bool, library: Path = STANDARD_LIBRARY) -> Iterator[str]:
     """Files of the standard library: those that train.py learns from, or the others. Which is
     which depends on a file's path alone."""
-    library = Path(os.__file__).parent
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
         kept_back = zlib.crc32(name.as_posix().encode()) % HELD_OUT == 0

@@ -1,8 +1,9 @@
 """Train the small Qwen3 of docs/quality.md on the standard library's sources.
 
 The architecture of the paper's models (q/k norms, grouped heads of 64), small enough for the
-repository, with weights that mean something. The same seed, Python, torch and number of threads
-give the same weights. It goes on where an interrupted run with the same arguments stopped.
+repository, with weights that mean something. On a CPU the same seed, library, torch and number of
+threads give the same weights; a GPU does not add in one order. It goes on where an interrupted run
+with the same arguments stopped.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from sglang_hma.demo.random_model import train_bpe
 MODEL = Path(__file__).parent / "model"
 CHECKPOINT = Path("build/quality/train.pt")
 VOCAB, CONTEXT = 2048, 1024
-WINDOW, BATCH = 512, 8  # tokens of a sample, samples of a step
+WINDOW = 512  # tokens of a sample
 RATE, WARM_UP, DECAY, BETAS = 3e-3, 100, 0.1, (0.9, 0.95)
 KEPT_EVERY = 100
 HELD_OUT_WINDOWS = 100
@@ -73,14 +74,15 @@ def rate_of(step: int, steps: int) -> float:
     return RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def batch(data: np.ndarray, seed: int, step: int) -> torch.Tensor:
+def batch(data: np.ndarray, size: int, seed: int, step: int) -> torch.Tensor:
     """Step `step`'s samples, whatever came before."""
-    starts = np.random.default_rng([seed, step]).integers(0, len(data) - WINDOW - 1, BATCH)
+    starts = np.random.default_rng([seed, step]).integers(0, len(data) - WINDOW - 1, size)
     rows = np.stack([data[start : start + WINDOW + 1] for start in starts])
     return torch.from_numpy(rows.astype(np.int64))
 
 
 def loss_of(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.to(model.device)
     logits = model(rows[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
@@ -104,7 +106,7 @@ def train(model: Any, data: np.ndarray, args: argparse.Namespace) -> None:
         lr=RATE,
         betas=BETAS,
     )
-    this = {"seed": args.seed, "steps": args.steps, "tokens": len(data)}
+    this = {"seed": args.seed, "steps": args.steps, "batch": args.batch, "tokens": len(data)}
     first = 0
     if CHECKPOINT.is_file():
         kept = torch.load(CHECKPOINT, weights_only=True)
@@ -119,7 +121,7 @@ def train(model: Any, data: np.ndarray, args: argparse.Namespace) -> None:
         for step in range(first, args.steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate_of(step, args.steps)
-            loss = loss_of(model, batch(data, args.seed, step))
+            loss = loss_of(model, batch(data, args.batch, args.seed, step))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,16 +143,23 @@ def main() -> None:
     parsing = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parsing.add_argument("--steps", type=int, default=2500, help=f"of {BATCH * WINDOW} tokens")
+    parsing.add_argument("--steps", type=int, default=2500)
+    parsing.add_argument("--batch", type=int, default=8, help=f"samples of {WINDOW} tokens a step")
+    parsing.add_argument("--device", default="cpu", help="cpu or cuda")
+    parsing.add_argument(
+        "--library", type=Path, default=text.STANDARD_LIBRARY, metavar="DIR", help="what to learn"
+    )
     parsing.add_argument("--seed", type=int, default=0)
     parsing.add_argument("--out", type=Path, default=MODEL, metavar="DIR")
     args = parsing.parse_args()
 
-    texts = {held: list(text.sources(held_out=held)) for held in (False, True)}
+    texts = {
+        held: list(text.sources(held_out=held, library=args.library)) for held in (False, True)
+    }
     tokenizer = tokenizer_of(texts[False])
     data, held_out = (encoded(tokenizer, texts[held]) for held in (False, True))
     console.print(f"{len(data)} tokens to learn from, {len(held_out)} held out")
-    model = new_model(args.seed)
+    model = new_model(args.seed).to(args.device)
     began = time.monotonic()
     train(model, data, args)
     model.eval()
@@ -166,11 +175,12 @@ def main() -> None:
     how = {
         "seed": args.seed,
         "steps": args.steps,
-        "tokens_a_step": BATCH * WINDOW,
+        "tokens_a_step": args.batch * WINDOW,
         "tokens_of_text": len(data),
         "parameters": sum(p.numel() for p in model.parameters()),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "seconds_of_this_run": round(time.monotonic() - began),
     }

@@ -59,14 +59,19 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(xxh3.KEYS).to(device), torch.from_numpy(xxh3.START).to(device)
 
 
+def enqueue(where: torch.Tensor, length: int, out: torch.Tensor) -> None:
+    """where: int64 [blocks] addresses on the GPU. out: uint64 [blocks, 8], written."""
+    keys, start = _tables(out.device)
+    grid = (triton.cdiv(len(where), BLOCKS_PER_WARP),)
+    _accumulate[grid](
+        where, keys, start, out, len(where), LENGTH=length, BLOCKS=BLOCKS_PER_WARP, num_warps=1
+    )
+
+
 def accumulate(addresses: Addresses, length: int, device: torch.device) -> Words:
     """[blocks, 8] uint64 on the host; waits for the current stream."""
-    keys, start = _tables(device)
     where = torch.from_numpy(addresses).to(device)
     out = torch.empty((len(addresses), 8), dtype=torch.uint64, device=device)
-    grid = (triton.cdiv(len(addresses), BLOCKS_PER_WARP),)
-    _accumulate[grid](
-        where, keys, start, out, len(addresses), LENGTH=length, BLOCKS=BLOCKS_PER_WARP, num_warps=1
-    )
+    enqueue(where, length, out)
     words: Words = out.cpu().numpy()
     return words
