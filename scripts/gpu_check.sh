@@ -6,8 +6,9 @@
 # It needs no network and no virtual environment: python3 (or PYTHON=) with torch, Triton, pytest,
 # hypothesis, numpy, rich, xxhash and matplotlib, nvcc, and in the folder WHEELS what that python3
 # lacks (FlashInfer and apache-tvm-ffi). OUT gets summary.txt, the benchmarks' JSON and plot, and
-# logs.tar.gz, also when a part fails or is cut off. Each part has its own limit. Nothing is timed
-# before the processes in AFTER= have ended.
+# logs.tar.gz, also when a part fails or is cut off. Each part has its own limit. TESTS= are the
+# tests to run, BENCH_ARGS= go to the decode benchmark; nothing is timed before the processes in
+# AFTER= have ended.
 set -uo pipefail
 
 OUT=$(realpath -m "${1:?where the results go}")
@@ -20,6 +21,7 @@ mkdir -p "$OUT" "$LOGS"
 export PYTHONPATH=$PWD:$PWD/python:$WORK/site:${PYTHONPATH:-} PYTHONUNBUFFERED=1
 export XDG_CACHE_HOME=$WORK/cache TRITON_CACHE_DIR=$WORK/triton FLASHINFER_WORKSPACE_BASE=$WORK
 export HMA_TEST_SEED=${HMA_TEST_SEED:-$RANDOM$RANDOM} COLUMNS=160
+BENCH_ARGS=${BENCH_ARGS:-}
 BEGAN=$SECONDS
 
 say() { echo "$*" | tee -a "$OUT/summary.txt"; }
@@ -48,7 +50,7 @@ if [[ -n $WHEELS ]]; then
 fi
 
 # FlashInfer compiles while the tests run.
-part peers 300 "$PYTHON" -m benchmark.kernels.decode_attention_gpu --build &
+part peers 300 "$PYTHON" -m benchmark.kernels.decode_attention_gpu --build $BENCH_ARGS &
 PEERS=$!
 
 # A pytest of any age, and nothing of the whole project's tests: those need SGLang.
@@ -61,14 +63,14 @@ INI
 TEST=("$PYTHON" -m pytest -c "$WORK/pytest.ini" --rootdir "$PWD" --confcutdir test/gpu -p no:cacheprovider -q -ra)
 PARALLEL=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 8)
-part tests 240 "${TEST[@]}" "${PARALLEL[@]}" --durations 8 test/gpu
+part tests 240 "${TEST[@]}" "${PARALLEL[@]}" --durations 8 ${TESTS:-test/gpu}
 grep -E '^(FAILED|ERROR)|passed|failed' "$LOGS/tests.log" | tail -40 | tee -a "$OUT/summary.txt"
 wait "$PEERS"
 grep -i 'left out' "$LOGS/peers.log" | tee -a "$OUT/summary.txt"
 
 for process in ${AFTER:-}; do tail --pid "$process" -f /dev/null; done
-part decode "${DECODE_LIMIT:-200}" "$PYTHON" -m benchmark.kernels.decode_attention_gpu --rounds 7 \
-	--json "$OUT/decode_attention_gpu.json" --plot "$OUT/decode_attention_gpu.svg" ${DECODE_ARGS:-}
+part decode 200 "$PYTHON" -m benchmark.kernels.decode_attention_gpu --rounds 7 \
+	--json "$OUT/decode_attention_gpu.json" --plot "$OUT/decode_attention_gpu.svg" $BENCH_ARGS
 tee -a "$OUT/summary.txt" <"$LOGS/decode.log"
 part memory 60 "$PYTHON" -m benchmark.kernels.memory_gpu --rounds 7 --json "$OUT/memory_gpu.json"
 tee -a "$OUT/summary.txt" <"$LOGS/memory.log"

@@ -214,7 +214,7 @@ def gpu() -> dict[str, Any]:
     }
 
 
-def usable_peers() -> tuple[list[str], dict[str, str]]:
+def usable_peers(names: list[str]) -> tuple[list[str], dict[str, str]]:
     """Each peer compiled and tried in a process of its own; those that answer rightly, and what
     is wrong with the others."""
     try:
@@ -222,21 +222,22 @@ def usable_peers() -> tuple[list[str], dict[str, str]]:
     except ImportError as error:
         return [], {"flashinfer": str(error)}
     lengths = [320, 64, 512]
-    with ProcessPoolExecutor(len(PEERS), mp_context=get_context("spawn")) as pool:
-        said = {name: pool.submit(build, name, lengths) for name in PEERS}
+    with ProcessPoolExecutor(len(names), mp_context=get_context("spawn")) as pool:
+        said = {name: pool.submit(build, name, lengths) for name in names}
         wrong = {name: future.result() for name, future in said.items()}
-    return [name for name in PEERS if not wrong[name]], {n: w for n, w in wrong.items() if w}
+    return [name for name in names if not wrong[name]], {n: w for n, w in wrong.items() if w}
 
 
 def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--build", action="store_true", help="only compile and try the peers")
+    arguments.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
     args = arguments.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("decode_attention_gpu needs a GPU; torch sees none")
     about = gpu()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    peers, left_out = usable_peers()
+    peers, left_out = usable_peers(args.peers)
     for name, why in left_out.items():
         print(f"left out: {name}: {why}")
     if args.build:

@@ -1,5 +1,6 @@
-"""Decode attention in CUDA C++; schedule, partial states and merge are the Triton kernel's."""
+"""Decode attention in CUDA C++: one kernel a layer."""
 
+import contextlib
 import functools
 import logging
 
@@ -9,7 +10,6 @@ from hma_kernels.cuda import probe
 from hma_kernels.cuda.build import HEADS_PER_TILE, Instance, build
 from hma_kernels.cuda.library import DecodeLibrary, DecodeParams, PagedKVParams
 from hma_kernels.paged import PagedKV, PageTable
-from hma_kernels.triton import decode
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +18,12 @@ MAX_DIM = 256
 ALIGNMENT = 16  # bytes of one copy to shared memory
 
 
-class DecodePlan(decode.DecodePlan):
-    """hma_kernels.DecodePlan on an NVIDIA GPU."""
+class DecodePlan:
+    """hma_kernels.DecodePlan on an NVIDIA GPU. The kernel divides the batch itself (span.cuh), so
+    nothing is to be done when the contents of the table's tensors have changed.
+
+    blocks: what the batch is divided into; as many as the GPU runs at a time unless given.
+    """
 
     def __init__(
         self,
@@ -28,12 +32,40 @@ class DecodePlan(decode.DecodePlan):
         heads: int,
         sliding_window: int,
         library: DecodeLibrary,
+        blocks: int | None = None,
     ) -> None:
-        super().__init__(kv, table, heads, sliding_window)
+        self._kv = kv
+        self._table = table
+        self._gqa_group_size = heads // kv.kv_heads
+        self._sliding_window = sliding_window
         self._library = library
+        with _on(kv.device):
+            resident = library.blocks()
+        self._blocks = min(resident, blocks or resident)
+        self._workspace = torch.zeros(
+            library.workspace_bytes(self._blocks), dtype=torch.uint8, device=kv.device
+        )
 
-    def _attend(self, q: torch.Tensor, layer: int, scale: float, logit_cap: float) -> None:
-        kv, table, schedule, states = self._kv, self._table, self._schedule, self._states
+    def refresh(self) -> None:
+        pass
+
+    def run(
+        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+    ) -> None:
+        q = q if q.stride(2) == 1 else q.contiguous()
+        suits = out.dtype == q.dtype and out.is_contiguous()
+        own = out if suits else q.new_empty(out.shape)
+        params = self._params(q, layer, scale, logit_cap, own)
+        with _on(q.device):
+            stream = torch.cuda.current_stream().cuda_stream if q.is_cuda else 0
+            self._library.decode(params, stream)
+        if own is not out:
+            out.copy_(own)
+
+    def _params(
+        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+    ) -> DecodeParams:
+        kv, table = self._kv, self._table
 
         def paged_kv(k: torch.Tensor, v: torch.Tensor, *table: torch.Tensor) -> PagedKVParams:
             strides = (x.stride(0) * x.element_size() for x in (k, v))
@@ -41,7 +73,7 @@ class DecodePlan(decode.DecodePlan):
                 k.data_ptr(), v.data_ptr(), *strides, *(entries.data_ptr() for entries in table)
             )
 
-        params = DecodeParams(
+        return DecodeParams(
             *(q.data_ptr(), q.stride(0), q.stride(1)),
             paged_kv(
                 *(kv.k_bfp8[layer], kv.v_bfp8[layer]),
@@ -51,25 +83,22 @@ class DecodePlan(decode.DecodePlan):
                 *(kv.k_bf16[layer], kv.v_bf16[layer]),
                 *(table.bf16_indptr, table.bf16_indices, table.bf16_pos),
             ),
-            *(table.seq_lens.data_ptr(), schedule.item_indptr.data_ptr()),
-            *(schedule.item_request.data_ptr(), states.out.data_ptr()),
-            *(states.max.data_ptr(), states.sum.data_ptr()),
+            *(table.seq_lens.data_ptr(), out.data_ptr(), self._workspace.data_ptr()),
             *(table.batch_size, kv.kv_heads, self._gqa_group_size, self._sliding_window),
-            *(scale, logit_cap),
+            *(scale, logit_cap, self._blocks),
         )
-        if q.device.type == "cuda":
-            with torch.cuda.device(q.device):
-                stream = torch.cuda.current_stream().cuda_stream
-                self._library.decode(params, schedule.max_items, stream)
-        else:
-            self._library.decode(params, schedule.max_items, 0)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def instance_for(
     head_dim: int, v_head_dim: int, gqa_group_size: int, dtype: torch.dtype, *, stages: int
 ) -> Instance:
     """Two tiles of query heads a block only where the registers hold both."""
-    tiles = 2 if gqa_group_size > HEADS_PER_TILE and max(head_dim, v_head_dim) <= 128 else 1
+    largest = 128 if dtype == torch.bfloat16 else 64  # float16 queries take twice as many
+    tiles = 2 if gqa_group_size > HEADS_PER_TILE and max(head_dim, v_head_dim) <= largest else 1
     return Instance(QUERIES[dtype], head_dim, v_head_dim, tiles, stages)
 
 

@@ -22,11 +22,11 @@ class DecodeParams(ctypes.Structure):
         ("query", c_void_p),
         *((name, c_int64) for name in ("query_stride", "query_head_stride")),
         *((name, PagedKVParams) for name in ("bfp8", "bf16")),
-        *((name, c_void_p) for name in ("seq_lens", "item_indptr", "item_request")),
-        *((name, c_void_p) for name in ("partial_out", "partial_max", "partial_sum")),
+        *((name, c_void_p) for name in ("seq_lens", "out", "workspace")),
         *((name, c_int32) for name in ("batch_size", "kv_heads")),
         *((name, c_int32) for name in ("gqa_group_size", "sliding_window")),
         *((name, c_float) for name in ("scale", "logit_cap")),
+        ("blocks", c_int32),
     ]
 
 
@@ -39,11 +39,30 @@ class DecodeLibrary:
         if library.hma_params_bytes() != ctypes.sizeof(DecodeParams):
             raise RuntimeError(f"{path} was built from other sources")
         self._decode = library.hma_decode
-        self._decode.argtypes = [ctypes.POINTER(DecodeParams), c_int, c_void_p]
+        self._decode.argtypes = [ctypes.POINTER(DecodeParams), c_void_p]
         self._decode.restype = c_char_p
+        self._blocks = library.hma_blocks
+        self._blocks.argtypes = [ctypes.POINTER(c_int)]
+        self._blocks.restype = c_char_p
+        self._workspace_bytes = library.hma_workspace_bytes
+        self._workspace_bytes.argtypes = [c_int]
+        self._workspace_bytes.restype = c_int64
 
-    def decode(self, params: DecodeParams, items: int, stream: int) -> None:
-        """Enqueue the kernel. Raises RuntimeError with CUDA's message if it cannot start."""
-        failure = self._decode(ctypes.byref(params), items, stream)
-        if failure is not None:
+    def blocks(self) -> int:
+        """How many the current device runs at a time. Raises RuntimeError with CUDA's message."""
+        found = c_int(0)
+        if (failure := self._blocks(ctypes.byref(found))) is not None:
+            raise RuntimeError(f"the decode kernel does not fit this GPU: {failure.decode()}")
+        return found.value
+
+    def workspace_bytes(self, blocks: int) -> int:
+        """Of DecodeParams.workspace."""
+        return int(self._workspace_bytes(blocks))
+
+    def decode(self, params: DecodeParams, stream: int) -> None:
+        """Enqueue the kernel, after blocks() was asked on this device.
+
+        Raises RuntimeError with CUDA's message if it cannot start.
+        """
+        if (failure := self._decode(ctypes.byref(params), stream)) is not None:
             raise RuntimeError(f"the decode kernel did not start: {failure.decode()}")

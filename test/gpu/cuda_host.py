@@ -12,6 +12,7 @@ from hma_kernels.cuda.build import SOURCES, Instance
 from hma_kernels.cuda.library import DecodeLibrary
 
 SHIM = Path(__file__).parent.parent / "cuda_on_host" / "include"
+os.environ.setdefault("HMA_BLOCKS", "128")  # that the pretended GPU runs at a time
 FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas")
 SANITIZE = ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan")
 

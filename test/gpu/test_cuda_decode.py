@@ -33,11 +33,12 @@ def run(
     window: int = -1,
     cap: float = 0.0,
     stages: int = 3,
+    blocks: int | None = None,
 ) -> torch.Tensor:
     moved = to(cache, device)
     gqa_group_size = q.shape[1] // moved.kv.kv_heads
     kernel = compiled(moved.kv, gqa_group_size, q.dtype, device, stages)
-    plan = DecodePlan(moved.kv, moved.table, q.shape[1], window, kernel)
+    plan = DecodePlan(moved.kv, moved.table, q.shape[1], window, kernel, blocks)
     out = q.new_full((*q.shape[:2], cache.kv.v_head_dim), torch.nan, device=device)
     plan.run(q.to(device), 1, q.shape[2] ** -0.5, cap, out)
     return out.cpu()
@@ -69,8 +70,9 @@ def test_equals_reference(
     cache = random_cache(rng, Spec(lengths, heads, dim, v_dim, magnitude, v_magnitude))
     q = np.ldexp(rng.standard_normal((len(lengths), heads * gqa_group_size, dim)), -magnitude)
     query = torch.from_numpy(q).to(dtype)
+    blocks = int(rng.choice([1, 2, 3, 5, 8, 21, 100]))
     check_against_reference(
-        rng, cache, query, lambda **options: run(cache, query, device, **options)
+        rng, cache, query, lambda **options: run(cache, query, device, blocks=blocks, **options)
     )
 
 
@@ -90,6 +92,16 @@ def test_nothing_to_see_is_zero(rng: np.random.Generator, device: torch.device) 
     assert not run(Cache(cache.kv, empty_table(3)), q, device).any()
 
 
+def test_no_logit_is_finite(rng: np.random.Generator, device: torch.device) -> None:
+    """Of one head, while others rise from page to page: its output is zero, theirs are theirs."""
+    cache = random_cache(rng, Spec([500], 1, 64, 64))
+    q = torch.from_numpy(rng.standard_normal((1, 4, 64))).bfloat16()
+    expected = run(cache, q, device, cap=5.0)
+    q[0, 2] = torch.inf
+    got = run(cache, q, device, cap=5.0)
+    assert torch.equal(got[:, [0, 1, 3]], expected[:, [0, 1, 3]])
+
+
 def test_same_bits_from_run_to_run(rng: np.random.Generator, device: torch.device) -> None:
     cache = random_cache(rng, Spec([300, 5, 90], 1, 64, 64))
     q = torch.from_numpy(rng.standard_normal((3, 4, 64))).bfloat16()
@@ -105,8 +117,10 @@ def test_probe_tells_right_from_wrong(device: torch.device) -> None:
     probe.check(plan, 64, 64, 8, torch.bfloat16, device)
 
     class Wrong(DecodePlan):
-        def _attend(self, q: torch.Tensor, layer: int, scale: float, logit_cap: float) -> None:
-            super()._attend(q, layer, 2 * scale, logit_cap)
+        def run(
+            self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        ) -> None:
+            super().run(q, layer, 2 * scale, logit_cap, out)
 
     with pytest.raises(RuntimeError, match="off by"):
         probe.check(

@@ -6,7 +6,7 @@
 
 #include <hma/params.h>
 #include <hma/tiles.cuh>
-#include <hma/work_item.cuh>
+#include <hma/span.cuh>
 
 #include <type_traits>
 
@@ -26,7 +26,7 @@ class WarpAttention {
   HMA_DEVICE explicit WarpAttention(const DecodeParams& params)
       : p(params), r(lane_index() / 4), c(lane_index() % 4) {}
 
-  HMA_DEVICE void load_query(const WorkItem& work) {
+  HMA_DEVICE void load_query(const Segment& work) {
     const Query* from = static_cast<const Query*>(p.query) + work.request * p.query_stride;
     for (int tile = 0; tile < HEAD_TILES; ++tile) {
       const int head = work.first_head + tile * HEADS_PER_TILE + r;
@@ -73,30 +73,11 @@ class WarpAttention {
   // Tokens begin..end-1 of the tile are visible.
   template <typename K, typename V>
   HMA_DEVICE void attend(const uint8_t* keys, const uint8_t* values, int begin, int end) {
-    constexpr int BLOCKS = K::TOKENS / BLOCK;
-    float logits[HEAD_TILES][BLOCKS][4];
-    multiply_keys<K>(keys, logits);
-    const bool ragged = begin > 0 || end < K::TOKENS;
-    uint32_t weights[HEAD_TILES][BLOCKS][2];
-#pragma unroll
-    for (int tile = 0; tile < HEAD_TILES; ++tile) {
-      to_log2<BLOCKS>(logits[tile], p.scale * K::LOGIT_UNIT);
-      if (ragged) hide<BLOCKS>(logits[tile], begin, end);
-      update_max<BLOCKS>(tile, logits[tile]);
-#pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-        float weight[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          weight[i] =
-              exp2_fast(logits[tile][block][i] - state_max[tile][i % 2] + K::WEIGHT_LIFT_LOG2);
-          state_sum[tile][i % 2] += weight[i] * K::WEIGHT_UNIT;
-        }
-        weights[tile][block][0] = transpose_8x8(pack_bf16(weight[0], weight[1]));
-        weights[tile][block][1] = transpose_8x8(pack_bf16(weight[2], weight[3]));
-      }
+    if (begin > 0 || end < K::TOKENS) {
+      attend<K, V, true>(keys, values, begin, end);
+    } else {
+      attend<K, V, false>(keys, values, begin, end);
     }
-    add_values<V, BLOCKS>(values, weights, ragged, begin, end);
   }
 
   // The softmax state of heads 2c and 2c+1 of each tile: maximum logit in units of log 2, sum of
@@ -105,26 +86,61 @@ class WarpAttention {
   float state_out[HEAD_TILES][V_DIM / GROUP][4];
 
  private:
+  template <typename K, typename V, bool RAGGED>
+  HMA_DEVICE void attend(const uint8_t* keys, const uint8_t* values, int begin, int end) {
+    constexpr int BLOCKS = K::TOKENS / BLOCK;
+    float logits[HEAD_TILES][BLOCKS][4];
+    multiply_keys<K>(keys, logits);
+    uint32_t weights[HEAD_TILES][BLOCKS][2];
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+      to_log2<BLOCKS>(logits[tile], p.scale * K::LOGIT_UNIT);
+      if constexpr (RAGGED) hide<BLOCKS>(logits[tile], begin, end);
+      update_max<BLOCKS>(tile, logits[tile]);
+      float base[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // Where no logit is finite, all weights are to be zero, not NaN.
+        base[i] = state_max[tile][i] == MINUS_INFINITY ? 0 : K::WEIGHT_LIFT_LOG2 - state_max[tile][i];
+      }
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+        float weight[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          weight[i] = exp2_fast(logits[tile][block][i] + base[i % 2]);
+          state_sum[tile][i % 2] += weight[i] * K::WEIGHT_UNIT;
+        }
+        weights[tile][block][0] = transpose_8x8(pack_bf16(weight[0], weight[1]));
+        weights[tile][block][1] = transpose_8x8(pack_bf16(weight[2], weight[3]));
+      }
+    }
+    add_values<V, BLOCKS, RAGGED>(values, weights, begin, end);
+  }
+
   template <typename K, int BLOCKS>
   HMA_DEVICE void multiply_keys(const uint8_t* keys, float (&logits)[HEAD_TILES][BLOCKS][4]) {
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
 #pragma unroll
-      for (int tile = 0; tile < HEAD_TILES; ++tile) {
+      for (int block = 0; block < BLOCKS; ++block) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) logits[tile][block][i] = 0;
       }
+    }
 #pragma unroll
-      for (int group = 0; group < DIM / GROUP; ++group) {
-        uint32_t a[4];
-        K::k_operand(keys, block, group, a);
+    for (int group = 0; group < DIM / GROUP; ++group) {
+      uint32_t a[BLOCKS][4];
+      K::k_operands(keys, group, a);
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
         if constexpr (K::SCALED) {
           const float upper = K::k_scale(keys, block, group, r);
           const float lower = K::k_scale(keys, block, group, r + 8);
 #pragma unroll
           for (int tile = 0; tile < HEAD_TILES; ++tile) {
             float dot[4] = {0, 0, 0, 0};
-            multiply_query(dot, a, tile, group);
+            multiply_query(dot, a[block], tile, group);
             logits[tile][block][0] += dot[0] * upper;
             logits[tile][block][1] += dot[1] * upper;
             logits[tile][block][2] += dot[2] * lower;
@@ -133,7 +149,7 @@ class WarpAttention {
         } else {
 #pragma unroll
           for (int tile = 0; tile < HEAD_TILES; ++tile) {
-            multiply_query(logits[tile][block], a, tile, group);
+            multiply_query(logits[tile][block], a[block], tile, group);
           }
         }
       }
@@ -199,7 +215,8 @@ class WarpAttention {
     if (!any_lane(new_max[0] != state_max[tile][0] || new_max[1] != state_max[tile][1])) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float decay = exp2_fast(state_max[tile][i] - new_max[i]);
+      const float decay =
+          state_max[tile][i] == new_max[i] ? 1 : exp2_fast(state_max[tile][i] - new_max[i]);
       state_max[tile][i] = new_max[i];
       state_sum[tile][i] *= decay;
 #pragma unroll
@@ -210,33 +227,36 @@ class WarpAttention {
     }
   }
 
-  template <typename V, int BLOCKS>
+  template <typename V, int BLOCKS, bool RAGGED>
   HMA_DEVICE void add_values(const uint8_t* values,
-                             const uint32_t (&weights)[HEAD_TILES][BLOCKS][2], bool ragged,
-                             int begin, int end) {
+                             const uint32_t (&weights)[HEAD_TILES][BLOCKS][2], int begin,
+                             int end) {
+    uint32_t visible[BLOCKS][2];
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
-      uint32_t visible[2] = {~0u, ~0u};
-      if (ragged) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int token = block * BLOCK + half * 8 + 2 * c;
-          visible[half] = (token >= begin && token < end ? 0xFFFFu : 0u) |
-                          (token + 1 >= begin && token + 1 < end ? 0xFFFF0000u : 0u);
-        }
+      for (int half = 0; half < 2; ++half) {
+        const int token = block * BLOCK + half * 8 + 2 * c;
+        visible[block][half] = !RAGGED ? ~0u
+                                       : (token >= begin && token < end ? 0xFFFFu : 0u) |
+                                             (token + 1 >= begin && token + 1 < end ? 0xFFFF0000u
+                                                                                    : 0u);
       }
+    }
 #pragma unroll
-      for (int group = 0; group < V_DIM / GROUP; ++group) {
-        uint32_t a[4];
-        V::v_operand(values, block, group, a);
+    for (int group = 0; group < V_DIM / GROUP; ++group) {
+      uint32_t a[BLOCKS][4];
+      V::v_operands(values, group, a);
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
           if constexpr (V::SCALED) {
             uint32_t b[2];
-            V::scale_weights(values, block, group, weights[tile][block], visible, b);
-            multiply_add(state_out[tile][group], a, b);
+            V::scale_weights(values, block, group, weights[tile][block], visible[block], b);
+            multiply_add(state_out[tile][group], a[block], b);
           } else {
-            multiply_add(state_out[tile][group], a, weights[tile][block]);
+            multiply_add(state_out[tile][group], a[block], weights[tile][block]);
           }
         }
       }

@@ -1,51 +1,88 @@
-// Decode attention over pages of both formats, as far as one partial softmax state per work item.
+// Decode attention over pages of both formats.
 //
-// A block takes one work item, one KV head and up to 8 * HEAD_TILES of its query heads. Its warps
-// take the item's tiles in turn, each with its own ring of copies under way and its own softmax
-// state, and meet only at the end.
+// A block takes its span (span.cuh) segment by segment. Its warps take a segment's tiles in turn,
+// each with its own ring of copies under way and its own softmax state, and meet only at the
+// segment's end.
 #pragma once
 
 #include <hma/attention.cuh>
 #include <hma/merge.cuh>
 #include <hma/params.h>
+#include <hma/span.cuh>
 #include <hma/tiles.cuh>
 #include <hma/warp.cuh>
-#include <hma/work_item.cuh>
 
 namespace hma {
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 template <typename Query, int DIM, int V_DIM, int HEAD_TILES, int WARPS, int STAGES>
-class DecodeWarp {
+class Decode {
   using Attention = WarpAttention<Query, DIM, V_DIM, HEAD_TILES>;
-  using Merge = WarpMerge<HEAD_TILES, V_DIM, WARPS>;
 
   static constexpr int K_BYTES = larger(Bfp8<DIM>::BYTES, Bf16<DIM>::BYTES);
   static constexpr int V_BYTES = larger(Bfp8<V_DIM>::BYTES, Bf16<V_DIM>::BYTES);
   static constexpr int STAGE_BYTES = K_BYTES + V_BYTES + COPY_BYTES;  // and the visible tokens
-  static constexpr int WARP_BYTES = larger(STAGES * STAGE_BYTES, Merge::OUT_BYTES);
+  static constexpr int OUT_BYTES = Attention::HEADS * V_DIM * 4;
+  static constexpr int WARP_BYTES = larger(STAGES * STAGE_BYTES, OUT_BYTES);
+  using UnitMerge = Merge<Query, HEAD_TILES, V_DIM, WARPS, WARP_BYTES>;
 
  public:
-  static constexpr int THREADS = Merge::THREADS;
+  static constexpr int THREADS = UnitMerge::THREADS;
   static constexpr int HEADS = Attention::HEADS;
-  static constexpr int SHARED_BYTES = WARPS * WARP_BYTES + Merge::STATE_BYTES;
+  static constexpr int SHARED_BYTES = WARPS * WARP_BYTES + UnitMerge::STATE_BYTES;
+  static constexpr int MAX_BLOCKS = UnitMerge::MAX_BLOCKS;
+  using Space = Workspace<HEADS, V_DIM>;
 
-  HMA_DEVICE explicit DecodeWarp(const DecodeParams& params)
+  HMA_DEVICE explicit Decode(const DecodeParams& params)
       : p(params), lane(lane_index()), warp(warp_index()), attention(params) {}
 
   HMA_DEVICE void run() {
-    if (!work.load(p, HEADS)) return;
+    clear_empty();
+    const int head_blocks = (p.gqa_group_size + HEADS - 1) / HEADS;
+    const int units = p.kv_heads * head_blocks;  // of a request
+    const Spans spans(p, units, WARPS);
+    if (spans.pages == 0 || block_x() >= spans.blocks) return;
+    const int64_t start = spans.start(block_x()), end = spans.start(block_x() + 1);
     ring = shared_memory() + warp * WARP_BYTES;
-    attention.load_query(work);
-    attention.clear();
-    work.load_pages(p);
-    if (work.bfp8.count > 0) stream<Bfp8<DIM>, Bfp8<V_DIM>>(p.bfp8, work.bfp8);
-    if (work.bf16.count > 0) stream<Bf16<DIM>, Bf16<V_DIM>>(p.bf16, work.bf16);
-    Merge::template run<WARP_BYTES>(p, work, attention, ring);
+    work.request = find_request(start / units);
+    for (int64_t page = start; page < end;) {
+      while (page >= pages_before(p, work.request + 1) * units) ++work.request;
+      page = work.load(p, spans, head_blocks, HEADS, page, start, end);
+      attention.clear();
+      query_is_loaded = false;
+      if (work.bfp8.count > 0) stream<Bfp8<DIM>, Bfp8<V_DIM>>(p.bfp8, work.bfp8);
+      if (work.bf16.count > 0) stream<Bf16<DIM>, Bf16<V_DIM>>(p.bf16, work.bf16);
+      UnitMerge(p, work).run(attention);
+      sync_block();  // shared memory is free again
+    }
   }
 
  private:
+  // The output of requests without pages: no block has a segment of them.
+  HMA_DEVICE void clear_empty() {
+    for (int request = block_x(); request < p.batch_size; request += p.blocks) {
+      if (pages_before(p, request) != pages_before(p, request + 1)) continue;
+      const int64_t values = int64_t(p.kv_heads) * p.gqa_group_size * V_DIM;
+      auto* out = static_cast<Query*>(p.out) + request * values;
+      for (int64_t i = warp * WARP_SIZE + lane; i < values; i += THREADS) {
+        out[i] = from_float<Query>(0);
+      }
+    }
+  }
+
+  // The request that has the page-th page of all.
+  HMA_DEVICE int find_request(int64_t page) {
+    auto* found = reinterpret_cast<int*>(shared_memory());
+    for (int i = warp * WARP_SIZE + lane; i < p.batch_size; i += THREADS) {
+      if (pages_before(p, i) <= page && page < pages_before(p, i + 1)) *found = i;
+    }
+    sync_block();
+    const int request = *found;
+    sync_block();
+    return request;
+  }
+
   // Every WARPS-th tile of the pages, of which STAGES are fetched ahead.
   template <typename K, typename V>
   HMA_DEVICE void stream(const PagedKVParams& kv, const PageRange& pages) {
@@ -91,6 +128,8 @@ class DecodeWarp {
     };
 
     for (int n = 0; n < STAGES; ++n) fetch(n);
+    if (!query_is_loaded) attention.load_query(work);  // while the first pages are on their way
+    query_is_loaded = true;
     for (int n = 0; n < own_tiles; ++n) {
       wait_for_copies<STAGES - 1>();
       sync_warp();
@@ -106,7 +145,8 @@ class DecodeWarp {
 
   const DecodeParams& p;
   const int lane, warp;
-  WorkItem work;
+  Segment work;
+  bool query_is_loaded;
   uint8_t* ring;
   Attention attention;
 };

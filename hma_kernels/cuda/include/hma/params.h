@@ -24,17 +24,15 @@ struct DecodeParams {
   PagedKVParams bfp8;
   PagedKVParams bf16;
   const int64_t* seq_lens;      // [batch_size] tokens to attend to
-  const int32_t* item_indptr;   // [batch_size + 1] first work item of each request
-  const int32_t* item_request;  // [items] request of each work item; batch_size: there is none
-  float* partial_out;           // [items, heads, v_head_dim] not divided by the sum
-  float* partial_max;           // [items, heads] in units of log 2
-  float* partial_sum;           // [items, heads]
+  void* out;                    // [batch_size, heads, v_head_dim], contiguous, of the query's type
+  uint8_t* workspace;           // zeros when it is made; see merge.cuh
   int32_t batch_size;
   int32_t kv_heads;
   int32_t gqa_group_size;       // query heads per KV head
   int32_t sliding_window;       // -1: none
   float scale;
   float logit_cap;              // 0: none
+  int32_t blocks;               // that the kernel is started with
 };
 
 }  // namespace hma

@@ -1,8 +1,9 @@
 // Tiles of K and V in shared memory, and how they become operands of the tensor cores.
 //
-// A format says how many tokens a tile has. Of 16 tokens (`block`) and 16 dims (`group`) it makes
-//   k_operand  K as operand a: row m is token m; columns 2c, 2c+1, 2c+8, 2c+9 are dims 4c..4c+3.
-//   v_operand  V transposed as operand a: rows r and r+8 are dims 2r and 2r+1; column k is token k.
+// A format says how many tokens a tile has. Of each 16 tokens (`block`) and of 16 dims (`group`) it
+// makes
+//   k_operands  K as operand a: row m is token m; columns 2c, 2c+1, 2c+8, 2c+9 are dims 4c..4c+3.
+//   v_operands  V transposed as operand a: rows r and r+8 are dims 2r and 2r+1; column k is token k.
 // The order of dims differs from that in memory, so that a lane loads neighbours.
 //
 // BFP8 data bytes become bfloat16 without arithmetic: sign and 7-bit magnitude q are put where a
@@ -41,9 +42,13 @@ struct Bfp8 {
   static constexpr float WEIGHT_UNIT = 0x1p-60f;
 
   HMA_DEVICE static void copy(uint8_t* to, const uint8_t* page, int, int, int) {
-    for (int at = lane_index() * COPY_BYTES; at < BYTES; at += WARP_SIZE * COPY_BYTES) {
-      copy_16_bytes(to + at, page + at, true);
-    }
+    constexpr int STEP = WARP_SIZE * COPY_BYTES;
+    const int at = lane_index() * COPY_BYTES;
+    to += at;
+    page += at;
+#pragma unroll
+    for (int i = 0; i < BYTES / STEP; ++i) copy_16_bytes(to + i * STEP, page + i * STEP);
+    if (at < BYTES % STEP) copy_16_bytes(to + BYTES / STEP * STEP, page + BYTES / STEP * STEP);
   }
 
   HMA_DEVICE static int face(int block, int group) { return 2 * block + group % 2; }
@@ -52,35 +57,47 @@ struct Bfp8 {
     return tile + group / 2 * TILE_BYTES + face(block, group) * FACE;
   }
 
-  HMA_DEVICE static const uint8_t* data(const uint8_t* tile, int block, int group) {
-    return tile + group / 2 * TILE_BYTES + EXPONENT_BYTES + face(block, group) * FACE * FACE;
+  HMA_DEVICE static uint32_t widen(uint32_t bytes, uint32_t selector) {
+    return permute_bytes(bytes, 0, selector) & 0x807F807Fu;
   }
 
-  HMA_DEVICE static uint32_t widen(uint32_t low, uint32_t high, uint32_t selector) {
-    return permute_bytes(low, high, selector) & 0x807F807Fu;
+  // This lane's row of the four matrices that hold all tokens of 16 dims: tokens 8i to 8i+7 in
+  // matrix i, two dims in a 16-bit value.
+  HMA_DEVICE static const uint8_t* row(const uint8_t* tile, int group) {
+    const int lane = lane_index();
+    return tile + group / 2 * TILE_BYTES + EXPONENT_BYTES + face(lane / 16, group) * FACE * FACE +
+           lane % 16 * FACE;
   }
 
-  HMA_DEVICE static void k_operand(const uint8_t* tile, int block, int group, uint32_t (&a)[4]) {
-    const uint8_t* from = data(tile, block, group) + lane_index() * 4;
-    const auto upper = load<uint32_t>(from), lower = load<uint32_t>(from + 8 * GROUP);
-    a[0] = widen(upper, upper, 0x9180);
-    a[1] = widen(lower, lower, 0x9180);
-    a[2] = widen(upper, upper, 0xB3A2);
-    a[3] = widen(lower, lower, 0xB3A2);
+  // The operands of all blocks of a group of dims.
+  HMA_DEVICE static void k_operands(const uint8_t* tile, int group, uint32_t (&a)[2][4]) {
+    uint32_t raw[4];
+    load_matrices<false>(row(tile, group), raw);
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        a[block][half] = widen(raw[2 * block + half], 0x9180);
+        a[block][half + 2] = widen(raw[2 * block + half], 0xB3A2);
+      }
+    }
+  }
+
+  HMA_DEVICE static void v_operands(const uint8_t* tile, int group, uint32_t (&a)[2][4]) {
+    uint32_t raw[4];
+    load_matrices<true>(row(tile, group), raw);
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        a[block][2 * half] = widen(raw[2 * block + half], 0xA280);
+        a[block][2 * half + 1] = widen(raw[2 * block + half], 0xB391);
+      }
+    }
   }
 
   HMA_DEVICE static float k_scale(const uint8_t* tile, int block, int group, int row) {
     return float_from_bits(uint32_t(exponents(tile, block, group)[row]) << 23);
-  }
-
-  HMA_DEVICE static void v_operand(const uint8_t* tile, int block, int group, uint32_t (&a)[4]) {
-    const int r = lane_index() / 4, c = lane_index() % 4;
-    const uint8_t* from = data(tile, block, group) + 2 * c * GROUP + 2 * r;
-    for (int half = 0; half < 2; ++half, from += 8 * GROUP) {
-      const uint32_t even = load<uint16_t>(from), odd = load<uint16_t>(from + GROUP);
-      a[2 * half] = widen(even, odd, 0xC480);
-      a[2 * half + 1] = widen(even, odd, 0xD591);
-    }
   }
 
   // Weights times 2^(E-127) of their tokens in this group. The weight of a hidden token is zero,
@@ -126,25 +143,25 @@ struct Bf16 {
     }
   }
 
-  HMA_DEVICE static void k_operand(const uint8_t* tile, int, int group, uint32_t (&a)[4]) {
+  HMA_DEVICE static void k_operands(const uint8_t* tile, int group, uint32_t (&a)[1][4]) {
     const int r = lane_index() / 4, c = lane_index() % 4;
     for (int half = 0; half < 2; ++half) {
       const uint8_t* from = tile + place(r + 8 * half, 2 * group + c / 2) + c % 2 * 8;
       const auto four = load<uint2>(from);
-      a[half] = four.x;
-      a[half + 2] = four.y;
+      a[0][half] = four.x;
+      a[0][half + 2] = four.y;
     }
   }
 
-  HMA_DEVICE static void v_operand(const uint8_t* tile, int, int group, uint32_t (&a)[4]) {
+  HMA_DEVICE static void v_operands(const uint8_t* tile, int group, uint32_t (&a)[1][4]) {
     const int r = lane_index() / 4, c = lane_index() % 4;
     const int chunk = 2 * group + r / 4, within = r % 4 * 4;
     for (int half = 0; half < 2; ++half) {
       const int token = 2 * c + 8 * half;
       const auto even = load<uint32_t>(tile + place(token, chunk) + within);
       const auto odd = load<uint32_t>(tile + place(token + 1, chunk) + within);
-      a[2 * half] = permute_bytes(even, odd, 0x5410);
-      a[2 * half + 1] = permute_bytes(even, odd, 0x7632);
+      a[0][2 * half] = permute_bytes(even, odd, 0x5410);
+      a[0][2 * half + 1] = permute_bytes(even, odd, 0x7632);
     }
   }
 };

@@ -6,8 +6,10 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define HMA_DEVICE __device__ __forceinline__
+#define HMA_HOST_DEVICE __host__ __device__ __forceinline__
 #define HMA_KERNEL(name, Params, threads) \
   __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params params)
 
@@ -18,8 +20,6 @@ constexpr int WARP_SIZE = 32;
 HMA_DEVICE int lane_index() { return threadIdx.x % WARP_SIZE; }
 HMA_DEVICE int warp_index() { return threadIdx.x / WARP_SIZE; }
 HMA_DEVICE int block_x() { return blockIdx.x; }
-HMA_DEVICE int block_y() { return blockIdx.y; }
-HMA_DEVICE int block_z() { return blockIdx.z; }
 
 HMA_DEVICE uint8_t* shared_memory() {
   extern __shared__ __align__(16) uint8_t bytes[];
@@ -74,6 +74,12 @@ HMA_DEVICE uint32_t pack_bf16(float low, float high) {
 HMA_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 HMA_DEVICE float to_float(__half x) { return __half2float(x); }
 
+template <typename T>
+HMA_DEVICE T from_float(float x) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
+  else return __float2bfloat16_rn(x);
+}
+
 // Products of two pairs of bfloat16, subnormals kept: a * b + -0 is rounded like a * b.
 HMA_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) {
   uint32_t result;
@@ -99,16 +105,52 @@ HMA_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes from global to shared memory, or zeros if not valid. They are there for this lane after
-// commit_copies and wait_for_copies, for other lanes after a sync as well.
+// Four 8x8 matrices of 16-bit values in shared memory. Lanes 8i to 8i+7 say where the rows of
+// matrix i begin, each 16 bytes and aligned to them. x[i] is of matrix i: row r, columns 2c and
+// 2c+1; transposed: rows 2c and 2c+1, column r.
+template <bool TRANSPOSED>
+HMA_DEVICE void load_matrices(const uint8_t* row, uint32_t (&x)[4]) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared)
+                 : "memory");
+  }
+}
+
+// 16 bytes from global to shared memory. They are there for this lane after commit_copies and
+// wait_for_copies, for other lanes after a sync as well.
+HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from)
+               : "memory");
+}
+
+// The same, or zeros if not valid.
 HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid) {
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 
 HMA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// What this thread has written can be seen by the GPU's other blocks before what it writes next;
+// what it reads next is as new as what it has read.
+HMA_DEVICE void release_writes() { __threadfence(); }
+HMA_DEVICE void acquire_writes() { __threadfence(); }
+
+HMA_DEVICE int atomic_add(int32_t* to, int value) { return atomicAdd(to, value); }
+
+// A value that another block may have written during this kernel.
+HMA_DEVICE float load_written(const float* from) { return __ldcg(from); }
 
 // Waits until at most `pending` of this lane's committed copies are under way.
 template <int pending>

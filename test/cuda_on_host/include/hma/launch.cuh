@@ -7,21 +7,21 @@
 
 namespace hma {
 
-struct Grid {
-  int x, y, z;
-};
+// As many as HMA_BLOCKS says.
+template <typename Params>
+const char* resident_blocks(void (*)(const Params), int, int, int* blocks) {
+  const char* wanted = std::getenv("HMA_BLOCKS");
+  *blocks = wanted != nullptr ? std::atoi(wanted) : 8;
+  return nullptr;
+}
 
 template <typename Params>
-const char* launch(void (*kernel)(const Params), Grid grid, int threads, int shared_bytes, void*,
+const char* launch(void (*kernel)(const Params), int blocks, int threads, int shared_bytes, void*,
                    const Params& params) {
   static std::string failure;
   try {
-    for (int z = 0; z < grid.z; ++z) {
-      for (int y = 0; y < grid.y; ++y) {
-        for (int x = 0; x < grid.x; ++x) {
-          on_host::Block(x, y, z, threads, shared_bytes, [&] { kernel(params); }).run();
-        }
-      }
+    for (int x = 0; x < blocks; ++x) {
+      on_host::Block(x, threads, shared_bytes, [&] { kernel(params); }).run();
     }
   } catch (const std::exception& error) {
     failure = error.what();

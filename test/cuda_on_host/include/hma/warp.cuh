@@ -9,8 +9,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define HMA_DEVICE inline
+#define HMA_HOST_DEVICE inline
 #define HMA_KERNEL(name, Params, threads) void name(const Params params)
 
 struct uint2 {
@@ -32,8 +34,6 @@ inline on_host::Block& block() { return *on_host::Block::active; }
 inline int lane_index() { return block().current % WARP_SIZE; }
 inline int warp_index() { return block().current / WARP_SIZE; }
 inline int block_x() { return block().x; }
-inline int block_y() { return block().y; }
-inline int block_z() { return block().z; }
 inline uint8_t* shared_memory() { return block().shared; }
 inline void sync_block() { block().meet(block().everyone); }
 inline void sync_warp() { block().meet(block().warp().barrier); }
@@ -109,6 +109,18 @@ inline float to_float(__half x) {
   return x.bits & 0x8000 ? -size : size;
 }
 
+template <typename T>
+T from_float(float x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const auto rounded = static_cast<_Float16>(x);
+    __half result;
+    std::memcpy(&result, &rounded, 2);
+    return result;
+  } else {
+    return T{round_to_bf16(x)};
+  }
+}
+
 inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
   return pack_bf16(bf16_at(a, 0) * bf16_at(b, 0), bf16_at(a, 1) * bf16_at(b, 1));
 }
@@ -146,7 +158,24 @@ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_
   }
 }
 
-inline void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid) {
+template <bool TRANSPOSED>
+void load_matrices(const uint8_t* row, uint32_t (&x)[4]) {
+  on_host::check(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a row is not aligned");
+  const int phase = block().share(row);
+  const int r = lane_index() / 4, c = lane_index() % 4;
+  for (int i = 0; i < 4; ++i) {
+    auto element = [&](int of_row, int column) {
+      uint16_t value;
+      std::memcpy(&value, *block().slot<const uint8_t*>(phase, 8 * i + of_row) + 2 * column, 2);
+      return uint32_t(value);
+    };
+    x[i] = TRANSPOSED ? element(2 * c, r) | element(2 * c + 1, r) << 16
+                      : element(r, 2 * c) | element(r, 2 * c + 1) << 16;
+  }
+  sync_warp();  // nobody goes on to overwrite what others still read
+}
+
+inline void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid = true) {
   const on_host::Copy copy{to, from, valid};
   if (block().eager) block().perform(copy);
   block().thread().open.push_back(copy);
@@ -157,6 +186,18 @@ inline void commit_copies() {
   thread.groups.push_back(std::move(thread.open));
   thread.open.clear();
 }
+
+// Blocks run one after another.
+inline void release_writes() {}
+inline void acquire_writes() {}
+
+inline int atomic_add(int32_t* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
+
+inline float load_written(const float* from) { return *from; }
 
 template <int pending>
 void wait_for_copies() {
