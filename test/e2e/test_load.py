@@ -5,7 +5,6 @@ import http.client
 import random
 import select
 import time
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
@@ -20,31 +19,6 @@ REQUESTS = 200
 TOKENS = [*range(2, 25, 2), 96]
 LENGTHS = [1, 2, 17, 31, 32, 33, 63, 64, 65, 96, 130, 200, 257, 300]
 IDLE_S = 8  # SGLang's default is 5 s
-
-
-@pytest.fixture(scope="module", autouse=True)
-def idle_since(pair: Pair) -> Iterator[tuple[float, list[http.client.HTTPConnection]]]:
-    """Connections over which one request went, before the other tests."""
-    links = []
-    for server in (pair.prefill, pair.decode):
-        url = urlsplit(server.url)
-        link = http.client.HTTPConnection(str(url.hostname), url.port)
-        link.request("GET", "/health")
-        assert link.getresponse().read() is not None
-        links.append(link)
-    yield time.monotonic(), links
-    for link in links:
-        link.close()
-
-
-@pytest.fixture
-def idle_links(
-    idle_since: tuple[float, list[http.client.HTTPConnection]],
-) -> list[http.client.HTTPConnection]:
-    """Idle for IDLE_S by now."""
-    began, links = idle_since
-    time.sleep(max(0.0, began + IDLE_S - time.monotonic()))
-    return links
 
 
 def random_jobs(seed: int, count: int) -> list[tuple[list[int], int]]:
@@ -92,10 +66,17 @@ def test_single_server_under_pressure(single: Server, seed: int) -> None:
     assert_drained(single)
 
 
-def test_idle_connections_stay_open(
-    pair: Pair, idle_links: list[http.client.HTTPConnection]
-) -> None:
+def test_idle_connections_stay_open(pair: Pair) -> None:
     """A server that closes first loses requests that a router sends at that moment."""
-    for link in idle_links:
+    links = []
+    for server in (pair.prefill, pair.decode):
+        url = urlsplit(server.url)
+        link = http.client.HTTPConnection(str(url.hostname), url.port)
+        link.request("GET", "/health")
+        assert link.getresponse().read() is not None
+        links.append(link)
+    time.sleep(IDLE_S)
+    for link in links:
         readable, _, _ = select.select([link.sock], [], [], 0)
         assert not readable, "the server closed an idle connection"
+        link.close()
