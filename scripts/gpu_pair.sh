@@ -56,9 +56,13 @@ for library in "$WHEELS"/lib/*; do
 done
 say "wheels: $((SECONDS - BEGAN)) s; system libraries from there: $(ls "$WORK/lib" | xargs)"
 
+# Once for all servers.
+timeout 30 "$PYTHON" -m compileall -q -j 0 "$SITE" >>"$LOGS/wheels.log" 2>&1
+say "compiled: $((SECONDS - BEGAN)) s"
+
 export PYTHONPATH=$SITE:$PWD:${PYTHONPATH:-} HMA_PAIR_CUDA_SITE=$WORK/cuda
 export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$WORK/lib PYTHONUNBUFFERED=1 COLUMNS=160
-export XDG_CACHE_HOME=$WORK/cache TRITON_CACHE_DIR=$WORK/triton HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1
+export XDG_CACHE_HOME=$WORK/cache TRITON_CACHE_DIR=$WORK/triton HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1 SGLANG_HMA_SHARE=2
 # The optional extension that tvm_ffi would compile on import serves nobody here.
 export TVM_FFI_DISABLE_TORCH_C_DLPACK=1
 LEFT=$((${LIMIT:-150} - (SECONDS - BEGAN)))

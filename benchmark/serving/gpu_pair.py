@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def measure(
 
     prompts = prompts_of(AutoTokenizer.from_pretrained(MODEL), [max(lengths), *lengths])
     long, prompts = prompts[0], prompts[1:]
-    ready = [s for s in (prefill, *servers) if s.wait_ready(run.deadline - 25)]
+    ready = [s for s in (prefill, *servers) if s.wait_ready(run.deadline - 35)]
     for server in ready:
         run.say(f"{server.name} is ready after {server.ready_s:.1f} s")
         run.part(server.name, lambda s=server: run.say(f"{s.name}: {s.info()}"))  # type: ignore[misc]
@@ -257,6 +258,7 @@ def main() -> None:
         answers = transformers_greedy(MODEL, prompts, TOKENS)
         (args.out / "reference.json").write_text(json.dumps([vars(a) for a in answers]))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # servers end too
     run = Run(args.out, args.seconds)
     run.part("servers", lambda: serve(run, args.decode, args.lengths))
 
