@@ -23,7 +23,7 @@ from sglang_hma.seams import SGLANG_VERSION
 # What they are called here, and the distributions that bring them.
 PACKAGES = {
     **{name: (name,) for name in ("sglang", "sglang-router", "torch", "triton", "transformers")},
-    "mooncake": ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda"),
+    "mooncake": tuple(f"mooncake-transfer-engine{build}" for build in ("", "-cuda13", "-non-cuda")),
     "sgl_kernel": ("sglang-kernel", "sgl-kernel"),
     "flashinfer": ("flashinfer-python",),
     "ttnn": ("ttnn",),

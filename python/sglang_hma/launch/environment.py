@@ -134,11 +134,11 @@ def prepare(config: HmaConfig, *, metrics: bool = False, compiles: bool = False)
                 os.environ.setdefault(variable.name, variable.value)
     if metrics:
         share_metrics()
+    if (config.device == "cpu" or config.torch_ops) and not compiles:
+        # Functions marked for torch.compile stay as they are. The compiler would be imported
+        # for them, and the sharded embedding's one compiled, which takes a minute.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if config.device == "cpu":
-        if not compiles:
-            # Functions marked for torch.compile stay as they are. The compiler would be imported
-            # for them, and the sharded embedding's one compiled, which takes a minute.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         silence()
 
 

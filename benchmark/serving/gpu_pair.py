@@ -1,0 +1,267 @@
+"""Prefill on the host's CPU, decode on a GPU: what comes out, and how fast.
+
+    python -m benchmark.serving.gpu_pair --out OUT [--seconds 120] [--decode gpu gpu-triton cpu]
+
+All servers start at once. Greedy tokens of prompts from the standard library's sources through each
+pair are compared with transformers' and with each other; both decode servers get the same bytes,
+because prefill keeps them. Then the time per token, from streamed answers. What is found is printed
+at once, whatever fails later.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmark.quality.text import sources
+from benchmark.serving.pd_servers import PdClient, Server
+
+MODEL = Path(__file__).parents[1] / "quality/model"
+NEAR_TIE = 0.25  # of a logprob: BF16 logits of about 16 are 0.125 apart
+TOKENS, LENGTHS = 24, [20 + 41 * i for i in range(20)]
+CPU = ("--device", "cpu", "--max-total-tokens", "32768")
+GPU = ("--device", "cuda", "--max-total-tokens", "65536", "--mem-fraction-static", "0.3")
+DECODERS = {
+    "gpu": (GPU, {}),
+    "gpu-triton": (GPU, {"HMA_KERNELS": "triton"}),
+    "cpu": (CPU, {}),
+}
+COMMON = (
+    *("--disaggregation-transfer-backend", "mooncake_tcp", "--grammar-backend", "none"),
+    "--skip-server-warmup",
+)
+STREAMS = ((1, 200, 128), (32, 200, 128))  # (at once, tokens of the prompt, tokens)
+
+
+@dataclass
+class Greedy:
+    """Tokens, the logprob of each, and its lead over the second best."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    leads: list[float]
+
+    @classmethod
+    def of(cls, reply: dict[str, Any]) -> "Greedy":
+        top = reply["meta_info"]["output_top_logprobs"]
+        return cls(
+            list(reply["output_ids"]),
+            [pair[0][0] for pair in top],
+            [pair[0][0] - pair[1][0] for pair in top],
+        )
+
+
+def prompts_of(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """Beginnings of held-out source files, one a length, all different."""
+    found: list[list[int]] = []
+    wanted = sorted(lengths, reverse=True)
+    for text in sources(held_out=True):
+        ids = tokenizer.encode(text[:20000], add_special_tokens=False)
+        if len(found) < len(wanted) and len(ids) >= wanted[len(found)]:
+            found.append(ids[: wanted[len(found)]])
+    if len(found) < len(wanted):
+        raise ValueError(f"{len(found)} texts are long enough, not {len(wanted)}")
+    return found
+
+
+def transformers_greedy(model_path: Path, prompts: list[list[int]], tokens: int) -> list[Greedy]:
+    """In float32 on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        answer, past, ids = Greedy([], [], []), None, torch.tensor([prompt])
+        for _ in range(tokens):
+            with torch.inference_mode():
+                out = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            best = out.logits[0, -1].log_softmax(-1).topk(2)
+            answer.tokens.append(int(best.indices[0]))
+            answer.logprobs.append(float(best.values[0]))
+            answer.leads.append(float(best.values[0] - best.values[1]))
+            ids = best.indices[:1][None]
+        answers.append(answer)
+    return answers
+
+
+def compare(name: str, ours: list[Greedy], theirs: list[Greedy]) -> str:
+    """How many answers are the same, and how clear the choice was where they first differ."""
+    same, ties, wrong, compared, apart = 0, 0, [], 0, [0.0]
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        pairs = list(zip(a.tokens, b.tokens, strict=True))
+        first = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+        compared += first
+        apart += [abs(x - y) for x, y in zip(a.logprobs[:first], b.logprobs[:first], strict=True)]
+        if first == len(pairs):
+            same += 1
+        elif min(a.leads[first], b.leads[first]) <= NEAR_TIE:
+            ties += 1
+        else:
+            wrong.append(f"#{index} at {first}: leads {a.leads[first]:.2f}, {b.leads[first]:.2f}")
+    verdict = f"{len(wrong)} DIFFER ({'; '.join(wrong)})" if wrong else "none differ otherwise"
+    return (
+        f"{name}: {same} of {len(ours)} answers the same, {ties} part at a near tie "
+        f"(lead <= {NEAR_TIE}), {verdict}; {compared} tokens compared, logprobs apart by "
+        f"{statistics.median(apart):.4f} in the median, {max(apart):.4f} at most"
+    )
+
+
+class Run:
+    """`say` prints what is found; a part that fails says so, and the next one follows."""
+
+    def __init__(self, out: Path, seconds: float) -> None:
+        self.out, self.began = out, time.monotonic()
+        self.deadline = self.began + seconds
+        self.servers: list[Server] = []
+        self.found: dict[str, list[Greedy]] = {}
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.began:5.1f} s] {text}", flush=True)
+
+    def left(self) -> float:
+        return max(1.0, self.deadline - time.monotonic())
+
+    def part(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            causes = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+            self.say(f"{name}: FAILED: {'; '.join(repr(cause)[:300] for cause in causes)}")
+            traceback.print_exc()
+
+    def start(self, name: str, mode: str, flags: Sequence[str], env: dict[str, str]) -> Server:
+        if flags is GPU and (site := os.environ.get("HMA_PAIR_CUDA_SITE")):
+            env = env | {"PYTHONPATH": f"{site}:{os.environ.get('PYTHONPATH', '')}"}
+        server = Server(name, self.out / f"{name}.log", [*COMMON, *flags], env)
+        self.servers.append(server.start(MODEL, mode))
+        return server
+
+    def greedy(self, client: PdClient, prompts: list[list[int]]) -> None:
+        """One after the other: a batch of one on both sides."""
+
+        async def all_answers() -> list[Greedy]:
+            limit = min(40.0, self.left())
+            return [Greedy.of(await client.answer(p, TOKENS, limit)) for p in prompts]
+
+        answers = asyncio.run(asyncio.wait_for(all_answers(), min(40.0, self.left())))
+        self.found[client.decode.name] = answers
+        self.say(f"{client.decode.name}: {len(answers)} answers of {TOKENS} tokens")
+
+    def speed(self, client: PdClient, prompt: list[int]) -> None:
+        name = client.decode.name
+        for at_once, length, tokens in STREAMS:
+            prompts = [prompt[i : i + length] for i in range(at_once)]
+            warm = min(tokens, 8)
+            asyncio.run(client.streams(prompts, warm, min(30.0, self.left())))
+            streams = asyncio.run(client.streams(prompts, tokens, min(30.0, self.left())))
+            tpot = [1e3 * stream.tpot for stream in streams]
+            ttft = [1e3 * stream.ttft for stream in streams]
+            self.say(
+                f"{name}: {at_once} at once, prompts of {length}: TPOT"
+                f" {statistics.median(tpot):.2f} ms in the median, {max(tpot):.2f} at most;"
+                f" TTFT {statistics.median(ttft):.0f} ms; {tokens} tokens each,"
+                f" {sum(len(s.counts) for s in streams)} events"
+            )
+
+    def stop(self) -> None:
+        for server in self.servers:
+            if not server.alive():
+                self.say(f"{server.name} ended by itself, exit code {server.popen.returncode}")
+            server.stop()
+
+
+def reference(out: Path, lengths: list[int]) -> "subprocess.Popen[bytes]":
+    """transformers' answers, in a process beside the servers that are starting."""
+    command = [sys.executable, "-m", "benchmark.serving.gpu_pair", "--out", str(out), "--reference"]
+    command += ["--lengths", *map(str, lengths)]
+    with (out / "reference.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def serve(run: Run, decoders: list[str], lengths: list[int]) -> None:
+    prefill = run.start("prefill", "prefill", CPU, {})
+    servers = [run.start(f"decode-{name}", "decode", *DECODERS[name]) for name in decoders]
+    beside = reference(run.out, lengths)
+    try:
+        measure(run, prefill, servers, beside, lengths)
+    finally:
+        run.stop()
+        beside.kill()
+
+
+def measure(
+    run: Run,
+    prefill: Server,
+    servers: list[Server],
+    beside: "subprocess.Popen[bytes]",
+    lengths: list[int],
+) -> None:
+    from transformers import AutoTokenizer
+
+    prompts = prompts_of(AutoTokenizer.from_pretrained(MODEL), [max(lengths), *lengths])
+    long, prompts = prompts[0], prompts[1:]
+    ready = [s for s in (prefill, *servers) if s.wait_ready(run.deadline - 35)]
+    for server in ready:
+        run.say(f"{server.name} is ready after {server.ready_s:.1f} s")
+        run.part(server.name, lambda s=server: run.say(f"{s.name}: {s.info()}"))  # type: ignore[misc]
+    if prefill not in ready:
+        raise RuntimeError("the prefill server does not serve")
+    clients = [PdClient(prefill, server) for server in servers if server in ready]
+    for client in clients:
+        run.part(f"{client.decode.name} greedy", lambda c=client: run.greedy(c, prompts))  # type: ignore[misc]
+    run.part("transformers", lambda: load_reference(run, beside))
+    judge(run)
+    for client in clients:
+        run.part(f"{client.decode.name} speed", lambda c=client: run.speed(c, long))  # type: ignore[misc]
+
+
+def load_reference(run: Run, beside: "subprocess.Popen[bytes]") -> None:
+    beside.wait(min(20.0, run.left()))
+    answers = json.loads((run.out / "reference.json").read_text())
+    run.found["transformers"] = [Greedy(**answer) for answer in answers]
+
+
+def judge(run: Run) -> None:
+    names = list(run.found)
+    for index, name in enumerate(names):
+        for other in names[index + 1 :]:
+            run.say(compare(f"{name} and {other}", run.found[name], run.found[other]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--decode", nargs="+", choices=list(DECODERS), default=list(DECODERS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--reference", action="store_true", help="only transformers' answers")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.reference:
+        from transformers import AutoTokenizer
+
+        lengths = [max(args.lengths), *args.lengths]
+        prompts = prompts_of(AutoTokenizer.from_pretrained(MODEL), lengths)[1:]
+        answers = transformers_greedy(MODEL, prompts, TOKENS)
+        (args.out / "reference.json").write_text(json.dumps([vars(a) for a in answers]))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # servers end too
+    run = Run(args.out, args.seconds)
+    run.part("servers", lambda: serve(run, args.decode, args.lengths))
+
+
+if __name__ == "__main__":
+    main()
