@@ -1,8 +1,9 @@
-"""Decode attention in CUDA C++: one kernel a layer."""
+"""Decode attention in CUDA C++: two kernels a layer, and one a step that divides the batch."""
 
 import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 
 import torch
 
@@ -19,8 +20,7 @@ ALIGNMENT = 16  # bytes of one copy to shared memory
 
 
 class DecodePlan:
-    """hma_kernels.DecodePlan on an NVIDIA GPU. The kernel divides the batch itself (span.cuh), so
-    nothing is to be done when the contents of the table's tensors have changed.
+    """hma_kernels.DecodePlan on an NVIDIA GPU.
 
     blocks: what the batch is divided into; as many as the GPU runs at a time unless given.
     """
@@ -42,29 +42,39 @@ class DecodePlan:
         with _on(kv.device):
             resident = library.blocks()
         self._blocks = min(resident, blocks or resident)
-        self._workspace = torch.zeros(
-            library.workspace_bytes(self._blocks), dtype=torch.uint8, device=kv.device
-        )
+        self._workspace = torch.empty(0, dtype=torch.uint8, device=kv.device)
+        size = library.workspace_bytes(self._params(None, 0, 1.0, 0.0, None))
+        self._workspace = torch.empty(size, dtype=torch.uint8, device=kv.device)
+        self.refresh()
 
     def refresh(self) -> None:
-        pass
+        if self._table.batch_size:
+            params = self._params(None, 0, 1.0, 0.0, None)
+            with _on(self._kv.device) as stream:
+                self._library.schedule(params, stream)
 
     def run(
         self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
     ) -> None:
+        if not self._table.batch_size:
+            return
         q = q if q.stride(2) == 1 else q.contiguous()
         suits = out.dtype == q.dtype and out.is_contiguous()
         own = out if suits else q.new_empty(out.shape)
-        params = self._params(q, layer, scale, logit_cap, own)
-        with _on(q.device):
-            stream = torch.cuda.current_stream().cuda_stream if q.is_cuda else 0
-            self._library.decode(params, stream)
+        with _on(q.device) as stream:
+            self._library.decode(self._params(q, layer, scale, logit_cap, own), stream)
         if own is not out:
             out.copy_(own)
 
     def _params(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor | None,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor | None,
     ) -> DecodeParams:
+        """The schedule needs no queries and no output."""
         kv, table = self._kv, self._table
 
         def paged_kv(k: torch.Tensor, v: torch.Tensor, *table: torch.Tensor) -> PagedKVParams:
@@ -74,7 +84,7 @@ class DecodePlan:
             )
 
         return DecodeParams(
-            *(q.data_ptr(), q.stride(0), q.stride(1)),
+            *((None, 0, 0) if q is None else (q.data_ptr(), q.stride(0), q.stride(1))),
             paged_kv(
                 *(kv.k_bfp8[layer], kv.v_bfp8[layer]),
                 *(table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
@@ -83,14 +93,22 @@ class DecodePlan:
                 *(kv.k_bf16[layer], kv.v_bf16[layer]),
                 *(table.bf16_indptr, table.bf16_indices, table.bf16_pos),
             ),
-            *(table.seq_lens.data_ptr(), out.data_ptr(), self._workspace.data_ptr()),
+            table.seq_lens.data_ptr(),
+            None if out is None else out.data_ptr(),
+            self._workspace.data_ptr(),
             *(table.batch_size, kv.kv_heads, self._gqa_group_size, self._sliding_window),
             *(scale, logit_cap, self._blocks),
         )
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[int]:
+    """The device's current stream."""
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 def instance_for(

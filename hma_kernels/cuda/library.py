@@ -45,8 +45,11 @@ class DecodeLibrary:
         self._blocks.argtypes = [ctypes.POINTER(c_int)]
         self._blocks.restype = c_char_p
         self._workspace_bytes = library.hma_workspace_bytes
-        self._workspace_bytes.argtypes = [c_int]
+        self._workspace_bytes.argtypes = [ctypes.POINTER(DecodeParams)]
         self._workspace_bytes.restype = c_int64
+        self._schedule = library.hma_schedule
+        self._schedule.argtypes = [ctypes.POINTER(DecodeParams), c_void_p]
+        self._schedule.restype = c_char_p
 
     def blocks(self) -> int:
         """How many the current device runs at a time. Raises RuntimeError with CUDA's message."""
@@ -55,12 +58,20 @@ class DecodeLibrary:
             raise RuntimeError(f"the decode kernel does not fit this GPU: {failure.decode()}")
         return found.value
 
-    def workspace_bytes(self, blocks: int) -> int:
-        """Of DecodeParams.workspace."""
-        return int(self._workspace_bytes(blocks))
+    def workspace_bytes(self, params: DecodeParams) -> int:
+        """Of DecodeParams.workspace, for these batch and block sizes."""
+        return int(self._workspace_bytes(ctypes.byref(params)))
+
+    def schedule(self, params: DecodeParams, stream: int) -> None:
+        """Enqueue the division of the batch, which decode() works by until the next one.
+
+        Raises RuntimeError with CUDA's message if it cannot start.
+        """
+        if (failure := self._schedule(ctypes.byref(params), stream)) is not None:
+            raise RuntimeError(f"the schedule kernel did not start: {failure.decode()}")
 
     def decode(self, params: DecodeParams, stream: int) -> None:
-        """Enqueue the kernel, after blocks() was asked on this device.
+        """Enqueue the kernels, after blocks() was asked on this device.
 
         Raises RuntimeError with CUDA's message if it cannot start.
         """

@@ -4,16 +4,16 @@
 // the tensor cores' tiles. A lane holds heads 2c and 2c+1 of each tile of heads.
 #pragma once
 
+#include <hma/merge.cuh>
 #include <hma/params.h>
 #include <hma/tiles.cuh>
-#include <hma/span.cuh>
+#include <hma/schedule.cuh>
 
 #include <type_traits>
 
 namespace hma {
 
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float MINUS_INFINITY = -__builtin_inff();
 constexpr int HEADS_PER_TILE = 8;
 
 template <typename Query, int DIM, int V_DIM, int HEAD_TILES>
@@ -80,12 +80,50 @@ class WarpAttention {
     }
   }
 
+  // Writes the unit's output, or its partial state.
+  HMA_DEVICE void finish(const Segment& work, const Workspace<HEADS, V_DIM>& space) {
+    const int heads = p.gqa_group_size - work.first_head;
+    const int64_t first =
+        (int64_t(work.request) * p.kv_heads + work.kv_head) * p.gqa_group_size + work.first_head;
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float sum = state_sum[tile][i];
+        for (int mask = 4; mask < WARP_SIZE; mask *= 2) sum += from_lane_xor(sum, mask);
+        const int head = tile * HEADS_PER_TILE + 2 * c + i;
+        if (head >= heads) continue;
+        if (work.partial < 0) {
+          Query* to = static_cast<Query*>(p.out) + (first + head) * V_DIM;
+          each_value(tile, i, [&](int at, float value) { store(to + at, value, sum); });
+        } else {
+          const int64_t row = int64_t(work.partial) * HEADS + head;
+          float* to = space.out() + row * V_DIM;
+          each_value(tile, i, [&](int at, float value) { to[at] = value; });
+          if (r == 0) {
+            space.states()[2 * row] = state_max[tile][i];
+            space.states()[2 * row + 1] = sum;
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  template <typename Use>
+  HMA_DEVICE void each_value(int tile, int i, const Use& use) const {
+#pragma unroll
+    for (int group = 0; group < V_DIM / GROUP; ++group) {
+      use(group * GROUP + 2 * r, state_out[tile][group][i] * OUT_UNIT);
+      use(group * GROUP + 2 * r + 1, state_out[tile][group][i + 2] * OUT_UNIT);
+    }
+  }
+
   // The softmax state of heads 2c and 2c+1 of each tile: maximum logit in units of log 2, sum of
   // weights of this lane's tokens only, and weighted sum of V divided by OUT_UNIT.
   float state_max[HEAD_TILES][2], state_sum[HEAD_TILES][2];
   float state_out[HEAD_TILES][V_DIM / GROUP][4];
 
- private:
   template <typename K, typename V, bool RAGGED>
   HMA_DEVICE void attend(const uint8_t* keys, const uint8_t* values, int begin, int end) {
     constexpr int BLOCKS = K::TOKENS / BLOCK;

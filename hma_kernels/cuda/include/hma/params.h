@@ -1,4 +1,4 @@
-// The arguments of the decode kernel. Python mirrors these structs (hma_kernels/cuda/library.py).
+// The arguments of the kernels. Python mirrors these structs (hma_kernels/cuda/library.py).
 #pragma once
 
 #include <cstdint>
@@ -25,14 +25,14 @@ struct DecodeParams {
   PagedKVParams bf16;
   const int64_t* seq_lens;      // [batch_size] tokens to attend to
   void* out;                    // [batch_size, heads, v_head_dim], contiguous, of the query's type
-  uint8_t* workspace;           // zeros when it is made; see merge.cuh
+  uint8_t* workspace;           // schedule.cuh says what is in it
   int32_t batch_size;
   int32_t kv_heads;
   int32_t gqa_group_size;       // query heads per KV head
   int32_t sliding_window;       // -1: none
   float scale;
   float logit_cap;              // 0: none
-  int32_t blocks;               // that the kernel is started with
+  int32_t blocks;               // that the attention kernel is started with
 };
 
 }  // namespace hma

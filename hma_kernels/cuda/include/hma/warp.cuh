@@ -20,6 +20,7 @@ constexpr int WARP_SIZE = 32;
 HMA_DEVICE int lane_index() { return threadIdx.x % WARP_SIZE; }
 HMA_DEVICE int warp_index() { return threadIdx.x / WARP_SIZE; }
 HMA_DEVICE int block_x() { return blockIdx.x; }
+HMA_DEVICE int grid_x() { return gridDim.x; }
 
 HMA_DEVICE uint8_t* shared_memory() {
   extern __shared__ __align__(16) uint8_t bytes[];
@@ -141,16 +142,6 @@ HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid) {
 }
 
 HMA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// What this thread has written can be seen by the GPU's other blocks before what it writes next;
-// what it reads next is as new as what it has read.
-HMA_DEVICE void release_writes() { __threadfence(); }
-HMA_DEVICE void acquire_writes() { __threadfence(); }
-
-HMA_DEVICE int atomic_add(int32_t* to, int value) { return atomicAdd(to, value); }
-
-// A value that another block may have written during this kernel.
-HMA_DEVICE float load_written(const float* from) { return __ldcg(from); }
 
 // Waits until at most `pending` of this lane's committed copies are under way.
 template <int pending>

@@ -54,8 +54,10 @@ class Block {
  public:
   static constexpr size_t STACK = 1 << 18;
 
-  Block(int x, int threads, int shared_bytes, std::function<void()> kernel)
-      : x(x), threads(threads), warps(threads / WARP_SIZE), kernel(std::move(kernel)) {
+  Block(int x, int blocks, int threads, int shared_bytes, std::function<void()> kernel)
+      : x(x),
+        blocks(blocks),
+        threads(threads), warps(threads / WARP_SIZE), kernel(std::move(kernel)) {
     check(threads % WARP_SIZE == 0, "threads are no multiple of a warp");
     storage.assign(shared_bytes + 16, 0xFF);  // NaN until somebody writes
     const auto address = reinterpret_cast<uintptr_t>(storage.data());
@@ -142,7 +144,7 @@ class Block {
 
   static inline Block* active = nullptr;
 
-  const int x;
+  const int x, blocks;
   int current = 0;
   bool eager, moved = false;
   uint8_t* shared;

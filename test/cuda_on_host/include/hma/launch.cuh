@@ -21,7 +21,7 @@ const char* launch(void (*kernel)(const Params), int blocks, int threads, int sh
   static std::string failure;
   try {
     for (int x = 0; x < blocks; ++x) {
-      on_host::Block(x, threads, shared_bytes, [&] { kernel(params); }).run();
+      on_host::Block(x, blocks, threads, shared_bytes, [&] { kernel(params); }).run();
     }
   } catch (const std::exception& error) {
     failure = error.what();

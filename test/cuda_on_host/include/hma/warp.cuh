@@ -34,6 +34,7 @@ inline on_host::Block& block() { return *on_host::Block::active; }
 inline int lane_index() { return block().current % WARP_SIZE; }
 inline int warp_index() { return block().current / WARP_SIZE; }
 inline int block_x() { return block().x; }
+inline int grid_x() { return block().blocks; }
 inline uint8_t* shared_memory() { return block().shared; }
 inline void sync_block() { block().meet(block().everyone); }
 inline void sync_warp() { block().meet(block().warp().barrier); }
@@ -186,18 +187,6 @@ inline void commit_copies() {
   thread.groups.push_back(std::move(thread.open));
   thread.open.clear();
 }
-
-// Blocks run one after another.
-inline void release_writes() {}
-inline void acquire_writes() {}
-
-inline int atomic_add(int32_t* to, int value) {
-  const int before = *to;
-  *to += value;
-  return before;
-}
-
-inline float load_written(const float* from) { return *from; }
 
 template <int pending>
 void wait_for_copies() {
