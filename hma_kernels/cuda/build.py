@@ -64,7 +64,7 @@ def command(nvcc: str, instance: Instance, architecture: int, target: Path) -> l
     code = f"arch=compute_{architecture},code=sm_{architecture}"
     return [
         *(nvcc, *FLAGS, "-gencode", code, "-I", str(SOURCES / "include"), *instance.macros()),
-        *(str(SOURCES / "decode.cu"), "-o", str(target)),
+        *(f"-DHMA_ARCHITECTURE={architecture}", str(SOURCES / "decode.cu"), "-o", str(target)),
     ]
 
 

@@ -57,9 +57,9 @@ extern "C" const char* hma_decode(const hma::DecodeParams* params, void* stream)
   const int outputs = params->batch_size * params->kv_heads * params->gqa_group_size;
   return outputs <= FEW_OUTPUTS
              ? hma::launch(&hma_merge_few_kernel, outputs, Merge<16>::THREADS,
-                           Merge<16>::SHARED_BYTES, stream, *params)
+                           Merge<16>::SHARED_BYTES, stream, *params, true)
              : hma::launch(&hma_merge_kernel, outputs, Merge<2>::THREADS, Merge<2>::SHARED_BYTES,
-                           stream, *params);
+                           stream, *params, true);
 }
 
 extern "C" int hma_params_bytes() { return sizeof(hma::DecodeParams); }

@@ -37,6 +37,7 @@ class Decode {
         attention(params) {}
 
   HMA_DEVICE void run() {
+    allow_next_kernel();
     if (span.count == 0) return;
     copied = segment(0);
     Segment work = copied;

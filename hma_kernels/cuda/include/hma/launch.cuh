@@ -28,12 +28,22 @@ const char* resident_blocks(void (*kernel)(const Params), int threads, int share
                                               : failure_of(error);
 }
 
-// nullptr, or why it could not start. resident_blocks has been asked on this device.
+// nullptr, or why it could not start. resident_blocks has been asked on this device. An early kernel
+// may be started before the one ahead of it in the stream has ended, and waits for that itself.
 template <typename Params>
 const char* launch(void (*kernel)(const Params), int blocks, int threads, int shared_bytes,
-                   void* stream, const Params& params) {
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
-  return failure_of(cudaGetLastError());
+                   void* stream, const Params& params, bool early = false) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = early && HMA_ARCHITECTURE >= 90 ? 1 : 0;
+  return failure_of(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 }  // namespace hma

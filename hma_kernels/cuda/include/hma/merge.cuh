@@ -40,6 +40,7 @@ class Merge {
     const int lane = lane_index(), warp = warp_index(), row = in_group % HEADS;
     auto* out = static_cast<Query*>(p.out) + (int64_t(request) * heads + head) * V_DIM;
     if (shared.count == 1) return;
+    wait_for_previous_kernel();
     if (shared.count == 0) {
       for (int i = warp * WARP_SIZE + lane; i < V_DIM; i += THREADS) out[i] = from_float<Query>(0);
       return;

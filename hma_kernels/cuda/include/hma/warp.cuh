@@ -143,6 +143,21 @@ HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid) {
 
 HMA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+// The next kernel of the stream, if it was started early, may begin now; and what this one has
+// written is complete for it once it has waited. Compute capability 9.0 and up; before that no kernel
+// is started early.
+HMA_DEVICE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+HMA_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Waits until at most `pending` of this lane's committed copies are under way.
 template <int pending>
 HMA_DEVICE void wait_for_copies() {

@@ -17,7 +17,7 @@ const char* resident_blocks(void (*)(const Params), int, int, int* blocks) {
 
 template <typename Params>
 const char* launch(void (*kernel)(const Params), int blocks, int threads, int shared_bytes, void*,
-                   const Params& params) {
+                   const Params& params, bool = false) {
   static std::string failure;
   try {
     for (int x = 0; x < blocks; ++x) {
