@@ -65,6 +65,8 @@ export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$WORK/lib PYTHONUNBU
 export XDG_CACHE_HOME=$WORK/cache TRITON_CACHE_DIR=$WORK/triton HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1 SGLANG_HMA_SHARE=2
 # The optional extension that tvm_ffi would compile on import serves nobody here.
 export TVM_FFI_DISABLE_TORCH_C_DLPACK=1
+# SGLang's compiled prefix tree is of the torch that it pins; another one crashes in it.
+export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python
 cd "$WORK" # python -m looks here first, and the tree has no compiled kernels
 LEFT=$((${LIMIT:-150} - (SECONDS - BEGAN)))
 timeout -k 2 $((LEFT - 6)) "$PYTHON" -m benchmark.serving.gpu_pair --out "$LOGS" --seconds $((LEFT - 14)) "$@" \

@@ -1,4 +1,5 @@
-"""A GPU server without sgl_kernel: its worker processes import SGLang's model runner."""
+"""Servers without sgl_kernel on a host with a GPU: their worker processes import SGLang's model
+runner."""
 
 import os
 
@@ -41,6 +42,12 @@ def test_worker_needs_no_sgl_kernel(python: WarmPython) -> None:
     config = HmaConfig(role="decode", device="cuda", torch_ops=True)
     done = python("-c", WORKER, env=os.environ | config.environment())
     assert "platform HmaTorchCudaPlatform cuda" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_cpu_server_beside_a_gpu_needs_none_either(python: WarmPython) -> None:
+    config = HmaConfig(role="prefill", device="cpu")
+    done = python("-c", WORKER, env=os.environ | config.environment())
+    assert "platform HmaCpuPlatform cpu" in done.stdout, done.stderr[-3000:]
 
 
 def test_sglang_itself_needs_it(python: WarmPython) -> None:

@@ -11,7 +11,8 @@ template <int WARPS>
 using Merge = hma::Merge<HMA_QUERY, Decode::HEADS, HMA_V_HEAD_DIM, WARPS>;
 
 constexpr int SCHEDULE_THREADS = 128;
-constexpr int FEW_OUTPUTS = 512;  // heads of all requests: so few blocks must each be quick
+// Heads of all requests: where a merge has few blocks, each must be quick.
+constexpr int FEW_OUTPUTS = 128, SOME_OUTPUTS = 512;
 
 HMA_KERNEL(hma_schedule_kernel, hma::DecodeParams, SCHEDULE_THREADS) {
   const int thread = hma::warp_index() * hma::WARP_SIZE + hma::lane_index();
@@ -21,12 +22,23 @@ HMA_KERNEL(hma_schedule_kernel, hma::DecodeParams, SCHEDULE_THREADS) {
 
 HMA_KERNEL(hma_decode_kernel, hma::DecodeParams, Decode::THREADS) { Decode(params).run(); }
 
-HMA_KERNEL(hma_merge_few_kernel, hma::DecodeParams, Merge<16>::THREADS) {
+HMA_KERNEL(hma_merge_16_kernel, hma::DecodeParams, Merge<16>::THREADS) {
   Merge<16>::run(params, HMA_WARPS);
 }
 
-HMA_KERNEL(hma_merge_kernel, hma::DecodeParams, Merge<2>::THREADS) {
+HMA_KERNEL(hma_merge_8_kernel, hma::DecodeParams, Merge<8>::THREADS) {
+  Merge<8>::run(params, HMA_WARPS);
+}
+
+HMA_KERNEL(hma_merge_2_kernel, hma::DecodeParams, Merge<2>::THREADS) {
   Merge<2>::run(params, HMA_WARPS);
+}
+
+template <int WARPS>
+static const char* merge(void (*kernel)(const hma::DecodeParams), const hma::DecodeParams& params,
+                         int outputs, void* stream) {
+  return hma::launch(kernel, outputs, Merge<WARPS>::THREADS, Merge<WARPS>::SHARED_BYTES, stream,
+                     params, true);
 }
 
 // As many as the current device runs at a time.
@@ -55,11 +67,9 @@ extern "C" const char* hma_decode(const hma::DecodeParams* params, void* stream)
                                     Decode::SHARED_BYTES, stream, *params);
   if (failure != nullptr) return failure;
   const int outputs = params->batch_size * params->kv_heads * params->gqa_group_size;
-  return outputs <= FEW_OUTPUTS
-             ? hma::launch(&hma_merge_few_kernel, outputs, Merge<16>::THREADS,
-                           Merge<16>::SHARED_BYTES, stream, *params, true)
-             : hma::launch(&hma_merge_kernel, outputs, Merge<2>::THREADS, Merge<2>::SHARED_BYTES,
-                           stream, *params, true);
+  if (outputs <= FEW_OUTPUTS) return merge<16>(&hma_merge_16_kernel, *params, outputs, stream);
+  if (outputs <= SOME_OUTPUTS) return merge<8>(&hma_merge_8_kernel, *params, outputs, stream);
+  return merge<2>(&hma_merge_2_kernel, *params, outputs, stream);
 }
 
 extern "C" int hma_params_bytes() { return sizeof(hma::DecodeParams); }

@@ -201,7 +201,7 @@ def verify(config: HmaConfig) -> None:
         lost.append("sglang.srt.layers.attention.attention_registry: backend 'hma'")
     if config.on_card and not _has_models():
         lost.append("sglang.srt.models.registry.ModelRegistry.models")
-    if config.torch_ops and not torch_ops.took_hold():
+    if torch_ops.applies(config) and not torch_ops.took_hold():
         lost.append("sglang.srt.utils.is_cuda")
     if lost:
         raise RuntimeError(

@@ -84,6 +84,15 @@ def test_any_number_of_stages(rng: np.random.Generator, device: torch.device, st
     assert torch.equal(run(cache, q, device, stages=stages), expected)
 
 
+@pytest.mark.parametrize("requests", [20, 70], ids=["8 warps merge", "2 warps merge"])
+def test_many_requests(rng: np.random.Generator, device: torch.device, requests: int) -> None:
+    cache = random_cache(rng, Spec(rng.integers(0, 100, requests).tolist(), 2, 32, 32))
+    q = torch.from_numpy(rng.standard_normal((requests, 8, 32))).bfloat16()
+    check_against_reference(
+        rng, cache, q, lambda **options: run(cache, q, device, blocks=64, **options)
+    )
+
+
 def test_nothing_to_see_is_zero(rng: np.random.Generator, device: torch.device) -> None:
     cache = random_cache(rng, Spec([0, 40, 0], 2, 64, 64))
     q = torch.from_numpy(rng.standard_normal((3, 8, 64))).bfloat16()

@@ -40,6 +40,14 @@ VARIABLES = (
         forced=True,
     ),
     Variable(
+        "CUDA_VISIBLE_DEVICES",
+        "",
+        "a server on the CPU leaves its host's GPUs alone; SGLang would use what it sees",
+        _on_cpu,
+        "on CPU",
+        forced=True,
+    ),
+    Variable(
         "OMP_WAIT_POLICY",
         "PASSIVE",
         "SGLang's servers on one box poll and compute in turns: threads that wait give up the core",
