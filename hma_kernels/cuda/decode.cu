@@ -57,8 +57,9 @@ extern "C" int64_t hma_workspace_bytes(const hma::DecodeParams* params) {
 
 // Divides the batch anew after the contents of the page table have changed.
 extern "C" const char* hma_schedule(const hma::DecodeParams* params, void* stream) {
-  const int64_t warps = int64_t(params->blocks) * HMA_WARPS, units = units_of(*params);
-  const int blocks = int(((units > warps ? units : warps) - 1) / SCHEDULE_THREADS + 1);
+  const int64_t warps = int64_t(params->blocks) * HMA_WARPS;
+  const int64_t parts = units_of(*params) * Schedule::THREADS_A_UNIT;
+  const int blocks = int(((parts > warps ? parts : warps) - 1) / SCHEDULE_THREADS + 1);
   return hma::launch(&hma_schedule_kernel, blocks, SCHEDULE_THREADS, 0, stream, *params);
 }
 

@@ -88,12 +88,14 @@ class Workspace {
   uint8_t* memory;
 };
 
-// One thread a unit.
+// THREADS_A_UNIT threads divide a unit: a long request has many warps.
 template <int HEADS, int V_DIM, int WARPS>
 class Schedule {
   static constexpr int BF16_TILES = PAGE / Bf16<32>::TOKENS;  // of a page
 
  public:
+  static constexpr int THREADS_A_UNIT = 32;
+
   HMA_DEVICE explicit Schedule(const DecodeParams& params)
       : p(params), space(params, WARPS), units_per_request(p.kv_heads * space.head_blocks) {
     total = tiles_before(p.batch_size) * units_per_request;
@@ -102,7 +104,9 @@ class Schedule {
   }
 
   HMA_DEVICE void run(int thread, int threads) const {
-    for (int unit = thread; unit < space.units; unit += threads) divide(unit);
+    for (int i = thread; i < space.units * THREADS_A_UNIT; i += threads) {
+      divide(i / THREADS_A_UNIT, i % THREADS_A_UNIT);
+    }
     for (int warp = thread; warp < space.warps; warp += threads) {
       if (warp >= warps || total == 0) space.spans()[warp] = {0, 0};
     }
@@ -118,12 +122,13 @@ class Schedule {
   HMA_DEVICE int warp_of(int64_t tile) const { return int(((tile + 1) * warps - 1) / total); }
 
   // A warp's segment of a unit is number warp + unit: both grow along the row.
-  HMA_DEVICE void divide(int unit) const {
+  HMA_DEVICE void divide(int unit, int part) const {
     const int request = unit / units_per_request, within = unit % units_per_request;
     const int64_t before = tiles_before(request);
     const int64_t tiles = tiles_before(request + 1) - before;
     const int64_t unit_start = before * units_per_request + within * tiles;
     if (tiles == 0) {
+      if (part > 0) return;
       space.unit_warps()[unit] = {0, 0, 0, 0};
       if (unit_start == 0 || unit_start == total) return;
       const int warp = warp_of(unit_start);
@@ -133,7 +138,7 @@ class Schedule {
     const int64_t unit_end = unit_start + tiles;
     const int first = warp_of(unit_start), last = warp_of(unit_end - 1);
     const int first_partial = 2 * first + (start(first) == unit_start ? 0 : 1);
-    space.unit_warps()[unit] = {first, last - first + 1, first_partial, 0};
+    if (part == 0) space.unit_warps()[unit] = {first, last - first + 1, first_partial, 0};
     Segment made;
     made.request = request;
     made.kv_head = within / space.head_blocks;
@@ -145,7 +150,7 @@ class Schedule {
     made.unused = 0;
     const int64_t bfp8_start = p.bfp8.indptr[request], bf16_start = p.bf16.indptr[request];
     const int64_t bfp8_tiles = p.bfp8.indptr[request + 1] - bfp8_start;
-    for (int warp = first; warp <= last; ++warp) {
+    for (int warp = first + part; warp <= last; warp += THREADS_A_UNIT) {
       const int64_t span_start = start(warp), span_end = start(warp + 1);
       const int64_t from = (span_start > unit_start ? span_start : unit_start) - unit_start;
       const int64_t to = (span_end < unit_end ? span_end : unit_end) - unit_start;
