@@ -1,4 +1,4 @@
-"""Step times where nobody has measured them: operations and bytes over what is reached of a peak."""
+"""Step times where nobody has measured them: operations and bytes over reached shares of peaks."""
 
 from dataclasses import dataclass, field
 
