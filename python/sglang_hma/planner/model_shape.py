@@ -1,0 +1,131 @@
+"""What a planner needs to know of a model: how many weights, how many operations, how much KV."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hma_kernels.layout import TILE, TILE_BYTES
+
+KVFormat = Literal["bf16", "fp8", "bfp8"]
+WeightFormat = Literal["bf16", "fp8", "bfp8"]
+
+# Bytes an element. BFP8 has a byte an element and one exponent for 16.
+BYTES = {"bf16": 2.0, "fp8": 1.0, "bfp8": TILE_BYTES / TILE**2}
+
+
+class ShapeError(ValueError):
+    """One line: the model and what about it cannot be planned for."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense decoder of Qwen3's or Llama's kind."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    """The output head's weights are the embedding's."""
+
+    @property
+    def layer_weights(self) -> int:
+        """Of a layer's linear modules."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def linear_weights(self) -> int:
+        """That every decoded token is multiplied by: all layers and the output head."""
+        return self.layers * self.layer_weights + self.vocabulary * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """Without norms, which are too few to matter."""
+        return self.linear_weights + (0 if self.tied else self.vocabulary * self.hidden)
+
+    def weight_bytes(self, format: WeightFormat) -> float:
+        return self.weights * BYTES[format]
+
+    def kv_bytes(self, tokens: float, format: KVFormat) -> float:
+        """Of all layers. BFP8 is the page format that travels."""
+        return tokens * 2 * self.layers * self.kv_heads * self.head_dim * BYTES[format]
+
+    def prefill_flops(self, tokens: float, prefix: float = 0) -> float:
+        """Of `tokens` new tokens after `prefix` known ones; the head sees the last one only."""
+        linear = 2 * self.layers * self.layer_weights * tokens
+        seen = tokens * (prefix + (tokens + 1) / 2)
+        attention = 4 * self.layers * self.heads * self.head_dim * seen
+        return linear + attention + 2 * self.vocabulary * self.hidden
+
+    def decode_flops(self, batch: float, tokens: float) -> float:
+        """Of a step of `batch` requests that see `tokens` tokens together."""
+        return (
+            2 * self.linear_weights * batch + 4 * self.layers * self.heads * self.head_dim * tokens
+        )
+
+
+def _qwen3(name: str, layers: int, hidden: int, intermediate: int, heads: int, tied: bool) -> Any:
+    return ModelShape(name, layers, hidden, intermediate, heads, 8, 128, 151936, tied)
+
+
+KNOWN: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        _qwen3("Qwen3-4B", 36, 2560, 9728, 32, True),
+        _qwen3("Qwen3-8B", 36, 4096, 12288, 32, False),
+        _qwen3("Qwen3-14B", 40, 5120, 17408, 40, False),
+        _qwen3("Qwen3-32B", 64, 5120, 25600, 64, False),
+        ModelShape("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256),
+        ModelShape("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256),
+    )
+}
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+
+
+def shape_of(model: str) -> ModelShape:
+    """A known model by name, with or without an owner; or a config.json, or the folder of one.
+
+    Raises ShapeError.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        return from_config(path)
+    name = model.rsplit("/", 1)[-1]
+    if name in KNOWN:
+        return KNOWN[name]
+    raise ShapeError(f"model {model!r} is no config.json and none of {', '.join(KNOWN)}")
+
+
+def from_config(path: Path) -> ModelShape:
+    """Raises ShapeError where the file is none, or of a model that is not dense all through."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        architecture = config["architectures"][0]
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        shape = ModelShape(
+            name=path.resolve().parent.name,
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ShapeError(f"{path}: {error}") from error
+    except (KeyError, IndexError) as error:
+        raise ShapeError(f"{path}: has no {error}") from error
+    if architecture not in ARCHITECTURES:
+        raise ShapeError(f"{path}: {architecture} is none of {', '.join(ARCHITECTURES)}")
+    return shape

@@ -1,0 +1,110 @@
+"""Requests over time: recorded, or drawn."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HASH_TOKENS = 512  # of a prefix block in Mooncake's traces
+
+
+class TraceError(ValueError):
+    """One line: the file, the line and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """prefix_hashes: of each 512 tokens of the prompt, equal where the prompts are equal so far."""
+
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    prefix_hashes: tuple[int, ...] = ()
+
+
+def load(path: Path) -> list[Request]:
+    """CSV with timestamp_ms,input_length,output_length, or JSON lines of those and hash_ids.
+
+    Raises TraceError: an unreadable line, a length below 1, times that go back.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = _json_rows(path, file) if path.suffix == ".jsonl" else _csv_rows(path, file)
+            requests = list(rows)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"{path}: {error}") from error
+    if not requests:
+        raise TraceError(f"{path}: has no request")
+    for line, (before, after) in enumerate(pairwise(requests), start=2):
+        if after.arrival_s < before.arrival_s:
+            raise TraceError(
+                f"{path}: request {line} comes at {after.arrival_s * 1e3:.0f} ms, before the one "
+                f"ahead of it ({before.arrival_s * 1e3:.0f} ms); sort by timestamp_ms"
+            )
+    return requests
+
+
+def _csv_rows(path: Path, lines: Any) -> Iterator[Request]:
+    reader = csv.DictReader(lines)
+    for row in reader:
+        yield _request(path, reader.line_num, row)
+
+
+def _json_rows(path: Path, lines: Any) -> Iterator[Request]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TraceError(f"{path}:{number}: {error}") from error
+        yield _request(path, number, row)
+
+
+def _request(path: Path, line: int, row: Any) -> Request:
+    try:
+        arrival, given, made = (
+            float(row[name]) for name in ("timestamp_ms", "input_length", "output_length")
+        )
+        hashes = tuple(int(each) for each in row.get("hash_ids") or ())
+    except KeyError as error:
+        raise TraceError(f"{path}:{line}: has no {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise TraceError(f"{path}:{line}: {error}") from error
+    for name, value in (("input_length", given), ("output_length", made)):
+        if not value >= 1 or value != int(value):
+            raise TraceError(f"{path}:{line}: {name} is {value:g}; needs a whole number from 1 on")
+    if not 0 <= arrival < float("inf"):
+        raise TraceError(f"{path}:{line}: timestamp_ms is {arrival:g}; needs a time from 0 on")
+    return Request(arrival / 1e3, int(given), int(made), hashes)
+
+
+def at_rate(requests: Sequence[Request], rate: float) -> list[Request]:
+    """The same requests in the same order and rhythm, `rate` a second on average."""
+    span = requests[-1].arrival_s - requests[0].arrival_s
+    scale = (len(requests) - 1) / rate / span if span else 0.0
+    first = requests[0].arrival_s
+    return [
+        Request(
+            (each.arrival_s - first) * scale,
+            each.input_tokens,
+            each.output_tokens,
+            each.prefix_hashes,
+        )
+        for each in requests
+    ]
+
+
+def poisson(
+    lengths: Sequence[tuple[int, int]], rate: float, count: int, seed: int
+) -> list[Request]:
+    """`count` requests at random moments, their lengths drawn from `lengths`."""
+    rng = np.random.default_rng(seed)
+    arrivals = rng.exponential(1 / rate, count).cumsum()
+    chosen = rng.integers(0, len(lengths), count)
+    return [Request(float(at), *lengths[which]) for at, which in zip(arrivals, chosen, strict=True)]

@@ -1,0 +1,63 @@
+"""Traces as recorded, and what is wrong with one that cannot be replayed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sglang_hma.planner import trace
+from sglang_hma.planner.trace import Request, TraceError, at_rate, load, poisson
+
+CSV = "timestamp_ms,input_length,output_length\n0,10,2\n1500,20,3\n1500,30,4\n"
+LINE = '{"timestamp_ms": 7, "input_length": 900, "output_length": 5, "hash_ids": [4, 9]}\n'
+
+
+def test_both_forms(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(CSV)
+    (tmp_path / "a.jsonl").write_text(LINE + "\n" + LINE)
+    assert load(tmp_path / "a.csv")[1:] == [Request(1.5, 20, 3), Request(1.5, 30, 4)]
+    assert load(tmp_path / "a.jsonl") == [Request(0.007, 900, 5, (4, 9))] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", CSV.replace("1500,20", "1500,-20"), r"a\.csv:3: input_length is -20"),
+        ("a.csv", CSV.replace("20,3", "20,0"), r"a\.csv:3: output_length is 0"),
+        ("a.csv", CSV.replace("20,3", "2.5,3"), r"input_length is 2\.5"),
+        ("a.csv", CSV.replace("20,3", "nan,3"), r"input_length is nan"),
+        ("a.csv", CSV.replace("1500,30", "1400,30"), r"request 3 comes at 1400 ms, before"),
+        ("a.csv", CSV.replace("0,10,2", "-5,10,2"), r"timestamp_ms is -5"),
+        ("a.csv", CSV.replace("0,10,2", "0,10"), r"a\.csv:2"),
+        ("a.csv", CSV.replace("input_length", "prompt"), r"has no 'input_length'"),
+        ("a.csv", "timestamp_ms,input_length,output_length\n", r"has no request"),
+        ("a.jsonl", LINE + "{", r"a\.jsonl:2"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1"),
+        ("a.jsonl", LINE.replace("[4, 9]", '["x"]'), r"a\.jsonl:1"),
+    ],
+)
+def test_a_bad_trace_is_one_line(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TraceError, match=words) as error:
+        load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_another_rate_keeps_the_rhythm(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    requests = poisson([(5, 1), (9, 2)], 3.0, 400, seed)
+    rate = float(rng.uniform(0.1, 50))
+    faster = at_rate(requests, rate)
+    assert (len(faster) - 1) / faster[-1].arrival_s == pytest.approx(rate)
+    before = np.diff([each.arrival_s for each in requests])
+    after = np.diff([each.arrival_s for each in faster])
+    assert np.allclose(after / after.sum(), before / before.sum())
+    assert [each.input_tokens for each in faster] == [each.input_tokens for each in requests]
+
+
+def test_drawn_requests_come_as_often_as_asked(seed: int) -> None:
+    requests = poisson([(5, 1)], 4.0, 20_000, seed)
+    gaps = np.diff([each.arrival_s for each in requests])
+    assert gaps.mean() == pytest.approx(0.25, rel=0.05)
+    assert gaps.std() == pytest.approx(0.25, rel=0.05)  # exponential
+    assert requests == trace.poisson([(5, 1)], 4.0, 20_000, seed)
