@@ -98,12 +98,13 @@ def figures(results: Results, after: str) -> list[Figure]:
         Figure(f"upper end of its 95% interval{after}, %", high * 100, 0.5, False),
     ]
     if floor := results.get(FLOAT32.name):
-        disagreement = ours.disagreement[0] / floor.disagreement[0]
-        kl = ours.kl[0] / floor.kl[0]
-        found += [
-            Figure(f"other top-1 of ours by the noise floor{after}", disagreement, 1.5, False),
-            Figure(f"KL of ours by the noise floor{after}", kl, 1.5, False),
-        ]
+        for name, own, least in (
+            ("other top-1", ours.disagreement[0], floor.disagreement[0]),
+            ("KL", ours.kl[0], floor.kl[0]),
+        ):
+            if least > 0:  # few tokens may show no floor to measure by
+                ratio = own / least
+                found.append(Figure(f"{name} of ours by the noise floor{after}", ratio, 1.5, False))
     if peer := results.get(policies.FP8_PER_TENSOR.name):
         kv = results[policies.KV_ONLY.name]
         found.append(Figure(f"KL of BFP8 KV by FP8 KV's{after}", kv.kl[0] / peer.kl[0], 1.0, False))

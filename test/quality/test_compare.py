@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,3 +62,12 @@ def test_what_cannot_be_scored_is_refused(
         run(monkeypatch, "--model", model, *asked)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_no_floor_is_nothing_to_measure_by() -> None:
+    """Where the few tokens of both agree, as in one Python's text and not in another's."""
+    ours = SimpleNamespace(perplexity_change=(0, 0, 0), disagreement=(0.1, 0, 1), kl=(0.1, 0, 1))
+    floor = SimpleNamespace(disagreement=(0.0, 0.0, 0.0), kl=(0.05, 0, 1))
+    found = compare.figures({compare.OURS.name: ours, compare.FLOAT32.name: floor}, "")
+    assert {figure.name: figure.value for figure in found}["KL of ours by the noise floor"] == 2
+    assert not any("top-1" in figure.name for figure in found)
