@@ -43,15 +43,14 @@ class DecodePlan:
             resident = library.blocks()
         self._blocks = min(resident, blocks or resident)
         self._workspace = torch.empty(0, dtype=torch.uint8, device=kv.device)
-        size = library.workspace_bytes(self._params(None, 0, 1.0, 0.0, None))
+        size = library.workspace_bytes(self._params())
         self._workspace = torch.empty(size, dtype=torch.uint8, device=kv.device)
         self.refresh()
 
     def refresh(self) -> None:
         if self._table.batch_size:
-            params = self._params(None, 0, 1.0, 0.0, None)
             with _on(self._kv.device) as stream:
-                self._library.schedule(params, stream)
+                self._library.schedule(self._params(), stream)
 
     def run(
         self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
@@ -68,11 +67,11 @@ class DecodePlan:
 
     def _params(
         self,
-        q: torch.Tensor | None,
-        layer: int,
-        scale: float,
-        logit_cap: float,
-        out: torch.Tensor | None,
+        q: torch.Tensor | None = None,
+        layer: int = 0,
+        scale: float = 1.0,
+        logit_cap: float = 0.0,
+        out: torch.Tensor | None = None,
     ) -> DecodeParams:
         """The schedule needs no queries and no output."""
         kv, table = self._kv, self._table

@@ -64,7 +64,7 @@ def test_kv_of_a_token() -> None:
 
 def test_prefill_in_chunks_costs_what_one_piece_does() -> None:
     shape = KNOWN["Qwen3-14B"]
-    head = 2 * shape.vocabulary * shape.hidden  # of each chunk's last token
+    head = 2 * shape.vocab * shape.hidden  # of each chunk's last token
     chunks = sum(shape.prefill_flops(500, start) for start in range(0, 3000, 500))
     assert chunks - 5 * head == pytest.approx(shape.prefill_flops(3000))
 

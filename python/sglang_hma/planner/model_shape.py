@@ -3,9 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Literal
 
 from hma_kernels.layout import TILE, TILE_BYTES
+from sglang_hma.decoder_dims import DecoderDims, dims_of
 
 KVFormat = Literal["bf16", "fp8", "bfp8"]
 WeightFormat = Literal["bf16", "fp8", "bfp8"]
@@ -19,19 +21,8 @@ class ShapeError(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """A dense decoder of Qwen3's or Llama's kind."""
-
+class ModelShape(DecoderDims):
     name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool = False
-    """The output head's weights are the embedding's."""
 
     @property
     def layer_weights(self) -> int:
@@ -42,12 +33,12 @@ class ModelShape:
     @property
     def linear_weights(self) -> int:
         """That every decoded token is multiplied by: all layers and the output head."""
-        return self.layers * self.layer_weights + self.vocabulary * self.hidden
+        return self.layers * self.layer_weights + self.vocab * self.hidden
 
     @property
     def weights(self) -> int:
         """Without norms, which are too few to matter."""
-        return self.linear_weights + (0 if self.tied else self.vocabulary * self.hidden)
+        return self.linear_weights + (0 if self.tied else self.vocab * self.hidden)
 
     def weight_bytes(self, format: WeightFormat) -> float:
         return self.weights * BYTES[format]
@@ -61,7 +52,7 @@ class ModelShape:
         linear = 2 * self.layers * self.layer_weights * tokens
         seen = tokens * (prefix + (tokens + 1) / 2)
         attention = 4 * self.layers * self.heads * self.head_dim * seen
-        return linear + attention + 2 * self.vocabulary * self.hidden
+        return linear + attention + 2 * self.vocab * self.hidden
 
     def decode_flops(self, batch: float, tokens: float) -> float:
         """Of a step of `batch` requests that see `tokens` tokens together."""
@@ -70,20 +61,17 @@ class ModelShape:
         )
 
 
-def _qwen3(name: str, layers: int, hidden: int, intermediate: int, heads: int, tied: bool) -> Any:
-    return ModelShape(name, layers, hidden, intermediate, heads, 8, 128, 151936, tied)
-
-
-KNOWN: dict[str, ModelShape] = {
-    shape.name: shape
-    for shape in (
-        _qwen3("Qwen3-4B", 36, 2560, 9728, 32, True),
-        _qwen3("Qwen3-8B", 36, 4096, 12288, 32, False),
-        _qwen3("Qwen3-14B", 40, 5120, 17408, 40, False),
-        _qwen3("Qwen3-32B", 64, 5120, 25600, 64, False),
-        ModelShape("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256),
-        ModelShape("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256),
-    )
+# Layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, tied.
+KNOWN = {
+    name: ModelShape(*dims, name)
+    for name, dims in {
+        "Qwen3-4B": (36, 2560, 9728, 32, 8, 128, 151936, True),
+        "Qwen3-8B": (36, 4096, 12288, 32, 8, 128, 151936, False),
+        "Qwen3-14B": (40, 5120, 17408, 40, 8, 128, 151936, False),
+        "Qwen3-32B": (64, 5120, 25600, 64, 8, 128, 151936, False),
+        "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128, 128256, False),
+        "Llama-3.1-70B": (80, 8192, 28672, 64, 8, 128, 128256, False),
+    }.items()
 }
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
@@ -110,19 +98,10 @@ def from_config(path: Path) -> ModelShape:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         architecture = config["architectures"][0]
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        shape = ModelShape(
-            name=path.resolve().parent.name,
-            layers=config["num_hidden_layers"],
-            hidden=hidden,
-            intermediate=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        shape = ModelShape(**dims_of(SimpleNamespace(**config)), name=path.resolve().parent.name)
+    except AttributeError as error:
+        raise ShapeError(f"{path}: has no {error.name}") from error
+    except (OSError, ValueError, TypeError, ZeroDivisionError) as error:
         raise ShapeError(f"{path}: {error}") from error
     except (KeyError, IndexError) as error:
         raise ShapeError(f"{path}: has no {error}") from error

@@ -102,5 +102,5 @@ def tenstorrent(
     return Roofline(
         *(shape, catalogue.card(name), cards, "bfp8", "bfp8"),
         compute=catalogue.efficiencies[efficiency],
-        memory=catalogue.efficiencies["nvidia-memory"],
+        memory=catalogue.efficiencies["tenstorrent-memory"],
     )

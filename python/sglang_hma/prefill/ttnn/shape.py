@@ -5,6 +5,7 @@ from typing import Any
 
 from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.config import WeightFormats, WeightGroup
+from sglang_hma.decoder_dims import DecoderDims, dims_of
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 BF16 = 2
@@ -15,22 +16,14 @@ class UnsupportedModel(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """Of a dense decoder with rotary embeddings and grouped-query attention, or of a chip's part
-    of it: its heads, its columns of the MLP, its `logits` of the vocabulary's."""
+class ModelShape(DecoderDims):
+    """Of a model, or of a chip's part of it: its heads, its columns of the MLP, its `logits` of the
+    vocabulary's."""
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
     logits: int
     eps: float
     qk_norm: bool
     qkv_bias: bool
-    tied: bool
 
     @classmethod
     def of(cls, config: Any) -> "ModelShape":
@@ -39,20 +32,12 @@ class ModelShape:
         if name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise UnsupportedModel(f"{name} has no Tenstorrent runtime here, only {known} have")
-        head_dim = getattr(config, "head_dim", None)
         shape = cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-            vocab=config.vocab_size,
+            **dims_of(config),
             logits=config.vocab_size,
             eps=config.rms_norm_eps,
             qk_norm=name == "Qwen3ForCausalLM",
             qkv_bias=name == "Qwen2ForCausalLM" or bool(getattr(config, "attention_bias", False)),
-            tied=bool(config.tie_word_embeddings),
         )
         shape._check(config)
         return shape
