@@ -5,8 +5,11 @@ here: tensors that a model lacks are no silent random numbers, and text is split
 vocabulary's merges were learned, which for some of llama.cpp's names transformers does not know.
 """
 
+import contextlib
+import functools
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +41,35 @@ def convert(
     with source.open("rb") as data:
         digest = hashlib.file_digest(data, "sha256").hexdigest()
     spec = {"gguf": source.name, "sha256": digest, "origin": origin or source.name}
-    return write_model(path, spec, lambda folder: _write(source, reader, folder))
+
+    def write(folder: Path) -> None:
+        with _read_once(source, reader):
+            _write(source, reader, folder)
+
+    return write_model(path, spec, write)
+
+
+@contextlib.contextmanager
+def _read_once(source: Path, reader: "GGUFReader") -> Iterator[None]:
+    """Inside, transformers' readers of `source` are `reader`, and names are mapped once.
+
+    It would parse the header, a vocabulary of Python loops, three times more, and make the table of
+    tensor names anew for each of a model's modules: more than half of a conversion's time.
+    """
+    import gguf
+
+    names: dict[str, Any] = vars(gguf)
+    own = {name: names[name] for name in ("GGUFReader", "get_tensor_name_map")}
+
+    def read(path: str | os.PathLike[str]) -> "GGUFReader":
+        return reader if Path(path) == source else own["GGUFReader"](path)
+
+    name_map = functools.cache(own["get_tensor_name_map"])
+    names.update(GGUFReader=read, get_tensor_name_map=name_map)
+    try:
+        yield
+    finally:
+        names.update(own)
 
 
 def _open(source: Path) -> "GGUFReader":
