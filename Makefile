@@ -84,6 +84,11 @@ bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, an
 		--plot build/bench/transfer_ttft.svg $(ARGS)
 	$(RUN) -m benchmark.transfer.checksum --json build/bench/transfer_checksum.json $(ARGS)
 
+.PHONY: check-planner
+check-planner: venv ## The planner's simulator against closed forms; ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.planner.closed_forms --json build/bench/closed_forms.json $(ARGS)
+
 QUALITY_MODEL ?= $(DEMO_MODEL)
 QUALITY_TEXT ?= prose
 COMPARE = $(RUN) -m benchmark.quality.compare --model '$(QUALITY_MODEL)' --text $(QUALITY_TEXT) \

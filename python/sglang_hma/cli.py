@@ -15,6 +15,7 @@ COMMANDS = {
         "sglang_hma.prefill.compare",
         "compare a prefill runtime with transformers, layer by layer",
     ),
+    "planner": ("sglang_hma.planner", "which fleet gives the most goodput for the money (begun)"),
 }
 
 USAGE = """\

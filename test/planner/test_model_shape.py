@@ -65,13 +65,13 @@ def test_kv_of_a_token() -> None:
 def test_prefill_in_chunks_costs_what_one_piece_does() -> None:
     shape = KNOWN["Qwen3-14B"]
     head = 2 * shape.vocab * shape.hidden  # of each chunk's last token
-    chunks = sum(shape.prefill_flops(500, start) for start in range(0, 3000, 500))
-    assert chunks - 5 * head == pytest.approx(shape.prefill_flops(3000))
+    chunks = sum(shape.prefill_flops((500, start)) for start in range(0, 3000, 500))
+    assert chunks - 5 * head == pytest.approx(shape.prefill_flops((3000, 0)))
 
 
 def test_a_decoded_token_costs_what_it_costs_in_prefill() -> None:
     shape = KNOWN["Llama-3.1-8B"]
-    assert shape.decode_flops(1, 101) == pytest.approx(shape.prefill_flops(1, 100))
+    assert shape.decode_flops(1, 101) == pytest.approx(shape.prefill_flops((1, 100)))
 
 
 @pytest.mark.parametrize(

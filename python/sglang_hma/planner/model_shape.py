@@ -47,12 +47,16 @@ class ModelShape(DecoderDims):
         """Of all layers. BFP8 is the page format that travels."""
         return tokens * 2 * self.layers * self.kv_heads * self.head_dim * BYTES[format]
 
-    def prefill_flops(self, tokens: float, prefix: float = 0) -> float:
-        """Of `tokens` new tokens after `prefix` known ones; the head sees the last one only."""
+    def prefill_flops(self, *parts: tuple[int, int]) -> float:
+        """Of a pass over (new tokens, tokens before them) of each prompt.
+
+        The head sees the last token of each only.
+        """
+        tokens = sum(new for new, _ in parts)
+        seen = sum(new * (before + (new + 1) / 2) for new, before in parts)
         linear = 2 * self.layers * self.layer_weights * tokens
-        seen = tokens * (prefix + (tokens + 1) / 2)
         attention = 4 * self.layers * self.heads * self.head_dim * seen
-        return linear + attention + 2 * self.vocab * self.hidden
+        return linear + attention + 2 * self.vocab * self.hidden * len(parts)
 
     def decode_flops(self, batch: float, tokens: float) -> float:
         """Of a step of `batch` requests that see `tokens` tokens together."""

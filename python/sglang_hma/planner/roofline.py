@@ -63,20 +63,25 @@ class Roofline:
         room -= self.shape.weight_bytes(self.weights)
         return int(room / self.shape.kv_bytes(1, self.kv))
 
-    def prefill_s(self, tokens: int, prefix: int = 0) -> float:
-        """Of `tokens` new tokens of a prompt after `prefix` known ones."""
-        products = self.shape.prefill_flops(tokens, prefix) / self.flops_s
-        traffic = self.shape.weight_bytes(self.weights) + self.shape.kv_bytes(prefix, self.kv)
+    def prefill_s(self, *parts: tuple[int, int]) -> float:
+        """Of a pass over (new tokens, tokens before them) of each prompt."""
+        products = self.shape.prefill_flops(*parts) / self.flops_s
+        known = sum(before for _, before in parts)
+        traffic = self.shape.weight_bytes(self.weights) + self.shape.kv_bytes(known, self.kv)
         return max(products, traffic / self.bytes_s)
 
-    def decode_s(self, batch: int, tokens: float) -> float:
-        """Of a step of `batch` requests that see `tokens` tokens together."""
-        products = self.shape.decode_flops(batch, tokens) / self.flops_s
-        weights = self.shape.linear_weights / self.shape.weights
-        traffic = self.shape.weight_bytes(self.weights) * weights / self.bytes_s
+    def decode_s(self, batch: int, prompt_tokens: float, new_tokens: float = 0) -> float:
+        """Of a step of `batch` requests that see so many tokens together.
+
+        Tokens that decode itself has made are BF16, whatever the pages of prompts are.
+        """
+        products = self.shape.decode_flops(batch, prompt_tokens + new_tokens) / self.flops_s
+        share = self.shape.linear_weights / self.shape.weights
+        traffic = self.shape.weight_bytes(self.weights) * share
         speed = 1.0 if self.kv_speed is None else self.kv_speed.value
-        traffic += self.shape.kv_bytes(tokens, "bf16") / self.bytes_s / speed
-        return max(products, traffic)
+        traffic += self.shape.kv_bytes(prompt_tokens, "bf16") / speed
+        traffic += self.shape.kv_bytes(new_tokens, "bf16")
+        return max(products, traffic / self.bytes_s)
 
 
 def nvidia(

@@ -1,0 +1,180 @@
+"""The simulator against closed forms: queues, pipelines, memory, shared links. Within 1%.
+
+Queues are random, so their means have an error of their own; it is printed beside them.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.progress import track
+
+from benchmark.common import Figure, console, finish, parser, table
+from sglang_hma.planner.simulation.batch import RESERVED_TOKENS, KVMemory
+from sglang_hma.planner.simulation.clock import Clock
+from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Simulation
+from sglang_hma.planner.simulation.network import Link, Network
+from sglang_hma.planner.step_times import Affine
+from sglang_hma.planner.trace import Request
+
+ENDLESS = KVMemory(1e15, 1.0, 1.0)
+LAYERS = 36
+TIMES = Affine(token_s=1e-4, step_s=1e-2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """error: standard error of the simulated mean, 0 where nothing is random."""
+
+    name: str
+    simulated: float
+    exact: float
+    error: float = 0.0
+
+    @property
+    def off(self) -> float:
+        return abs(self.simulated / self.exact - 1)
+
+
+def pair(**changes: object) -> Disaggregated:
+    fields: dict[str, object] = {
+        "prefill_instances": 1,
+        "decode_instances": 1,
+        "prefill_times": TIMES,
+        "decode_times": TIMES,
+        "decode_memory": ENDLESS,
+        "cache_tokens": 0,
+        "layers": LAYERS,
+        "wire_bytes": 78336.0,  # Qwen3-8B's tokens in BFP8
+        "prefill_links": (1e15,),
+        "decode_links": (1e15,),
+        "chunk_tokens": 1 << 30,
+    }
+    return Disaggregated(**(fields | changes))  # type: ignore[arg-type]
+
+
+def batch_means(values: Sequence[float], parts: int = 40) -> tuple[float, float]:
+    """Mean of a correlated series, and its standard error."""
+    means = [statistics.fmean(part) for part in np.array_split(np.array(values), parts)]
+    return statistics.fmean(means), statistics.stdev(means) / math.sqrt(parts)
+
+
+def prefill_queue(load: float, count: int, seed: int, *, exponential: bool) -> Row:
+    """M/D/1 or M/M/1: prompts of a second on average, one a pass, at `load` a second."""
+    rng = np.random.default_rng(seed)
+    arrivals = rng.exponential(1 / load, count).cumsum()
+    tokens = (
+        np.maximum(1, np.rint(rng.exponential(1e4, count))) if exponential else np.full(count, 1e4)
+    )
+    requests = [Request(float(at), int(n), 1) for at, n in zip(arrivals, tokens, strict=True)]
+    jobs = Simulation(requests).run(pair(max_prompts=1))
+    waits = [job.prefilled_at - job.arrived_at - job.request.input_tokens * 1e-4 for job in jobs]
+    mean, error = batch_means(waits)
+    exact = load / (1 - load) if exponential else load / 2 / (1 - load)
+    return Row(
+        f"wait before prefill, {'M/M/1' if exponential else 'M/D/1'}, load {load:g}",
+        mean,
+        exact,
+        error,
+    )
+
+
+def shared_link(load: float, count: int, seed: int) -> Row:
+    """M/M/1 with processor sharing: transfers of a second on average."""
+    rng = np.random.default_rng(seed)
+    clock, link = Clock(), Link(1.0)
+    network, spent = Network(clock), []
+    arrivals = rng.exponential(1 / load, count).cumsum()
+
+    def begin(index: int) -> None:
+        at = clock.now
+        network.send((link,), float(rng.exponential()), lambda: spent.append(clock.now - at))
+        if index + 1 < count:
+            clock.at(float(arrivals[index + 1]), lambda: begin(index + 1))
+
+    clock.at(float(arrivals[0]), lambda: begin(0))
+    clock.run()
+    mean, error = batch_means(spent)
+    return Row(f"transfer on a shared link, M/M/1 PS, load {load:g}", mean, 1 / (1 - load), error)
+
+
+def ttft(name: str, fleet: Colocated | Disaggregated, exact: float, tokens: int) -> Row:
+    (job,) = Simulation([Request(0.0, tokens, 2)]).run(fleet)
+    return Row(f"TTFT alone, {tokens:,} tokens, {name}", job.ttft_s, exact)
+
+
+def pipelines() -> list[Row]:
+    rows = []
+    for tokens in (512, 8192):
+        compute = TIMES.prefill_s((tokens, 0)) / LAYERS
+        for gbit in (1, 10, 100):
+            speed = gbit / 8 * 1e9
+            for kind, wire in (("BFP8", 78336.0), ("BF16", 147456.0)):
+                send = tokens * wire / speed / LAYERS
+                links = {"wire_bytes": wire, "prefill_links": (speed,)}
+                layered = max(LAYERS * compute + send, compute + LAYERS * send)
+                rows.append(ttft(f"{kind} by layer, {gbit} Gb/s", pair(**links), layered, tokens))
+                serial = LAYERS * (compute + send)
+                fleet = pair(**links, layered=False)
+                rows.append(ttft(f"{kind} after the pass, {gbit} Gb/s", fleet, serial, tokens))
+        box = Colocated(1, TIMES, ENDLESS, 0, chunk_tokens=1 << 30)
+        rows.append(ttft("co-located", box, LAYERS * compute, tokens))
+    return rows
+
+
+def memory_limited_batch(requests_that_fit: int) -> Row:
+    """Requests of equal length that all wait: a batch is done when its last token is."""
+    prompt, made = 2048, 257
+    memory = KVMemory(requests_that_fit * (prompt + RESERVED_TOKENS), 1.0, 1.0)
+    batches = 5
+    requests = [Request(0.0, prompt, made)] * (requests_that_fit * batches)
+    fleet = pair(prefill_times=Affine(), decode_memory=memory)
+    jobs = Simulation(requests).run(fleet)
+    whole = max(job.finished_at for job in jobs)
+    return Row(
+        f"time of {batches} batches of {requests_that_fit}, limited by memory",
+        whole,
+        # The first request is alone for a step; its first token takes none.
+        (batches * (made - 1) + 1) * TIMES.step_s,
+    )
+
+
+def main() -> None:
+    options = parser(__doc__ or "", timed=False)
+    options.add_argument("--requests", type=int, default=300_000, help="of each random queue")
+    options.add_argument("--seed", type=int, help="drawn if not given")
+    args = options.parse_args()
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if args.seed is None else args.seed
+    print(f"seed {seed}")
+    n = args.requests
+    work: list[Callable[[], Row]] = [
+        lambda: prefill_queue(0.3, n, seed, exponential=False),
+        lambda: prefill_queue(0.5, n, seed + 1, exponential=False),
+        lambda: prefill_queue(0.5, 3 * n, seed + 2, exponential=True),
+        lambda: shared_link(0.5, 2 * n, seed + 3),
+        lambda: memory_limited_batch(32),
+    ]
+    rows = pipelines()
+    rows += [each() for each in track(work, "queues", console=console)]
+    table(
+        "Simulator and closed forms, seconds",
+        ("", "simulated", "exact", "off", "standard error"),
+        [
+            (
+                row.name,
+                f"{row.simulated:.4f}",
+                f"{row.exact:.4f}",
+                f"{row.off:.2%}",
+                f"{row.error / row.exact:.2%}" if row.error else "",
+            )
+            for row in rows
+        ],
+    )
+    figures = [Figure(row.name, row.off, 0.01, at_least=False) for row in rows]
+    finish(args, {"seed": seed, "rows": [vars(row) | {"off": row.off} for row in rows]}, figures)
+
+
+if __name__ == "__main__":
+    main()

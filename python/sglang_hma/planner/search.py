@@ -1,0 +1,114 @@
+"""Which mixes can be bought, and what each of them is good for."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+from sglang_hma.planner import goodput
+from sglang_hma.planner.catalogue import Catalogue
+from sglang_hma.planner.goodput import Goodput, Objectives
+from sglang_hma.planner.model_shape import ModelShape
+from sglang_hma.planner.simulation.fleet import Policy
+from sglang_hma.planner.systems import Offer, Site, System, offer
+from sglang_hma.planner.trace import Request
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a fleet may cost; None: no limit."""
+
+    usd: float | None = None
+    watts: float | None = None
+    instances: int | None = None
+
+    def allows(self, offer: Offer) -> bool:
+        return not (
+            (self.usd is not None and offer.price_usd > self.usd)
+            or (self.watts is not None and offer.watts > self.watts)
+            or (self.instances is not None and offer.prefill + offer.decode > self.instances)
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """How well each mix does is measured for."""
+
+    requests: Sequence[Request]
+    objectives: Objectives
+    seeds: int = 3
+    count: int = 2000
+    tolerance: float = 0.02
+    policy: Policy = "power_of_two"
+
+    def ask(self, offer: Offer) -> Goodput:
+        return goodput.of(
+            offer.fleet,
+            self.requests,
+            self.objectives,
+            seeds=self.seeds,
+            count=self.count,
+            tolerance=self.tolerance,
+            policy=self.policy,
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    offer: Offer
+    goodput: Goodput
+
+    @property
+    def per_dollar(self) -> float:
+        """Requests a second for a thousand dollars."""
+        return self.goodput.rate / self.offer.price_usd * 1000
+
+
+def mixes(
+    catalogue: Catalogue, shape: ModelShape, site: Site, system: System, budget: Budget
+) -> Iterator[Offer]:
+    """Every mix within the budget that cannot be widened in prefill at the same decode, and the
+    narrower ones by powers of two.
+
+    Raises CatalogueError, DoesNotFit.
+    """
+    decode = 0
+    while True:
+        decode += 1
+        least = offer(catalogue, shape, site, system, 0 if system == "colocated" else 1, decode)
+        if not budget.allows(least):
+            return
+        if system == "colocated":
+            yield least
+            continue
+        most = 1
+        while budget.allows(offer(catalogue, shape, site, system, most + 1, decode)):
+            most += 1
+        widths = {most, *(2**n for n in range(most.bit_length()))}
+        for prefill in sorted(widths):
+            yield offer(catalogue, shape, site, system, prefill, decode)
+
+
+def ask(
+    question: Question,
+    offers: Iterable[Offer],
+    *,
+    processes: int | None = None,
+    heard: Callable[[Answer], None] = lambda _: None,
+) -> list[Answer]:
+    """In the order of the offers, whichever is done first."""
+    listed = list(offers)
+    if (processes or os.cpu_count() or 1) == 1 or len(listed) == 1:
+        answers = []
+        for each in listed:
+            answers.append(Answer(each, question.ask(each)))
+            heard(answers[-1])
+        return answers
+    found: dict[int, Answer] = {}
+    with ProcessPoolExecutor(processes) as pool:
+        futures = {pool.submit(question.ask, each): i for i, each in enumerate(listed)}
+        for future in as_completed(futures):
+            index = futures[future]
+            found[index] = Answer(listed[index], future.result())
+            heard(found[index])
+    return [found[index] for index in range(len(listed))]

@@ -1,0 +1,1 @@
+"""Serving fleets, simulated event by event."""

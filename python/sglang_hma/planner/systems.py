@@ -1,0 +1,181 @@
+"""The systems that are compared, built from a catalogue, and what they cost."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import msgspec
+
+from sglang_hma.planner import roofline, silicon
+from sglang_hma.planner.catalogue import Catalogue, CatalogueError, Figure
+from sglang_hma.planner.model_shape import KVFormat, ModelShape
+from sglang_hma.planner.roofline import Roofline
+from sglang_hma.planner.simulation.batch import KVMemory
+from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated
+from sglang_hma.planner.step_times import StepTimes
+
+System = Literal["colocated", "pd-bf16", "pd-fp8", "hetero-eager", "hetero-serial", "ours"]
+SYSTEMS: tuple[System, ...] = get_args(System)
+TITLES = {
+    "colocated": "co-located, chunked prefill, BF16",
+    "pd-bf16": "homogeneous PD, BF16",
+    "pd-fp8": "homogeneous PD, FP8 KV",
+    "hetero-eager": "GDDR prefill, KV dequantized before it is sent",
+    "hetero-serial": "GDDR prefill, BFP8 pages, sent when a pass is over",
+    "ours": "GDDR prefill, BFP8 pages, sent layer by layer",
+}
+# What a host reads from a card; PCIe 4.0 x16 carries 32 GB/s at most.
+BUS_GB_S = Figure(12.0, "assumed", "a card's pages read over PCIe 4.0 x16", low=6.0, high=24.0)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What can be bought, and how it is put together.
+
+    hbm_cards, gddr_cards: of one instance. efficiency: of the GDDR cards, by name.
+    """
+
+    hbm: str = "a100-sxm-80"
+    hbm_cards: int = 1
+    gddr: str = "p150"
+    gddr_cards: int = 1
+    efficiency: str = "tenstorrent-one-chip"
+    link: str = "100g"
+    chunk_tokens: int = 8192
+    mixed: bool = False
+
+    def describe(self) -> str:
+        return (
+            f"{self.hbm_cards} x {self.hbm} an instance, {self.gddr_cards} x {self.gddr} an "
+            f"instance at {self.efficiency}, {self.link}"
+        )
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A fleet, what it costs, and the figures that its answers rest on."""
+
+    system: System
+    prefill: int
+    """Instances; 0 where the others do both."""
+    decode: int
+    fleet: Colocated | Disaggregated
+    price_usd: float
+    cards_usd: float
+    """Of the price, the cards alone."""
+    watts: float
+    used: tuple[Figure, ...]
+
+    @property
+    def mix(self) -> str:
+        return f"{self.prefill}P {self.decode}D" if self.prefill else f"{self.decode} x both"
+
+
+def offer(
+    catalogue: Catalogue,
+    shape: ModelShape,
+    site: Site,
+    system: System,
+    prefill: int,
+    decode: int,
+) -> Offer:
+    """`prefill` instances and `decode` ones; co-located instances are counted as decode.
+
+    Raises CatalogueError, DoesNotFit.
+    """
+    if site.link not in catalogue.links:
+        known = ", ".join(catalogue.links)
+        raise CatalogueError(f"link {site.link!r} is not in the catalogue; it has {known}")
+    kv: KVFormat = "bf16"
+    if system == "pd-fp8":
+        kv = "fp8"
+    elif system in ("hetero-serial", "ours"):
+        kv = "bfp8"
+    hbm = roofline.nvidia(catalogue, site.hbm, shape, site.hbm_cards, kv=kv)
+    times = silicon.times_of(site.hbm, hbm)
+    if system == "colocated":
+        fleet: Colocated | Disaggregated = Colocated(
+            decode,
+            times,
+            memory_of(hbm),
+            cache_tokens=hbm.kv_tokens,
+            chunk_tokens=site.chunk_tokens,
+            mixed=site.mixed,
+        )
+        return _priced(catalogue, site, system, 0, decode, fleet, times.used)
+    if system in ("pd-bf16", "pd-fp8"):
+        prefiller = roofline.nvidia(catalogue, site.hbm, shape, site.hbm_cards)
+        prefill_times: StepTimes = silicon.times_of(site.hbm, prefiller)
+        bus: tuple[float, ...] = ()
+        wire = shape.kv_bytes(1, kv)
+    else:
+        prefiller = roofline.tenstorrent(
+            catalogue, site.gddr, shape, site.gddr_cards, efficiency=site.efficiency
+        )
+        prefill_times = prefiller
+        bus = (BUS_GB_S.value * 1e9 * site.gddr_cards,)
+        wire = shape.kv_bytes(1, "bf16" if system == "hetero-eager" else "bfp8")
+    nic = catalogue.links[site.link].gb_s.value * 1e9
+    fleet = Disaggregated(
+        prefill,
+        decode,
+        prefill_times,
+        times,
+        memory_of(hbm),
+        cache_tokens=prefiller.kv_tokens,
+        layers=shape.layers,
+        wire_bytes=wire,
+        prefill_links=(*bus, nic),
+        decode_links=(nic,),
+        layered=system == "ours",
+        chunk_tokens=site.chunk_tokens,
+    )
+    used = (*prefill_times.used, *times.used, catalogue.links[site.link].gb_s)
+    used += (BUS_GB_S,) if bus else ()
+    return _priced(catalogue, site, system, prefill, decode, fleet, used)
+
+
+def memory_of(times: Roofline) -> KVMemory:
+    """Of an instance. Decode's own tokens are FP8 where pages are, and BF16 otherwise."""
+    new: KVFormat = "fp8" if times.kv == "fp8" else "bf16"
+    prompt = times.shape.kv_bytes(1, times.kv)
+    return KVMemory(times.kv_tokens * prompt, prompt, times.shape.kv_bytes(1, new))
+
+
+def _priced(
+    catalogue: Catalogue,
+    site: Site,
+    system: System,
+    prefill: int,
+    decode: int,
+    fleet: Colocated | Disaggregated,
+    used: Iterable[Figure],
+) -> Offer:
+    """A NIC for each instance that sends or receives pages; a host's share for each card."""
+    heterogeneous = system.startswith("hetero") or system == "ours"
+    gddr = prefill * site.gddr_cards if heterogeneous else 0
+    hbm = (decode + (0 if heterogeneous else prefill)) * site.hbm_cards
+    cards = price = watts = 0.0
+    figures = list(used)
+    for name, host, number in ((site.hbm, "hgx", hbm), (site.gddr, "workstation", gddr)):
+        if number:
+            card, around = catalogue.card(name), catalogue.hosts[host]
+            cards += number * card.price_usd.value
+            price += number * around.price_usd.value
+            watts += number * (card.watts.value + around.watts.value)
+            figures += [card.price_usd, around.price_usd]
+    if prefill:
+        nic = catalogue.links[site.link].price_usd
+        price += (prefill + decode) * nic.value
+        figures.append(nic)
+    return Offer(
+        system, prefill, decode, fleet, cards + price, cards, watts, tuple(dict.fromkeys(figures))
+    )
+
+
+def at_price_ratio(catalogue: Catalogue, site: Site, ratio: float) -> Catalogue:
+    """The GDDR card at 1/`ratio` of the HBM card's price."""
+    usd = catalogue.card(site.hbm).price_usd.value / ratio
+    price = Figure(usd, "assumed", f"asked for: {site.hbm}'s over {ratio:g}")
+    card = msgspec.structs.replace(catalogue.card(site.gddr), price_usd=price)
+    return catalogue.with_others(Catalogue(cards={site.gddr: card}))

@@ -1,0 +1,51 @@
+"""Goodput against fleets whose capacity is known."""
+
+import pytest
+
+from sglang_hma.planner import goodput
+from sglang_hma.planner.goodput import Objectives
+from sglang_hma.planner.trace import Request
+
+from .fleets import pair
+
+EVEN = [Request(float(i), 1000, 11) for i in range(400)]
+
+
+def test_a_regular_stream_runs_at_capacity() -> None:
+    """A prompt a second: at any lower rate nobody waits, at a higher one the queue grows."""
+    found = goodput.of(pair(max_prompts=1), EVEN, Objectives(1.2, 0.02), tolerance=0.005)
+    # Of 400 requests the last tenth may be late: the queue grows by 0.2 s over the first nine.
+    assert found.rate == pytest.approx(1.0, rel=0.01)
+    assert found.unloaded == 1.0
+
+
+def test_objectives_that_nobody_keeps_are_impossible() -> None:
+    found = goodput.of(pair(), EVEN, Objectives(0.5, 0.02))
+    assert not found.possible
+    assert found.unloaded == 0.0
+
+
+def test_two_fleets_of_one_and_one_of_two() -> None:
+    one, two = (
+        goodput.of(
+            pair(prefill_instances=n, max_prompts=1),
+            EVEN,
+            Objectives(1.2, 0.02),
+            tolerance=0.005,
+            policy="round_robin",
+        ).rate
+        for n in (1, 2)
+    )
+    assert two == pytest.approx(2 * one, rel=0.02)
+
+
+def test_seeds_give_an_interval_and_the_same_result() -> None:
+    trace = [Request(i * 1.0, 100 + 900 * (i % 7 == 0), 11) for i in range(3000)]
+    fleet = pair()
+    first, again = (
+        goodput.of(fleet, trace, Objectives(1.0, 0.02), seeds=3, count=500) for _ in range(2)
+    )
+    assert first == again
+    assert len(first.by_seed) == 3
+    assert first.half_width >= 0
+    assert min(first.by_seed) <= first.rate <= max(first.by_seed)
