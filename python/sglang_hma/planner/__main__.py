@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sglang_hma.planner import catalogue, goodput, scaled, search, trace
+from sglang_hma.planner import catalogue, deploy, goodput, scaled, search, trace
 from sglang_hma.planner.catalogue import CatalogueError
 from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.model_shape import ShapeError, shape_of
@@ -23,6 +23,8 @@ from sglang_hma.planner.simulation.fleet import Policy
 from sglang_hma.planner.systems import SYSTEMS, TITLES, Offer, Site, offer
 from sglang_hma.planner.trace import TraceError
 
+# The others are there to be compared with: nothing here serves them.
+DEPLOYABLE = ("ours", "hetero-serial", "pd-bf16", "pd-fp8", "colocated")
 PROBLEMS = (CatalogueError, ShapeError, TraceError, DoesNotFit, NeverFits)
 
 
@@ -62,6 +64,21 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--json", type=Path, metavar="FILE", help="write every mix that was tried")
     compare.set_defaults(run=run_compare)
+
+    start = commands.add_parser(
+        "deploy",
+        help="the commands that start a mix",
+        description="Print the command of each host, prefill-N and decode-N, and the router's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    start.add_argument("--model", default="Qwen3-8B", help="whose sizes to plan with")
+    start.add_argument("--model-path", required=True, metavar="M", help="where the hosts have it")
+    start.add_argument("--system", choices=DEPLOYABLE, default="ours")
+    start.add_argument("--prefill", type=int, default=1, metavar="N", help="instances")
+    start.add_argument("--decode", type=int, default=1, metavar="N", help="instances")
+    _site(start)
+    start.set_defaults(run=run_deploy)
 
     show = commands.add_parser("catalogue", help="cards, hosts, links and efficiencies")
     _catalogue(show)
@@ -122,9 +139,9 @@ def _site(parser: argparse.ArgumentParser) -> None:
 
 def site_of(args: argparse.Namespace) -> Site:
     for name in ("hbm_cards", "gddr_cards", "chunk_tokens", "seeds", "requests"):
-        if getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise Refusal(f"{flag} is {getattr(args, name)}; needs 1 or more")
+        value = getattr(args, name, 1)
+        if value < 1:
+            raise Refusal(f"--{name.replace('_', '-')} is {value}; needs 1 or more")
     names = (field for field in Site.__dataclass_fields__)
     return Site(**{name: getattr(args, name) for name in names})
 
@@ -180,6 +197,17 @@ def run_compare(args: argparse.Namespace) -> None:
     print_comparison(found, by=args.by)
     if args.json:
         args.json.write_bytes(msgspec.json.format(as_json(found), indent=1) + b"\n")
+
+
+def run_deploy(args: argparse.Namespace) -> None:
+    for flag, value in (("--prefill", args.prefill), ("--decode", args.decode)):
+        if value < 1:
+            raise Refusal(f"{flag} is {value}; needs 1 or more")
+    known, site = catalogue.load(*args.catalogue), site_of(args)
+    prefill = 0 if args.system == "colocated" else args.prefill
+    found = offer(known, shape_of(args.model), site, args.system, prefill, args.decode)
+    for line in deploy.lines(site, found, args.model_path):
+        print(line)
 
 
 def run_catalogue(args: argparse.Namespace) -> None:

@@ -1,12 +1,11 @@
 """The commands that start a mix."""
 
-from sglang_hma.planner.catalogue import Catalogue
 from sglang_hma.planner.systems import Offer, Site
 
 PORT, BOOTSTRAP = 30001, 8998
 
 
-def lines(catalogue: Catalogue, site: Site, offer: Offer, model: str) -> list[str]:
+def lines(site: Site, offer: Offer, model: str) -> list[str]:
     """For hosts named prefill-N and decode-N, one instance each, and a router on decode-0."""
     if not offer.prefill:
         return [
@@ -22,7 +21,7 @@ def lines(catalogue: Catalogue, site: Site, offer: Offer, model: str) -> list[st
         ]
     found = [
         f"prefill-{index} $ {_server(offer, model, 'prefill')}"
-        f"{_prefill_flags(catalogue, site, offer)} --chunked-prefill-size {site.chunk_tokens}"
+        f"{_prefill_flags(site, offer)} --chunked-prefill-size {site.chunk_tokens}"
         for index in range(offer.prefill)
     ]
     found += [
@@ -52,11 +51,10 @@ def _server(offer: Offer, model: str, role: str) -> str:
     return f"python -m sglang_hma.launch_server {' '.join(flags)}"
 
 
-def _prefill_flags(catalogue: Catalogue, site: Site, offer: Offer) -> str:
+def _prefill_flags(site: Site, offer: Offer) -> str:
     if offer.system in ("pd-bf16", "pd-fp8"):
         return _shared(site.hbm_cards)
     cards = ",".join(map(str, range(site.gddr_cards)))
-    assert catalogue.card(site.gddr).vendor == "tenstorrent"
     return f" --hma-prefill-runtime ttnn --hma-device-ids {cards}"
 
 
