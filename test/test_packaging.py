@@ -168,7 +168,9 @@ def normalized(requirement: str) -> str:
 
 def test_every_import_is_declared() -> None:
     extras = [
-        name for extra in ("cpu", "tenstorrent") for name in PROJECT["optional-dependencies"][extra]
+        name
+        for extra in ("cpu", "tenstorrent", "planner")
+        for name in PROJECT["optional-dependencies"][extra]
     ]
     declared = {normalized(name) for name in [*PROJECT["dependencies"], *extras]}
     providers = packages_distributions()
