@@ -12,6 +12,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmark.common import Figure, console, finish, parser, table
+from benchmark.planner.fleets import PLAIN, boxes, pair
 from sglang_hma.planner.simulation.batch import RESERVED_TOKENS, KVMemory
 from sglang_hma.planner.simulation.clock import Clock
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Simulation
@@ -19,9 +20,8 @@ from sglang_hma.planner.simulation.network import Link, Network
 from sglang_hma.planner.step_times import Affine
 from sglang_hma.planner.trace import Request
 
-ENDLESS = KVMemory(1e15, 1.0, 1.0)
 LAYERS = 36
-TIMES = Affine(token_s=1e-4, step_s=1e-2)
+MEAN_TOKENS = 1 / PLAIN.token_s  # a second of prefill
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,6 @@ class Row:
         return abs(self.simulated / self.exact - 1)
 
 
-def pair(**changes: object) -> Disaggregated:
-    fields: dict[str, object] = {
-        "prefill_instances": 1,
-        "decode_instances": 1,
-        "prefill_times": TIMES,
-        "decode_times": TIMES,
-        "decode_memory": ENDLESS,
-        "cache_tokens": 0,
-        "layers": LAYERS,
-        "wire_bytes": 78336.0,  # Qwen3-8B's tokens in BFP8
-        "prefill_links": (1e15,),
-        "decode_links": (1e15,),
-        "chunk_tokens": 1 << 30,
-    }
-    return Disaggregated(**(fields | changes))  # type: ignore[arg-type]
-
-
 def batch_means(values: Sequence[float], parts: int = 40) -> tuple[float, float]:
     """Mean of a correlated series, and its standard error."""
     means = [statistics.fmean(part) for part in np.array_split(np.array(values), parts)]
@@ -66,11 +49,16 @@ def prefill_queue(load: float, count: int, seed: int, *, exponential: bool) -> R
     rng = np.random.default_rng(seed)
     arrivals = rng.exponential(1 / load, count).cumsum()
     tokens = (
-        np.maximum(1, np.rint(rng.exponential(1e4, count))) if exponential else np.full(count, 1e4)
+        np.maximum(1, np.rint(rng.exponential(MEAN_TOKENS, count)))
+        if exponential
+        else np.full(count, MEAN_TOKENS)
     )
     requests = [Request(float(at), int(n), 1) for at, n in zip(arrivals, tokens, strict=True)]
     jobs = Simulation(requests).run(pair(max_prompts=1))
-    waits = [job.prefilled_at - job.arrived_at - job.request.input_tokens * 1e-4 for job in jobs]
+    waits = [
+        job.prefilled_at - job.arrived_at - PLAIN.prefill_s((job.request.input_tokens, 0))
+        for job in jobs
+    ]
     mean, error = batch_means(waits)
     exact = load / (1 - load) if exponential else load / 2 / (1 - load)
     return Row(
@@ -108,19 +96,18 @@ def ttft(name: str, fleet: Colocated | Disaggregated, exact: float, tokens: int)
 def pipelines() -> list[Row]:
     rows = []
     for tokens in (512, 8192):
-        compute = TIMES.prefill_s((tokens, 0)) / LAYERS
+        compute = PLAIN.prefill_s((tokens, 0)) / LAYERS
         for gbit in (1, 10, 100):
             speed = gbit / 8 * 1e9
             for kind, wire in (("BFP8", 78336.0), ("BF16", 147456.0)):
                 send = tokens * wire / speed / LAYERS
-                links = {"wire_bytes": wire, "prefill_links": (speed,)}
+                links = {"layers": LAYERS, "wire_bytes": wire, "prefill_links": (speed,)}
                 layered = max(LAYERS * compute + send, compute + LAYERS * send)
                 rows.append(ttft(f"{kind} by layer, {gbit} Gb/s", pair(**links), layered, tokens))
                 serial = LAYERS * (compute + send)
                 fleet = pair(**links, layered=False)
                 rows.append(ttft(f"{kind} after the pass, {gbit} Gb/s", fleet, serial, tokens))
-        box = Colocated(1, TIMES, ENDLESS, 0, chunk_tokens=1 << 30)
-        rows.append(ttft("co-located", box, LAYERS * compute, tokens))
+        rows.append(ttft("co-located", boxes(), LAYERS * compute, tokens))
     return rows
 
 
@@ -137,7 +124,7 @@ def memory_limited_batch(requests_that_fit: int) -> Row:
         f"time of {batches} batches of {requests_that_fit}, limited by memory",
         whole,
         # The first request is alone for a step; its first token takes none.
-        (batches * (made - 1) + 1) * TIMES.step_s,
+        (batches * (made - 1) + 1) * PLAIN.step_s,
     )
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 
+from benchmark.planner.fleets import pair
 from sglang_hma.planner import goodput
 from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.trace import Request
-
-from .fleets import pair
 
 EVEN = [Request(float(i), 1000, 11) for i in range(400)]
 

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmark.planner.fleets import PLAIN, boxes, pair
 from sglang_hma.planner.simulation.batch import KVMemory, NeverFits
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Simulation
 from sglang_hma.planner.simulation.job import Job
 from sglang_hma.planner.step_times import Affine
 from sglang_hma.planner.trace import Request, poisson
-
-from .fleets import PLAIN, boxes, pair
 
 Fleet = Colocated | Disaggregated
 
@@ -42,14 +41,9 @@ def test_one_request_in_chunks() -> None:
     assert job.ttft_s == pytest.approx(1.0 + 200 / 1e4 / 4)
 
 
-def test_format_that_is_converted() -> None:
-    assert alone(pair(convert_s=1e-3)).ttft_s == pytest.approx(2.0, rel=1e-6)
-
-
 def test_one_request_in_one_box() -> None:
     job = alone(boxes())
     assert (job.ttft_s, job.tpot_s) == pytest.approx((1.0, 0.01))
-    assert alone(boxes(request_s=0.5)).ttft_s == pytest.approx(1.5)
 
 
 def test_decode_steps_grow_with_the_context() -> None:
@@ -141,7 +135,6 @@ def fleets(draw: st.DrawFn) -> Fleet:
         layered=draw(st.booleans()),
         prefill_links=(draw(st.floats(1e4, 1e6)),),
         decode_links=(draw(st.floats(1e4, 1e6)),),
-        max_running=draw(st.sampled_from([1, 4, 1000])),
     )
 
 

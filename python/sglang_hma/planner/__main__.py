@@ -15,7 +15,7 @@ from sglang_hma.planner import catalogue, deploy, goodput, scaled, search, trace
 from sglang_hma.planner.catalogue import CatalogueError
 from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.model_shape import ShapeError, shape_of
-from sglang_hma.planner.report import Comparison, as_json, print_comparison
+from sglang_hma.planner.report import Comparison, as_json, print_catalogue, print_comparison
 from sglang_hma.planner.roofline import DoesNotFit
 from sglang_hma.planner.search import Budget, Question
 from sglang_hma.planner.simulation.batch import NeverFits
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _catalogue(parser: argparse.ArgumentParser) -> None:
+def _catalogue(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--catalogue",
         type=Path,
@@ -134,7 +134,7 @@ def _site(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--link", default=plain.link)
     group.add_argument("--chunk-tokens", type=int, default=plain.chunk_tokens)
     group.add_argument("--mixed", action="store_true", help="co-located: --enable-mixed-chunk")
-    _catalogue(group)  # type: ignore[arg-type]
+    _catalogue(group)
 
 
 def site_of(args: argparse.Namespace) -> Site:
@@ -211,8 +211,6 @@ def run_deploy(args: argparse.Namespace) -> None:
 
 
 def run_catalogue(args: argparse.Namespace) -> None:
-    from sglang_hma.planner.report import print_catalogue
-
     print_catalogue(catalogue.load(*args.catalogue))
 
 

@@ -52,6 +52,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     title: str
     price_usd: Figure
     watts: Figure
+    bus_gb_s: Figure
+    """What it reads from a card."""
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

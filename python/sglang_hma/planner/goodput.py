@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Policy, Simulation
@@ -69,16 +69,12 @@ def of(
     count: int = 2000,
     tolerance: float = 0.02,
     policy: Policy = "power_of_two",
-    heard: Callable[[float, float], None] | None = None,
 ) -> Goodput:
-    """By bisection, over `seeds` windows of `count` requests each, to a relative `tolerance`.
-
-    heard: is told each rate that was tried and what was attained.
-    """
+    """By bisection, over `seeds` windows of `count` requests each, to a relative `tolerance`."""
     found, alone = [], []
     for seed in range(seeds):
         window = windows(requests, count, seed)
-        rate, unloaded = _one(fleet, window, objectives, seed, tolerance, policy, heard)
+        rate, unloaded = _one(fleet, window, objectives, seed, tolerance, policy)
         found.append(rate)
         alone.append(unloaded)
     spread = statistics.stdev(found) if seeds > 1 else 0.0
@@ -93,7 +89,6 @@ def _one(
     seed: int,
     tolerance: float,
     policy: Policy,
-    heard: Callable[[float, float], None] | None,
 ) -> tuple[float, float]:
     def attained(rate: float, requests: Sequence[Request] = window) -> float:
         may_miss = (1 - objectives.share) * len(requests)
@@ -103,10 +98,7 @@ def _one(
             return sum(objectives.missed(job, now) for job in simulation.jobs) > may_miss
 
         jobs = Simulation(at_rate(requests, rate), policy, seed).run(fleet, hopeless)
-        share = sum(map(objectives.kept, jobs)) / len(requests)
-        if heard:
-            heard(rate, share)
-        return share
+        return sum(map(objectives.kept, jobs)) / len(requests)
 
     # Each alone: far enough apart that none meets another.
     unloaded = attained(1e-4, window[:: max(1, len(window) // 200)])

@@ -10,11 +10,9 @@ from sglang_hma.planner.trace import Request, at_rate
 TTFT_FACTOR, TPOT_FACTOR = 5.0, 3.0
 
 
-def objectives(
-    baseline: Colocated | Disaggregated, requests: Sequence[Request], scale: float = 1.0
-) -> Objectives:
-    """`scale` times five times the baseline's median TTFT alone, and three times its TPOT."""
+def objectives(baseline: Colocated | Disaggregated, requests: Sequence[Request]) -> Objectives:
+    """Five times the baseline's median TTFT alone, and three times its TPOT."""
     jobs = Simulation(at_rate(windows(requests, 200, 0), 1e-4)).run(baseline)
     ttft = statistics.median(job.ttft_s for job in jobs)
     tpot = statistics.median(job.tpot_s for job in jobs if job.request.output_tokens > 1)
-    return Objectives(scale * TTFT_FACTOR * ttft, scale * TPOT_FACTOR * tpot)
+    return Objectives(TTFT_FACTOR * ttft, TPOT_FACTOR * tpot)

@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import msgspec
-
 from sglang_hma.planner import roofline, silicon
 from sglang_hma.planner.catalogue import Catalogue, CatalogueError, Figure
 from sglang_hma.planner.model_shape import KVFormat, ModelShape
@@ -24,8 +22,7 @@ TITLES = {
     "hetero-serial": "GDDR prefill, BFP8 pages, sent when a pass is over",
     "ours": "GDDR prefill, BFP8 pages, sent layer by layer",
 }
-# What a host reads from a card; PCIe 4.0 x16 carries 32 GB/s at most.
-BUS_GB_S = Figure(12.0, "assumed", "a card's pages read over PCIe 4.0 x16", low=6.0, high=24.0)
+HOSTS = {"nvidia": "hgx", "tenstorrent": "workstation"}
 
 
 @dataclass(frozen=True)
@@ -106,14 +103,14 @@ def offer(
     if system in ("pd-bf16", "pd-fp8"):
         prefiller = roofline.nvidia(catalogue, site.hbm, shape, site.hbm_cards)
         prefill_times: StepTimes = silicon.times_of(site.hbm, prefiller)
-        bus: tuple[float, ...] = ()
+        bus: tuple[Figure, ...] = ()
         wire = shape.kv_bytes(1, kv)
     else:
         prefiller = roofline.tenstorrent(
             catalogue, site.gddr, shape, site.gddr_cards, efficiency=site.efficiency
         )
         prefill_times = prefiller
-        bus = (BUS_GB_S.value * 1e9 * site.gddr_cards,)
+        bus = (catalogue.hosts[HOSTS["tenstorrent"]].bus_gb_s,)
         wire = shape.kv_bytes(1, "bf16" if system == "hetero-eager" else "bfp8")
     nic = catalogue.links[site.link].gb_s.value * 1e9
     fleet = Disaggregated(
@@ -125,13 +122,12 @@ def offer(
         cache_tokens=prefiller.kv_tokens,
         layers=shape.layers,
         wire_bytes=wire,
-        prefill_links=(*bus, nic),
+        prefill_links=(*(figure.value * 1e9 * site.gddr_cards for figure in bus), nic),
         decode_links=(nic,),
         layered=system == "ours",
         chunk_tokens=site.chunk_tokens,
     )
-    used = (*prefill_times.used, *times.used, catalogue.links[site.link].gb_s)
-    used += (BUS_GB_S,) if bus else ()
+    used = (*prefill_times.used, *times.used, catalogue.links[site.link].gb_s, *bus)
     return _priced(catalogue, site, system, prefill, decode, fleet, used)
 
 
@@ -157,9 +153,10 @@ def _priced(
     hbm = (decode + (0 if heterogeneous else prefill)) * site.hbm_cards
     cards = price = watts = 0.0
     figures = list(used)
-    for name, host, number in ((site.hbm, "hgx", hbm), (site.gddr, "workstation", gddr)):
+    for name, number in ((site.hbm, hbm), (site.gddr, gddr)):
         if number:
-            card, around = catalogue.card(name), catalogue.hosts[host]
+            card = catalogue.card(name)
+            around = catalogue.hosts[HOSTS[card.vendor]]
             cards += number * card.price_usd.value
             price += number * around.price_usd.value
             watts += number * (card.watts.value + around.watts.value)
@@ -171,11 +168,3 @@ def _priced(
     return Offer(
         system, prefill, decode, fleet, cards + price, cards, watts, tuple(dict.fromkeys(figures))
     )
-
-
-def at_price_ratio(catalogue: Catalogue, site: Site, ratio: float) -> Catalogue:
-    """The GDDR card at 1/`ratio` of the HBM card's price."""
-    usd = catalogue.card(site.hbm).price_usd.value / ratio
-    price = Figure(usd, "assumed", f"asked for: {site.hbm}'s over {ratio:g}")
-    card = msgspec.structs.replace(catalogue.card(site.gddr), price_usd=price)
-    return catalogue.with_others(Catalogue(cards={site.gddr: card}))

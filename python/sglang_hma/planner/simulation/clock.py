@@ -18,10 +18,8 @@ class Clock:
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         """`when` must not be past."""
-        event = simpy.Event(self._env)
-        event._ok, event._value = True, None
+        event = self._env.timeout(max(0.0, when - self._env.now))
         event.callbacks.append(lambda _: call())
-        self._env.schedule(event, delay=when - self._env.now)
 
     def run(self, hopeless: Callable[[], bool] = lambda: False) -> bool:
         """Until nothing is left to happen: True. False if `hopeless`, asked now and then, is."""

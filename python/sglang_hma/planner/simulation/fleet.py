@@ -30,9 +30,6 @@ class Colocated:
     cache_tokens: int
     chunk_tokens: int = 8192
     mixed: bool = False
-    overhead_s: float = 0.0
-    request_s: float = 0.0
-    """Of router, tokenizer and network, a request."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,6 @@ class Disaggregated:
     prefill_links, decode_links: bytes a second of what lies one behind the other on the way out of
     a prefill instance (a card's own bus, a NIC) and into a decode instance. wire_bytes: of a
     token on the way. layered: pages of a layer leave when it is computed, not after the last one.
-    convert_s: seconds a token that one side needs to change the format, in turn with the transfer.
     """
 
     prefill_instances: int
@@ -56,13 +52,8 @@ class Disaggregated:
     prefill_links: tuple[float, ...]
     decode_links: tuple[float, ...]
     layered: bool = True
-    convert_s: float = 0.0
     chunk_tokens: int = 8192
     max_prompts: int = 1 << 30
-    max_running: int = 1 << 30
-    prefill_overhead_s: float = 0.0
-    decode_overhead_s: float = 0.0
-    request_s: float = 0.0
 
 
 @dataclass
@@ -116,11 +107,10 @@ class _Boxes:
                 fleet.chunk_tokens,
                 PrefixCache(fleet.cache_tokens),
                 fleet.mixed,
-                fleet.overhead_s,
             )
             for _ in range(fleet.instances)
         ]
-        _arrive(simulation, fleet.request_s, self._submit)
+        _arrive(simulation, self._submit)
 
     def _submit(self, job: Job) -> None:
         servers = self._servers
@@ -146,7 +136,6 @@ class _Pair:
                 fleet.chunk_tokens,
                 PrefixCache(fleet.cache_tokens),
                 self._send,
-                fleet.prefill_overhead_s,
                 fleet.max_prompts,
             )
             for _ in range(fleet.prefill_instances)
@@ -157,12 +146,10 @@ class _Pair:
                 fleet.decode_times,
                 fleet.decode_memory,
                 self._admitted,
-                fleet.max_running,
-                fleet.decode_overhead_s,
             )
             for _ in range(fleet.decode_instances)
         ]
-        _arrive(simulation, fleet.request_s, self._submit)
+        _arrive(simulation, self._submit)
 
     def _submit(self, job: Job) -> None:
         """The router picks both; decode promises pages first."""
@@ -191,16 +178,12 @@ class _Pair:
         self._network.send(
             self._out[prefill] + self._into[decode],
             size,
-            partial(self._landed, job, produced.tokens),
+            partial(self._landed, job),
             ready_at=produced.end,
             tail=size / self._fleet.layers,
         )
 
-    def _landed(self, job: Job, tokens: int) -> None:
-        pause = tokens * self._fleet.convert_s
-        self._clock.at(self._clock.now + pause, partial(self._sent, job))
-
-    def _sent(self, job: Job) -> None:
+    def _landed(self, job: Job) -> None:
         self._flows[job] -= 1
         if self._flows[job] or job not in self._whole:
             return
@@ -211,7 +194,7 @@ class _Pair:
         self._decode[decode].arrived(job)
 
 
-def _arrive(simulation: Simulation, request_s: float, submit: Callable[[Job], None]) -> None:
+def _arrive(simulation: Simulation, submit: Callable[[Job], None]) -> None:
     """Let the trace's requests come, one after the other."""
     coming = iter(simulation.requests)
 
@@ -220,7 +203,7 @@ def _arrive(simulation: Simulation, request_s: float, submit: Callable[[Job], No
         if request is not None:
             job = Job(request, request.arrival_s)
             simulation.jobs.append(job)
-            simulation.clock.at(request.arrival_s + request_s, partial(come, job))
+            simulation.clock.at(request.arrival_s, partial(come, job))
 
     def come(job: Job) -> None:
         submit(job)

@@ -33,16 +33,10 @@ class PrefillServer:
     chunk_tokens: int
     cache: PrefixCache
     send: Send
-    overhead_s: float = 0.0
     max_prompts: int = 1 << 30
     """In one pass: SGLang's --prefill-max-requests."""
     queue: deque[Job] = field(default_factory=deque)
-    busy_s: float = 0.0
     _busy: bool = False
-
-    @property
-    def waiting_tokens(self) -> int:
-        return sum(job.request.input_tokens - job.known - job.computed for job in self.queue)
 
     def submit(self, job: Job) -> None:
         self.queue.append(job)
@@ -53,10 +47,7 @@ class PrefillServer:
             return
         self._busy = True
         batch = take(self.queue, self.cache, self.chunk_tokens, self.max_prompts)
-        duration = self.overhead_s + self.times.prefill_s(
-            *((new, job.known + job.computed) for job, new in batch)
-        )
-        self.busy_s += duration
+        duration = self.times.prefill_s(*((new, job.known + job.computed) for job, new in batch))
         begin, end = self.clock.now, self.clock.now + duration
         for job, new in batch:
             found = 0 if job.computed else job.known

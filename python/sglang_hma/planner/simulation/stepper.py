@@ -17,7 +17,6 @@ class Stepper:
     clock: Clock
     times: StepTimes
     batch: Batch
-    overhead_s: float
     ended: Callable[[list[Job]], None]
     _steps: Steps | None = None
     _turn: int = 0
@@ -50,7 +49,7 @@ class Stepper:
 
     def _step_s(self, new_tokens: int) -> float:
         batch = self.batch
-        return self.overhead_s + self.times.decode_s(len(batch), batch.prompt_tokens, new_tokens)
+        return self.times.decode_s(len(batch), batch.prompt_tokens, new_tokens)
 
     def _stop_at(self, step: int) -> None:
         assert self._steps is not None

@@ -36,5 +36,6 @@ def boxes(**changes: Any) -> Colocated:
         "times": PLAIN,
         "memory": ENDLESS,
         "cache_tokens": 0,
+        "chunk_tokens": 1 << 20,
     }
     return Colocated(**(fields | changes))
