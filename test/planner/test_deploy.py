@@ -7,7 +7,8 @@ import pytest
 from sglang_router.router_args import RouterArgs
 
 from sglang_hma.launch import arguments
-from sglang_hma.planner.__main__ import DEPLOYABLE, main
+from sglang_hma.planner.__main__ import main
+from sglang_hma.planner.commands.deploy import DEPLOYABLE
 
 
 @pytest.mark.parametrize("system", DEPLOYABLE)

@@ -1,0 +1,1 @@
+"""The subcommands of `python -m sglang_hma.planner`, a module each."""
