@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Policy, Simulation
@@ -29,6 +29,8 @@ class Objectives:
         first = now if math.isnan(job.first_token_at) else job.first_token_at
         return first - job.arrived_at > self.ttft_s
 
+
+LOWEST, HIGHEST = 1e-4, 1e7  # requests/s that are tried
 
 # MLPerf Inference's pairs for llama3.1-8b.
 NAMED = {"server": Objectives(2.0, 0.1), "interactive": Objectives(0.5, 0.03)}
@@ -71,15 +73,35 @@ def of(
     policy: Policy = "power_of_two",
 ) -> Goodput:
     """By bisection, over `seeds` windows of `count` requests each, to a relative `tolerance`."""
-    found, alone = [], []
+    found: list[float] = []
+    alone: list[float] = []
     for seed in range(seeds):
         window = windows(requests, count, seed)
-        rate, unloaded = _one(fleet, window, objectives, seed, tolerance, policy)
+        guess = found[-1] if found else 0.0
+        rate, unloaded = _one(fleet, window, objectives, seed, tolerance, policy, guess)
         found.append(rate)
         alone.append(unloaded)
     spread = statistics.stdev(found) if seeds > 1 else 0.0
     half = _t95(seeds - 1) * spread / math.sqrt(seeds) if seeds > 1 else 0.0
     return Goodput(statistics.fmean(found), half, tuple(found), statistics.fmean(alone))
+
+
+def attained(
+    fleet: Colocated | Disaggregated,
+    requests: Sequence[Request],
+    objectives: Objectives,
+    seed: int,
+    policy: Policy,
+) -> float:
+    """The share that keeps the objectives; too low a one where it is below what is asked for."""
+    may_miss = (1 - objectives.share) * len(requests)
+
+    def hopeless(simulation: Simulation) -> bool:
+        now = simulation.clock.now
+        return sum(objectives.missed(job, now) for job in simulation.jobs) > may_miss
+
+    jobs = Simulation(requests, policy, seed).run(fleet, hopeless)
+    return sum(map(objectives.kept, jobs)) / len(requests)
 
 
 def _one(
@@ -89,35 +111,49 @@ def _one(
     seed: int,
     tolerance: float,
     policy: Policy,
+    guess: float,
 ) -> tuple[float, float]:
-    def attained(rate: float, requests: Sequence[Request] = window) -> float:
-        may_miss = (1 - objectives.share) * len(requests)
+    """The highest rate, and the share in time when each is alone. guess: a rate near it, or 0."""
 
-        def hopeless(simulation: Simulation) -> bool:
-            now = simulation.clock.now
-            return sum(objectives.missed(job, now) for job in simulation.jobs) > may_miss
-
-        jobs = Simulation(at_rate(requests, rate), policy, seed).run(fleet, hopeless)
-        return sum(map(objectives.kept, jobs)) / len(requests)
+    def keeps(rate: float) -> bool:
+        share = attained(fleet, at_rate(window, rate), objectives, seed, policy)
+        return share >= objectives.share
 
     # Each alone: far enough apart that none meets another.
-    unloaded = attained(1e-4, window[:: max(1, len(window) // 200)])
+    few = at_rate(window[:: max(1, len(window) // 200)], LOWEST)
+    unloaded = attained(fleet, few, objectives, seed, policy)
     if unloaded < objectives.share:
         return 0.0, unloaded
-    low, high = 0.0, 1.0
-    while attained(high) >= objectives.share:
-        low, high = high, high * 2
-        if high > 1e7:
-            return low, unloaded
-    while not low or high - low > tolerance * high:
-        if not low and high < 1e-4:
-            return high, unloaded
-        middle = math.sqrt(low * high) if low else high / 2
-        if attained(middle) >= objectives.share:
+    low, high = _bracket(keeps, guess or 1.0, 1.1 if guess else 2.0)
+    while high - low > tolerance * high:
+        middle = math.sqrt(low * high)
+        if keeps(middle):
             low = middle
         else:
             high = middle
     return low, unloaded
+
+
+def _bracket(keeps: Callable[[float], bool], rate: float, step: float) -> tuple[float, float]:
+    """A rate that is kept and one that is not; the same one twice at the ends of what is tried.
+
+    Each step is twice as wide as the one before, by the logarithm.
+    """
+    if keeps(rate):
+        low = rate
+        while low < HIGHEST:
+            high, step = low * step, step * step
+            if not keeps(high):
+                return low, high
+            low = high
+        return low, low
+    high = rate
+    while high > LOWEST:
+        low, step = high / step, step * step
+        if keeps(low):
+            return low, high
+        high = low
+    return high, high
 
 
 def _t95(freedom: int) -> float:

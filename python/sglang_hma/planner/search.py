@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sglang_hma.planner import goodput
 from sglang_hma.planner.catalogue import Catalogue
 from sglang_hma.planner.goodput import Goodput, Objectives
+from sglang_hma.planner.journal import Journal, key_of
 from sglang_hma.planner.model_shape import ModelShape
 from sglang_hma.planner.simulation.fleet import Policy
 from sglang_hma.planner.systems import Offer, Site, System, offer
@@ -95,20 +96,44 @@ def ask(
     *,
     processes: int | None = None,
     heard: Callable[[Answer], None] = lambda _: None,
+    journal: Journal | None = None,
 ) -> list[Answer]:
-    """In the order of the offers, whichever is done first."""
+    """In the order of the offers, whichever is done first.
+
+    What the journal knows is not asked again; each answer is written there when it is heard.
+    """
     listed = list(offers)
-    if (processes or os.cpu_count() or 1) == 1 or len(listed) == 1:
-        answers = []
-        for each in listed:
-            answers.append(Answer(each, question.ask(each)))
-            heard(answers[-1])
-        return answers
     found: dict[int, Answer] = {}
-    with ProcessPoolExecutor(processes) as pool:
-        futures = {pool.submit(question.ask, each): i for i, each in enumerate(listed)}
-        for future in as_completed(futures):
-            index = futures[future]
-            found[index] = Answer(listed[index], future.result())
-            heard(found[index])
+    asked = repr(question) if journal else ""
+    keys = [key_of(asked, each.fleet) for each in listed] if journal else []
+
+    def hear(index: int, result: Goodput) -> None:
+        found[index] = Answer(listed[index], result)
+        heard(found[index])
+
+    open_questions = []
+    for index in range(len(listed)):
+        known = journal.get(keys[index]) if journal else None
+        if known is None:
+            open_questions.append(index)
+        else:
+            hear(index, known)
+    for index, result in _ask(question, [(i, listed[i]) for i in open_questions], processes):
+        if journal:
+            journal.put(keys[index], result)
+        hear(index, result)
     return [found[index] for index in range(len(listed))]
+
+
+def _ask(
+    question: Question, offers: Sequence[tuple[int, Offer]], processes: int | None
+) -> Iterator[tuple[int, Goodput]]:
+    """As they are done."""
+    if (processes or os.cpu_count() or 1) == 1 or len(offers) < 2:
+        for index, each in offers:
+            yield index, question.ask(each)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        futures = {pool.submit(question.ask, each): index for index, each in offers}
+        for future in as_completed(futures):
+            yield futures[future], future.result()

@@ -46,3 +46,21 @@ class Affine:
 
     def decode_s(self, batch: int, prompt_tokens: float, new_tokens: float = 0) -> float:
         return self.step_s + self.request_s * batch + self.seen_s * (prompt_tokens + new_tokens)
+
+
+@dataclass(frozen=True)
+class Dequantizing:
+    """Another's times, and a pass that writes what it made once more: pages in BF16.
+
+    The card's memory reads and writes these bytes, and nothing else goes on.
+    """
+
+    times: StepTimes
+    token_s: float
+    used: tuple[Figure, ...]
+
+    def prefill_s(self, *parts: Part) -> float:
+        return self.times.prefill_s(*parts) + self.token_s * sum(new for new, _ in parts)
+
+    def decode_s(self, batch: int, prompt_tokens: float, new_tokens: float = 0) -> float:
+        return self.times.decode_s(batch, prompt_tokens, new_tokens)

@@ -10,7 +10,7 @@ from sglang_hma.planner.model_shape import KVFormat, ModelShape
 from sglang_hma.planner.roofline import Roofline
 from sglang_hma.planner.simulation.batch import KVMemory
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated
-from sglang_hma.planner.step_times import StepTimes
+from sglang_hma.planner.step_times import Dequantizing, StepTimes
 
 System = Literal["colocated", "pd-bf16", "pd-fp8", "hetero-eager", "hetero-serial", "ours"]
 SYSTEMS: tuple[System, ...] = get_args(System)
@@ -110,6 +110,9 @@ def offer(
             catalogue, site.gddr, shape, site.gddr_cards, efficiency=site.efficiency
         )
         prefill_times = prefiller
+        if system == "hetero-eager":
+            moved = shape.kv_bytes(1, "bfp8") + shape.kv_bytes(1, "bf16")
+            prefill_times = Dequantizing(prefiller, moved / prefiller.bytes_s, prefiller.used)
         bus = (catalogue.hosts[HOSTS["tenstorrent"]].bus_gb_s,)
         wire = shape.kv_bytes(1, "bf16" if system == "hetero-eager" else "bfp8")
     nic = catalogue.links[site.link].gb_s.value * 1e9

@@ -17,6 +17,7 @@ from sglang_hma.planner.commands.options import (
     objectives_of,
     site_of,
 )
+from sglang_hma.planner.journal import Journal
 from sglang_hma.planner.model_shape import shape_of
 from sglang_hma.planner.report import Comparison, as_json, print_comparison
 from sglang_hma.planner.search import Budget, Question
@@ -49,6 +50,12 @@ def add(commands: Any) -> None:
     compare.add_argument(
         "--by", choices=("goodput", "dollar"), default="dollar", help="what makes a mix the best"
     )
+    compare.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keep each mix's answer there; a search that was ended goes on where it stopped",
+    )
     compare.add_argument("--json", type=Path, metavar="FILE", help="write every mix that was tried")
 
 
@@ -68,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     if not offers:
         raise Refusal("the budget buys no mix at all: raise it")
+    journal = Journal(args.resume) if args.resume else None
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -78,7 +86,11 @@ def run(args: argparse.Namespace) -> None:
     with progress:
         task = progress.add_task("mixes", total=len(offers))
         answers = search.ask(
-            question, offers, processes=args.processes, heard=lambda _: progress.advance(task)
+            question,
+            offers,
+            processes=args.processes,
+            heard=lambda _: progress.advance(task),
+            journal=journal,
         )
     found = Comparison(shape.name, str(args.trace), site, objectives, answers)
     print_comparison(found, by=args.by)
