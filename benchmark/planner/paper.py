@@ -1,0 +1,257 @@
+"""The paper's table: ours against homogeneous serving, four Qwen3 sizes and three traces.
+
+HMA-Serve (arXiv 2606.29986) claims 3.2 times the goodput of homogeneous prefill and decode on A100,
+and 4.8 times its goodput per dollar. Two questions are asked of the simulator:
+
+- the paper's set: one A100 instance and four p150 for it, beside two A100 instances, at each
+  efficiency of the p150 that somebody has measured or that is its ceiling;
+- equal money: the best mix of each system that a budget buys, at one of them.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from benchmark.common import Figure, console, finish, parser, table
+from benchmark.planner.paper_plot import plot
+from sglang_hma.planner import catalogue, goodput, scaled, search, trace
+from sglang_hma.planner.catalogue import Catalogue
+from sglang_hma.planner.goodput import Objectives
+from sglang_hma.planner.journal import Journal
+from sglang_hma.planner.model_shape import KNOWN, ModelShape
+from sglang_hma.planner.search import Answer, Budget, Question
+from sglang_hma.planner.systems import Offer, Site, System, offer
+from sglang_hma.planner.trace import Request
+
+TRACES = {
+    "Azure conversation": "azure2023_conv_60min.csv",
+    "Azure code": "azure2023_code_60min.csv",
+    "Mooncake conversation": "mooncake_conversation_60min.jsonl.gz",
+}
+MODELS = ("Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
+# Cards an instance, HBM and GDDR: weights of 32B fill one A100 in BF16 and one p150 in BFP8.
+CARDS = {"Qwen3-32B": (2, 2)}
+GDDR_INSTANCES = 4
+EFFICIENCIES = (
+    "tenstorrent-small",
+    "tenstorrent-four-chips",
+    "tenstorrent-one-chip",
+    "tenstorrent-n300",
+    "tenstorrent-ceiling",
+)
+MIDDLE = "tenstorrent-one-chip"
+BASELINES: tuple[System, ...] = ("colocated", "pd-bf16", "pd-fp8")
+HETEROGENEOUS: tuple[System, ...] = ("hetero-eager", "hetero-serial")
+MONEY: tuple[System, ...] = ("colocated", "pd-bf16", "ours")
+
+
+@dataclass(frozen=True)
+class Cell:
+    model: str
+    trace: str
+    question: Question
+    site: Site
+
+
+def site_of(model: str) -> Site:
+    hbm, gddr = CARDS.get(model, (1, 1))
+    return Site(hbm_cards=hbm, gddr_cards=gddr)
+
+
+def cells(args: argparse.Namespace, known: Catalogue) -> Iterator[Cell]:
+    for name in args.traces:
+        requests = trace.load(args.folder / TRACES[name])
+        for model in args.models:
+            site = site_of(model)
+            objectives = objectives_of(args, known, KNOWN[model], site, requests)
+            question = Question(requests, objectives, seeds=args.seeds, count=args.requests)
+            yield Cell(model, name, question, site)
+
+
+def objectives_of(
+    args: argparse.Namespace,
+    known: Catalogue,
+    shape: ModelShape,
+    site: Site,
+    requests: list[Request],
+) -> Objectives:
+    if args.objectives != "scaled":
+        return goodput.NAMED[args.objectives]
+    found = scaled.objectives(offer(known, shape, site, "colocated", 0, 1).fleet, requests)
+    return replace(found, ttft_s=found.ttft_s * args.scale, tpot_s=found.tpot_s * args.scale)
+
+
+def paper_set(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
+    """(efficiency, offer) of two HBM instances, or of one and its GDDR cards."""
+    shape, site = KNOWN[cell.model], cell.site
+    found = []
+    for system in BASELINES:
+        sizes = (0, 2) if system == "colocated" else (1, 1)
+        found.append(("", offer(known, shape, site, system, *sizes)))
+    for efficiency in EFFICIENCIES:
+        systems = (*HETEROGENEOUS, "ours") if efficiency == MIDDLE else ("ours",)
+        for system in systems:
+            own = replace(site, efficiency=efficiency)
+            found.append((efficiency, offer(known, shape, own, system, GDDR_INSTANCES, 1)))
+    return found
+
+
+def equal_money(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
+    """Every mix for the price of four HBM instances."""
+    shape, site = KNOWN[cell.model], replace(cell.site, efficiency=MIDDLE)
+    budget = Budget(usd=offer(known, shape, site, "pd-bf16", 2, 2).price_usd)
+    return [
+        (MIDDLE if system == "ours" else "", each)
+        for system in MONEY
+        for each in search.mixes(known, shape, site, system, budget)
+    ]
+
+
+def ask(
+    cell: Cell, offers: list[tuple[str, Offer]], args: argparse.Namespace, progress: Progress
+) -> list[tuple[str, Answer]]:
+    task = progress.add_task(f"{cell.model}, {cell.trace}", total=len(offers))
+    answers = search.ask(
+        cell.question,
+        [each for _, each in offers],
+        processes=args.processes,
+        heard=lambda _: progress.advance(task),
+        journal=args.journal,
+    )
+    progress.remove_task(task)
+    return [(efficiency, answer) for (efficiency, _), answer in zip(offers, answers, strict=True)]
+
+
+def row_of(cell: Cell, efficiency: str, answer: Answer) -> dict[str, Any]:
+    return {
+        "model": cell.model,
+        "trace": cell.trace,
+        "system": answer.offer.system,
+        "efficiency": efficiency,
+        "mix": answer.offer.mix,
+        "rate": answer.goodput.rate,
+        "half_width": answer.goodput.half_width,
+        "unloaded": answer.goodput.unloaded,
+        "price_usd": answer.offer.price_usd,
+        "cards_usd": answer.offer.cards_usd,
+        "watts": answer.offer.watts,
+    }
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row beside its cell's homogeneous PD in BF16 and co-located serving: the paper's set,
+    or the best of equal money."""
+    base = {
+        (row["model"], row["trace"], row["system"]): row
+        for row in rows
+        if row["system"] in ("pd-bf16", "colocated")
+    }
+    for row in rows:
+        for name, system in (("pd", "pd-bf16"), ("colocated", "colocated")):
+            other = base[row["model"], row["trace"], system]
+            if not other["rate"]:
+                continue  # impossible there: no ratio
+            ratio = row["rate"] / other["rate"]
+            row[f"x_{name}"] = ratio
+            row[f"x_{name}_per_dollar"] = ratio * other["price_usd"] / row["price_usd"]
+            row[f"x_{name}_per_card_dollar"] = ratio * other["cards_usd"] / row["cards_usd"]
+    return rows
+
+
+def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of equal money: the mix with the highest rate of each cell and system."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["model"], row["trace"], row["system"]
+        if key not in found or row["rate"] > found[key]["rate"]:
+            found[key] = row
+    return list(found.values())
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    def ratio(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.2f}" if name in row else ""
+
+    table(
+        title,
+        ("model, trace", "system", "mix", "requests/s", "x PD", "per $", "x both", "per $"),
+        [
+            (
+                f"{row['model']}, {row['trace']}",
+                f"{row['system']} {row['efficiency'].removeprefix('tenstorrent-')}".strip(),
+                row["mix"],
+                f"{row['rate']:.3g} +-{row['half_width']:.2g}"
+                if row["rate"]
+                else f"impossible: alone {row['unloaded']:.0%}",
+                *(
+                    ratio(row, name)
+                    for name in ("x_pd", "x_pd_per_dollar", "x_colocated", "x_colocated_per_dollar")
+                ),
+            )
+            for row in rows
+        ],
+    )
+
+
+def options() -> argparse.ArgumentParser:
+    result = parser(__doc__ or "", timed=False)
+    result.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    result.add_argument("--traces", nargs="+", choices=list(TRACES), default=list(TRACES))
+    result.add_argument("--folder", type=Path, default=Path(__file__).parent / "traces")
+    result.add_argument(
+        "--objectives",
+        choices=(*goodput.NAMED, "scaled"),
+        default="scaled",
+        help="as planner compare has them",
+    )
+    result.add_argument("--scale", type=float, default=1.0, help="of scaled objectives")
+    result.add_argument("--seeds", type=int, default=2, help="windows of a trace")
+    result.add_argument("--requests", type=int, default=1000, help="in a window")
+    result.add_argument("--processes", type=int, help="side by side; all cores if not given")
+    result.add_argument("--resume", type=Path, metavar="FILE", help="as planner compare has it")
+    result.add_argument("--without-money", action="store_true", help="the paper's set only")
+    return result
+
+
+def main() -> None:
+    args = options().parse_args()
+    args.journal = Journal(args.resume) if args.resume else None
+    known, begin = catalogue.load(), time.monotonic()
+    paper: list[dict[str, Any]] = []
+    money: list[dict[str, Any]] = []
+    with Progress(console=console) as progress:
+        asked = list(cells(args, known))
+        whole = progress.add_task("cells", total=len(asked))
+        for cell in asked:
+            for rows, offers in (
+                (paper, paper_set(known, cell)),
+                (money, [] if args.without_money else equal_money(known, cell)),
+            ):
+                rows += [row_of(cell, *each) for each in ask(cell, offers, args, progress)]
+            progress.advance(whole)
+    elapsed = time.monotonic() - begin
+    paper, money = compared(paper), compared(best_of(money))
+    show("The paper's set: two A100 instances, or one and four of p150", paper)
+    if money:
+        show("Equal money: the best mix for the price of four A100 instances", money)
+    if args.plot:
+        plot(args.plot, paper, known)
+    print(f"{elapsed:.0f} s")
+    ours = [row for row in paper if row["system"] == "ours" and "x_pd" in row]
+    figures = [
+        Figure("goodput by homogeneous PD's, best cell", max(r["x_pd"] for r in ours), 3.2),
+        Figure("per dollar, best cell", max(r["x_pd_per_dollar"] for r in ours), 4.8),
+        Figure("seconds for the table", elapsed, 600, False),
+    ]
+    objectives = {f"{c.model}, {c.trace}": vars(c.question.objectives) for c in asked}
+    report = {"objectives": objectives, "paper": paper, "equal_money": money, "seconds": elapsed}
+    finish(args, report, figures)
+
+
+if __name__ == "__main__":
+    main()
