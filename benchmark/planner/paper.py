@@ -29,9 +29,9 @@ from sglang_hma.planner.systems import Offer, Site, System, offer
 from sglang_hma.planner.trace import Request
 
 TRACES = {
-    "Azure conversation": "azure2023_conv_60min.csv",
-    "Azure code": "azure2023_code_60min.csv",
-    "Mooncake conversation": "mooncake_conversation_60min.jsonl.gz",
+    "Azure conversation": "azure2023_conv.csv",
+    "Azure code": "azure2023_code.csv",
+    "Mooncake conversation": "mooncake_conversation.jsonl.gz",
 }
 MODELS = ("Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
 # Cards an instance, HBM and GDDR: weights of 32B fill one A100 in BF16 and one p150 in BFP8.
@@ -45,9 +45,8 @@ EFFICIENCIES = (
     "tenstorrent-ceiling",
 )
 MIDDLE = "tenstorrent-one-chip"
-BASELINES: tuple[System, ...] = ("colocated", "pd-bf16", "pd-fp8")
+BASELINES: tuple[System, ...] = ("pd-bf16", "pd-fp8")
 HETEROGENEOUS: tuple[System, ...] = ("hetero-eager", "hetero-serial")
-MONEY: tuple[System, ...] = ("colocated", "pd-bf16", "ours")
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,10 @@ def paper_set(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
     """(efficiency, offer) of two HBM instances, or of one and its GDDR cards."""
     shape, site = KNOWN[cell.model], cell.site
     found = []
-    for system in BASELINES:
-        sizes = (0, 2) if system == "colocated" else (1, 1)
-        found.append(("", offer(known, shape, site, system, *sizes)))
+    for mixed in (False, True):
+        both = offer(known, shape, replace(site, mixed=mixed), "colocated", 0, 2)
+        found.append(("mixed chunks" if mixed else "", both))
+    found += [("", offer(known, shape, site, system, 1, 1)) for system in BASELINES]
     for efficiency in EFFICIENCIES:
         systems = (*HETEROGENEOUS, "ours") if efficiency == MIDDLE else ("ours",)
         for system in systems:
@@ -102,14 +102,23 @@ def paper_set(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
 
 
 def equal_money(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
-    """Every mix for the price of four HBM instances."""
+    """For the price of four HBM instances: with each number of decode instances, as many that
+    prefill as can be bought."""
     shape, site = KNOWN[cell.model], replace(cell.site, efficiency=MIDDLE)
     budget = Budget(usd=offer(known, shape, site, "pd-bf16", 2, 2).price_usd)
-    return [
-        (MIDDLE if system == "ours" else "", each)
-        for system in MONEY
-        for each in search.mixes(known, shape, site, system, budget)
-    ]
+    found: dict[tuple[str, str, int], Offer] = {}
+    for label, system, own in (
+        ("", "colocated", site),
+        ("mixed chunks", "colocated", replace(site, mixed=True)),
+        ("", "pd-bf16", site),
+        (MIDDLE, "ours", site),
+    ):
+        for each in search.mixes(known, shape, own, system, budget):
+            # Of co-located instances the most, of others the widest.
+            key = label, system, each.decode if each.prefill else 0
+            if key not in found or each.price_usd > found[key].price_usd:
+                found[key] = each
+    return [(label, each) for (label, _, _), each in found.items()]
 
 
 def ask(
@@ -144,13 +153,8 @@ def row_of(cell: Cell, efficiency: str, answer: Answer) -> dict[str, Any]:
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row beside its cell's homogeneous PD in BF16 and co-located serving: the paper's set,
-    or the best of equal money."""
-    base = {
-        (row["model"], row["trace"], row["system"]): row
-        for row in rows
-        if row["system"] in ("pd-bf16", "colocated")
-    }
+    """Each row beside its cell's homogeneous PD in BF16 and co-located serving, the best of each."""
+    base = {(row["model"], row["trace"], row["system"]): row for row in best_of(rows)}
     for row in rows:
         for name, system in (("pd", "pd-bf16"), ("colocated", "colocated")):
             other = base[row["model"], row["trace"], system]
@@ -164,7 +168,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of equal money: the mix with the highest rate of each cell and system."""
+    """The row with the highest rate of each cell and system."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
         key = row["model"], row["trace"], row["system"]

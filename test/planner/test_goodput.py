@@ -5,6 +5,7 @@ import pytest
 from benchmark.planner.fleets import pair
 from sglang_hma.planner import goodput
 from sglang_hma.planner.goodput import Objectives
+from sglang_hma.planner.step_times import Affine
 from sglang_hma.planner.trace import Request
 
 EVEN = [Request(float(i), 1000, 11) for i in range(400)]
@@ -48,3 +49,14 @@ def test_seeds_give_an_interval_and_the_same_result() -> None:
     assert len(first.by_seed) == 3
     assert first.half_width >= 0
     assert min(first.by_seed) <= first.rate <= max(first.by_seed)
+
+
+@pytest.mark.parametrize("count", [200, 400])
+def test_an_excerpt_is_judged_amid_others(count: int) -> None:
+    """A step takes 10 ms and half a millisecond a request: 50 ms with 80, of which each stays for
+    100 steps, so 16 a second come and go. Nobody is served faster as the first or the last."""
+    times = Affine(step_s=0.01, request_s=0.0005)
+    fleet = pair(prefill_times=Affine(), decode_times=times)
+    trace = [Request(i * 1.0, 10, 101) for i in range(400)]
+    found = goodput.of(fleet, trace, Objectives(1.0, 0.05), count=count, tolerance=0.005)
+    assert found.rate == pytest.approx(16.0, rel=0.03)

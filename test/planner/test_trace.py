@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sglang_hma.planner import trace
-from sglang_hma.planner.trace import Request, TraceError, at_rate, load, poisson
+from sglang_hma.planner.trace import Request, TraceError, at_rate, excerpt, load, poisson
 
 CSV = "timestamp_ms,input_length,output_length\n0,10,2\n1500,20,3\n1500,30,4\n"
 LINE = '{"timestamp_ms": 7, "input_length": 900, "output_length": 5, "hash_ids": [4, 9]}\n'
@@ -91,3 +91,33 @@ def test_drawn_requests_come_as_often_as_asked(seed: int) -> None:
     assert gaps.mean() == pytest.approx(0.25, rel=0.05)
     assert gaps.std() == pytest.approx(0.25, rel=0.05)  # exponential
     assert requests == trace.poisson([(5, 1)], 4.0, 20_000, seed)
+
+
+def test_an_excerpt_stands_in_its_trace(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    requests = [
+        Request(float(at), index + 1, 1)
+        for index, at in enumerate(rng.exponential(1.0, 50).cumsum())
+    ]
+    start, count = int(rng.integers(0, 40)), 10
+    rate, around = float(rng.uniform(0.5, 20)), rng.uniform(0, 8, 2)
+    found, meant = excerpt(requests, start, count, rate, *map(float, around))
+    judged = found[meant]
+    assert [each.input_tokens for each in judged] == list(range(start + 1, start + count + 1))
+    assert (count - 1) / (judged[-1].arrival_s - judged[0].arrival_s) == pytest.approx(rate)
+    before, after = np.ceil(around * rate)
+    assert (meant.start, len(found)) == (before, before + count + after)
+    order = [(each.input_tokens - found[0].input_tokens) % 50 for each in found]
+    assert order == [index % 50 for index in range(len(found))]
+    gaps = np.diff([each.arrival_s for each in found])
+    assert (gaps >= 0).all()
+    original = np.diff([each.arrival_s for each in requests])
+    inside = [i for i, each in enumerate(found[:-1]) if each.input_tokens < 50]
+    scale = gaps[inside] / [original[found[i].input_tokens - 1] for i in inside]
+    assert np.allclose(scale, scale[0])
+
+
+def test_an_excerpt_of_requests_at_one_time() -> None:
+    found, meant = excerpt([Request(1.0, 5, 1)] * 3, 0, 3, 2.0, 1.0, 0.5)
+    assert [each.arrival_s for each in found] == [0.0] * 6
+    assert meant == slice(2, 5)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Policy, Simulation
 from sglang_hma.planner.simulation.job import Job
-from sglang_hma.planner.trace import Request, at_rate
+from sglang_hma.planner.trace import Request, at_rate, excerpt
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,6 @@ class Goodput:
         return self.rate > 0
 
 
-def windows(requests: Sequence[Request], count: int, seed: int) -> list[Request]:
-    """`count` requests in a row, from another place of the trace for each seed (0: the first)."""
-    if count >= len(requests):
-        return list(requests)
-    start = (seed * 0.618033988749895 % 1.0) * (len(requests) - count)
-    return list(requests[int(start) :][:count])
-
-
 def of(
     fleet: Colocated | Disaggregated,
     requests: Sequence[Request],
@@ -72,84 +64,95 @@ def of(
     tolerance: float = 0.02,
     policy: Policy = "power_of_two",
 ) -> Goodput:
-    """By bisection, over `seeds` windows of `count` requests each, to a relative `tolerance`."""
+    """By bisection, over `seeds` excerpts of `count` requests each, to a relative `tolerance`.
+
+    An excerpt is judged amid a steady load: before it comes what comes while two requests that keep
+    the objectives are served one after the other, and after it half of that. A rate at which one
+    more would be too many is still taken for 1% to 2% too high where the excerpt itself is short.
+    """
     found: list[float] = []
     alone: list[float] = []
     for seed in range(seeds):
-        window = windows(requests, count, seed)
-        guess = found[-1] if found else 0.0
-        rate, unloaded = _one(fleet, window, objectives, seed, tolerance, policy, guess)
-        found.append(rate)
+        ask = _Question(fleet, requests, objectives, seed, min(count, len(requests)), policy)
+        unloaded = ask.unloaded()
         alone.append(unloaded)
+        if unloaded < objectives.share:
+            found.append(0.0)
+            continue
+        guess = found[-1] if found else 0.0
+        low, high = _bracket(ask.keeps, guess or 1.0, 1.1 if guess else 2.0)
+        while high - low > tolerance * high:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if ask.keeps(middle) else (low, middle)
+        found.append(low)
     spread = statistics.stdev(found) if seeds > 1 else 0.0
     half = _t95(seeds - 1) * spread / math.sqrt(seeds) if seeds > 1 else 0.0
     return Goodput(statistics.fmean(found), half, tuple(found), statistics.fmean(alone))
 
 
-def attained(
-    fleet: Colocated | Disaggregated,
-    requests: Sequence[Request],
-    objectives: Objectives,
-    seed: int,
-    policy: Policy,
-) -> float:
-    """The share that keeps the objectives; too low a one where it is below what is asked for."""
-    may_miss = (1 - objectives.share) * len(requests)
-
-    def hopeless(simulation: Simulation) -> bool:
-        now = simulation.clock.now
-        return sum(objectives.missed(job, now) for job in simulation.jobs) > may_miss
-
-    jobs = Simulation(requests, policy, seed).run(fleet, hopeless)
-    return sum(map(objectives.kept, jobs)) / len(requests)
+def start_of(seed: int, count: int, total: int) -> int:
+    """Where an excerpt of a trace begins: another place for each seed, the first for 0."""
+    return int(seed * 0.618033988749895 % 1.0 * (total - count))
 
 
-def _one(
-    fleet: Colocated | Disaggregated,
-    window: Sequence[Request],
-    objectives: Objectives,
-    seed: int,
-    tolerance: float,
-    policy: Policy,
-    guess: float,
-) -> tuple[float, float]:
-    """The highest rate, and the share in time when each is alone. guess: a rate near it, or 0."""
+@dataclass(frozen=True)
+class _Question:
+    fleet: Colocated | Disaggregated
+    requests: Sequence[Request]
+    objectives: Objectives
+    seed: int
+    count: int
+    policy: Policy
 
-    def keeps(rate: float) -> bool:
-        share = attained(fleet, at_rate(window, rate), objectives, seed, policy)
-        return share >= objectives.share
+    def unloaded(self) -> float:
+        """The share that is in time where each request is alone."""
+        start = start_of(self.seed, self.count, len(self.requests))
+        few = self.requests[start : start + self.count : max(1, self.count // 200)]
+        return self._attained(at_rate(few, LOWEST), slice(0, len(few)))
 
-    # Each alone: far enough apart that none meets another.
-    few = at_rate(window[:: max(1, len(window) // 200)], LOWEST)
-    unloaded = attained(fleet, few, objectives, seed, policy)
-    if unloaded < objectives.share:
-        return 0.0, unloaded
-    low, high = _bracket(keeps, guess or 1.0, 1.1 if guess else 2.0)
-    while high - low > tolerance * high:
-        middle = math.sqrt(low * high)
-        if keeps(middle):
-            low = middle
-        else:
-            high = middle
-    return low, unloaded
+    def keeps(self, rate: float) -> bool:
+        return self.attained(rate) >= self.objectives.share
+
+    def attained(self, rate: float) -> float:
+        """The share that is in time; too low a one where it is below what is asked for."""
+        made = sorted(each.output_tokens for each in self.requests)[len(self.requests) * 9 // 10]
+        served_s = self.objectives.ttft_s + made * self.objectives.tpot_s
+        start = start_of(self.seed, self.count, len(self.requests))
+        found = excerpt(self.requests, start, self.count, rate, 2 * served_s, served_s)
+        return self._attained(*found)
+
+    def _attained(self, requests: Sequence[Request], meant: slice) -> float:
+        objectives = self.objectives
+        count = len(requests[meant])
+        may_miss = (1 - objectives.share) * count
+
+        def decided(simulation: Simulation) -> bool:
+            """All have ended that are meant, or too many of them are late."""
+            jobs, now = simulation.jobs[meant], simulation.clock.now
+            late = sum(objectives.missed(job, now) for job in jobs)
+            ended = len(jobs) == count and not any(math.isnan(job.finished_at) for job in jobs)
+            return ended or late > may_miss
+
+        jobs = Simulation(requests, self.policy, self.seed).run(self.fleet, decided)
+        return sum(map(objectives.kept, jobs[meant])) / count
 
 
 def _bracket(keeps: Callable[[float], bool], rate: float, step: float) -> tuple[float, float]:
     """A rate that is kept and one that is not; the same one twice at the ends of what is tried.
 
-    Each step is twice as wide as the one before, by the logarithm.
+    Steps grow from `step` to a doubling.
     """
     if keeps(rate):
         low = rate
         while low < HIGHEST:
-            high, step = low * step, step * step
+            high, step = low * step, min(2.0, step * step)
             if not keeps(high):
                 return low, high
             low = high
         return low, low
     high = rate
     while high > LOWEST:
-        low, step = high / step, step * step
+        low, step = high / step, min(2.0, step * step)
         if keeps(low):
             return low, high
         high = low

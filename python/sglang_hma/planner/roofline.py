@@ -63,9 +63,10 @@ class Roofline:
         room -= self.shape.weight_bytes(self.weights)
         return int(room / self.shape.kv_bytes(1, self.kv))
 
-    def prefill_s(self, *parts: tuple[int, int]) -> float:
+    def prefill_s(self, *parts: tuple[int, int], beside: int = 0) -> float:
         """Of a pass over (new tokens, tokens before them) of each prompt."""
-        products = self.shape.prefill_flops(*parts) / self.flops_s
+        flops = self.shape.prefill_flops(*parts) + self.shape.decode_flops(beside, 0)
+        products = flops / self.flops_s
         known = sum(before for _, before in parts)
         traffic = self.shape.weight_bytes(self.weights) + self.shape.kv_bytes(known, self.kv)
         return max(products, traffic / self.bytes_s)

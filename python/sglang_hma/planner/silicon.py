@@ -66,17 +66,21 @@ class Silicon:
         speed = (self.roof.kv_speed,) if self.roof.kv_speed else ()
         return (*memory, *speed, Figure(1.0, "quoted", self.source))
 
-    def prefill_s(self, *parts: tuple[int, int]) -> float:
+    def prefill_s(self, *parts: tuple[int, int], beside: int = 0) -> float:
         """Of a pass over (new tokens, tokens before them) of each prompt.
 
-        Attention is that of a prompt whose tokens see as many as these do.
+        Attention is that of a prompt whose tokens see as many as these do; what even one token
+        takes is taken once a pass.
         """
         table = self.table
-        total = between(table.tokens, table.prefill_linear, sum(new for new, _ in parts))
+        tokens = sum(new for new, _ in parts) + beside
+        total = between(table.tokens, table.prefill_linear, tokens)
+        least = table.prefill_attention[0]
         for new, before in parts:
             like = math.sqrt(2 * new * (before + (new + 1) / 2))
-            total += between(table.tokens, table.prefill_attention, like, power=2)
-        return total
+            found = between(table.tokens, table.prefill_attention, max(1.0, like), power=2)
+            total += max(0.0, found - least)
+        return total + least
 
     def decode_s(self, batch: int, prompt_tokens: float, new_tokens: float = 0) -> float:
         """Of a step of `batch` requests that see so many tokens together."""

@@ -17,8 +17,9 @@ class StepTimes(Protocol):
         """The figures that its answers rest on."""
         ...
 
-    def prefill_s(self, *parts: Part) -> float:
-        """Of a pass over parts of one or more prompts."""
+    def prefill_s(self, *parts: Part, beside: int = 0) -> float:
+        """Of a pass over parts of one or more prompts. beside: requests that decode a token in the
+        same pass: its products, without its attention."""
         ...
 
     def decode_s(self, batch: int, prompt_tokens: float, new_tokens: float = 0) -> float:
@@ -39,8 +40,8 @@ class Affine:
     seen_s: float = 0.0
     used: tuple[Figure, ...] = ()
 
-    def prefill_s(self, *parts: Part) -> float:
-        tokens = sum(new for new, _ in parts)
+    def prefill_s(self, *parts: Part, beside: int = 0) -> float:
+        tokens = sum(new for new, _ in parts) + beside
         pairs = sum(new * (before + (new + 1) / 2) for new, before in parts)
         return self.pass_s + self.token_s * tokens + self.pair_s * pairs
 
@@ -59,8 +60,9 @@ class Dequantizing:
     token_s: float
     used: tuple[Figure, ...]
 
-    def prefill_s(self, *parts: Part) -> float:
-        return self.times.prefill_s(*parts) + self.token_s * sum(new for new, _ in parts)
+    def prefill_s(self, *parts: Part, beside: int = 0) -> float:
+        made = self.token_s * sum(new for new, _ in parts)
+        return self.times.prefill_s(*parts, beside=beside) + made
 
     def decode_s(self, batch: int, prompt_tokens: float, new_tokens: float = 0) -> float:
         return self.times.decode_s(batch, prompt_tokens, new_tokens)

@@ -1,12 +1,14 @@
 """Requests over time: recorded, or drawn."""
 
 import csv
+import dataclasses
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,37 @@ def at_rate(requests: Sequence[Request], rate: float) -> list[Request]:
         )
         for each in requests
     ]
+
+
+def excerpt(
+    requests: Sequence[Request],
+    start: int,
+    count: int,
+    rate: float,
+    before_s: float = 0.0,
+    after_s: float = 0.0,
+) -> tuple[list[Request], slice]:
+    """`count` requests from `start` on at `rate` a second, and those that come in so many seconds
+    before the first and after the last, so that these are served amid a steady load.
+
+    A trace that ends there begins again. The slice is of the requests that are meant.
+    """
+    total = len(requests)
+    mean = (requests[-1].arrival_s - requests[0].arrival_s) / max(1, total - 1)
+    before, after = math.ceil(before_s * rate), math.ceil(after_s * rate)
+    first = start - before
+    chosen = [requests[index % total] for index in range(first, start + count + after)]
+    gaps = [
+        # Where it begins again, the mean.
+        mean if (first + index) % total == 0 else b.arrival_s - a.arrival_s
+        for index, (a, b) in enumerate(pairwise(chosen), start=1)
+    ]
+    span = sum(gaps[before : before + count - 1])
+    scale = (count - 1) / rate / span if span else 0.0
+    arrivals = [0.0, *accumulate(gap * scale for gap in gaps)]
+    return [
+        dataclasses.replace(each, arrival_s=at) for each, at in zip(chosen, arrivals, strict=True)
+    ], slice(before, before + count)
 
 
 def poisson(

@@ -21,13 +21,13 @@ class Clock:
         event = self._env.timeout(max(0.0, when - self._env.now))
         event.callbacks.append(lambda _: call())
 
-    def run(self, hopeless: Callable[[], bool] = lambda: False) -> bool:
-        """Until nothing is left to happen: True. False if `hopeless`, asked now and then, is."""
+    def run(self, decided: Callable[[], bool] = lambda: False) -> None:
+        """Until nothing is left to happen, or `decided`, asked now and then, is true."""
         try:
             while True:
                 for _ in range(ASKED_EVERY):
                     self._env.step()
-                if hopeless():
-                    return False
+                if decided():
+                    return
         except simpy.core.EmptySchedule:
-            return True
+            return

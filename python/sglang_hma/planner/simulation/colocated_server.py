@@ -51,7 +51,7 @@ class ColocatedServer(BatchServer):
         size = len(self.batch) if self.mixed else 0
         batch = take(self.prompts, self.cache, max(1, self.chunk_tokens - size))
         parts = [(new, job.known + job.computed) for job, new in batch]
-        duration = self.times.prefill_s(*parts, *[(1, 0)] * size)
+        duration = self.times.prefill_s(*parts, beside=size)
         if size:
             tokens = (self.batch.prompt_tokens, self.batch.new_tokens)
             duration += self.times.decode_s(size, *tokens) - self.times.decode_s(size, 0)

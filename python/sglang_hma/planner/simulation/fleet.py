@@ -73,14 +73,15 @@ class Simulation:
     def run(
         self,
         fleet: Colocated | Disaggregated,
-        hopeless: Callable[["Simulation"], bool] = lambda _: False,
+        decided: Callable[["Simulation"], bool] = lambda _: False,
     ) -> list[Job]:
-        """Every request, finished, in order of arrival; fewer if it has become `hopeless`.
+        """Every request, finished, in order of arrival; fewer, or not all finished, if all that
+        is asked is `decided` before.
 
         Raises NeverFits.
         """
         _Pair(self, fleet) if isinstance(fleet, Disaggregated) else _Boxes(self, fleet)
-        self.clock.run(lambda: hopeless(self))
+        self.clock.run(lambda: decided(self))
         return self.jobs
 
     def choose(self, kind: str, count: int, load: Callable[[int], float]) -> int:
