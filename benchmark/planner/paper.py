@@ -107,12 +107,13 @@ def equal_money(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
     shape, site = KNOWN[cell.model], replace(cell.site, efficiency=MIDDLE)
     budget = Budget(usd=offer(known, shape, site, "pd-bf16", 2, 2).price_usd)
     found: dict[tuple[str, str, int], Offer] = {}
-    for label, system, own in (
+    asked: list[tuple[str, System, Site]] = [
         ("", "colocated", site),
         ("mixed chunks", "colocated", replace(site, mixed=True)),
         ("", "pd-bf16", site),
         (MIDDLE, "ours", site),
-    ):
+    ]
+    for label, system, own in asked:
         for each in search.mixes(known, shape, own, system, budget):
             # Of co-located instances the most, of others the widest.
             key = label, system, each.decode if each.prefill else 0
@@ -153,7 +154,8 @@ def row_of(cell: Cell, efficiency: str, answer: Answer) -> dict[str, Any]:
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row beside its cell's homogeneous PD in BF16 and co-located serving, the best of each."""
+    """Each row beside its cell's homogeneous PD in BF16 and co-located serving, the best of
+    each."""
     base = {(row["model"], row["trace"], row["system"]): row for row in best_of(rows)}
     for row in rows:
         for name, system in (("pd", "pd-bf16"), ("colocated", "colocated")):

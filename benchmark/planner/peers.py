@@ -24,7 +24,7 @@ from sglang_hma.planner import catalogue, goodput
 from sglang_hma.planner.catalogue import Catalogue
 from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.model_shape import KNOWN
-from sglang_hma.planner.systems import Site, offer
+from sglang_hma.planner.systems import Site, System, offer
 from sglang_hma.planner.trace import Request
 
 ANSWERS = Path(__file__).parent / "aiconfigurator.csv"
@@ -72,11 +72,18 @@ def answers() -> list[Answer]:
                     raise ValueError(f"{ANSWERS}: the factors do not explain {row}")
                 whole = min(first * PREFILL_LONGER, second * DECODE_LONGER)
                 tpot /= DECODE_LONGER
-            sizes = (int(row[name]) for name in ("input_tokens", "output_tokens", "cards"))
             found.append(
                 Answer(
-                    *(row["model"], *sizes, prefill, decode),
-                    *(float(row["ttft_ms"]) / 1e3, tpot, rate, whole),
+                    model=row["model"],
+                    input_tokens=int(row["input_tokens"]),
+                    output_tokens=int(row["output_tokens"]),
+                    cards=int(row["cards"]),
+                    prefill=prefill,
+                    decode=decode,
+                    ttft_s=float(row["ttft_ms"]) / 1e3,
+                    tpot_s=tpot,
+                    rate=rate,
+                    whole_rate=whole,
                 )
             )
     return found
@@ -85,7 +92,7 @@ def answers() -> list[Answer]:
 def simulated(known: Catalogue, answer: Answer) -> float:
     """Requests a second at the same time per token, evenly spaced."""
     site = Site(hbm_cards=answer.cards, mixed=True)
-    system = "pd-bf16" if answer.prefill else "colocated"
+    system: System = "pd-bf16" if answer.prefill else "colocated"
     fleet = offer(known, KNOWN[answer.model], site, system, answer.prefill, answer.decode).fleet
     requests = [Request(float(i), answer.input_tokens, answer.output_tokens) for i in range(COUNT)]
     objectives = Objectives(answer.ttft_s, answer.tpot_s)
