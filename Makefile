@@ -89,6 +89,17 @@ check-planner: venv ## The planner's simulator against closed forms; ARGS=--chec
 	@mkdir -p build/bench
 	$(RUN) -m benchmark.planner.closed_forms --json build/bench/closed_forms.json $(ARGS)
 
+.PHONY: planner-paper
+planner-paper: venv ## The paper's table: four models, three traces, ours beside homogeneous serving; ARGS=
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.planner.paper --json build/bench/planner_paper.json --plot build/bench/planner_paper.svg $(ARGS)
+
+.PHONY: planner-peers
+planner-peers: venv ## The simulator beside AIConfigurator's steady state, and its speed; ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.planner.peers --json build/bench/planner_peers.json $(ARGS)
+	$(RUN) -m benchmark.planner.speed --json build/bench/planner_speed.json $(ARGS)
+
 QUALITY_MODEL ?= $(DEMO_MODEL)
 QUALITY_TEXT ?= prose
 COMPARE = $(RUN) -m benchmark.quality.compare --model '$(QUALITY_MODEL)' --text $(QUALITY_TEXT) \

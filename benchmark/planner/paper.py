@@ -33,6 +33,7 @@ TRACES = {
     "Azure code": "azure2023_code.csv",
     "Mooncake conversation": "mooncake_conversation.jsonl.gz",
 }
+FOLDER = Path(__file__).parent / "traces"
 MODELS = ("Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
 # Cards an instance, HBM and GDDR: weights of 32B fill one A100 in BF16 and one p150 in BFP8.
 CARDS = {"Qwen3-32B": (2, 2)}
@@ -208,7 +209,7 @@ def options() -> argparse.ArgumentParser:
     result = parser(__doc__ or "", timed=False)
     result.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     result.add_argument("--traces", nargs="+", choices=list(TRACES), default=list(TRACES))
-    result.add_argument("--folder", type=Path, default=Path(__file__).parent / "traces")
+    result.add_argument("--folder", type=Path, default=FOLDER)
     result.add_argument(
         "--objectives",
         choices=(*goodput.NAMED, "scaled"),
