@@ -51,6 +51,24 @@ def test_bfp8_pages_shorten_attention_alone() -> None:
     assert ours.decode_s(64, 0, 64 * 4096) == pytest.approx(plain.decode_s(64, 64 * 4096))
 
 
+def test_a_pass_beside_decoding_takes_its_products_alone() -> None:
+    """Beside a prompt, a request's token is one more in the products; launching attention, which
+    takes 2 ms of 36 layers, is for the pass."""
+    times = silicon.times_of(
+        "a100-sxm-80", roofline.nvidia(CATALOGUE, "a100-sxm-80", KNOWN["Qwen3-8B"])
+    )
+    assert isinstance(times, silicon.Silicon)
+    linear = times.table.prefill_linear
+    assert times.table.tokens[7:9] == [2048, 4096]
+    slope = (linear[8] - linear[7]) / 2048
+    alone = times.prefill_s((2048, 0))
+    assert times.prefill_s((2048, 0), beside=96) == pytest.approx(alone + 96 * slope)
+    launch = times.table.prefill_attention[0]
+    two = times.prefill_s((2048, 0), (2048, 0))
+    attention = alone - linear[7]
+    assert two == pytest.approx(linear[8] + 2 * attention - launch)
+
+
 def test_without_a_table_there_is_the_roofline() -> None:
     eight = roofline.nvidia(CATALOGUE, "a100-sxm-80", KNOWN["Qwen3-8B"], 8)
     assert silicon.times_of("a100-sxm-80", eight) is eight

@@ -67,74 +67,78 @@ def of(
     """By bisection, over `seeds` excerpts of `count` requests each, to a relative `tolerance`.
 
     An excerpt is judged amid a steady load: before it comes what comes while two requests that keep
-    the objectives are served one after the other, and after it half of that. A rate at which one
-    more would be too many is still taken for 1% to 2% too high where the excerpt itself is short.
+    the objectives are served one after the other, and after it half of that. Near capacity a load
+    takes long to become steady, so a short excerpt's rate comes out 1% to 2% too high.
     """
     found: list[float] = []
     alone: list[float] = []
     for seed in range(seeds):
-        ask = _Question(fleet, requests, objectives, seed, min(count, len(requests)), policy)
-        unloaded = ask.unloaded()
+        trial = Trial(fleet, requests, objectives, seed, count, policy)
+        unloaded = trial.unloaded()
         alone.append(unloaded)
         if unloaded < objectives.share:
             found.append(0.0)
             continue
         guess = found[-1] if found else 0.0
-        low, high = _bracket(ask.keeps, guess or 1.0, 1.1 if guess else 2.0)
+
+        def keeps(rate: float, trial: Trial = trial) -> bool:
+            return trial.attained(rate) >= objectives.share
+
+        low, high = _bracket(keeps, guess or 1.0, 1.1 if guess else 2.0)
         while high - low > tolerance * high:
             middle = math.sqrt(low * high)
-            low, high = (middle, high) if ask.keeps(middle) else (low, middle)
+            low, high = (middle, high) if keeps(middle) else (low, middle)
         found.append(low)
     spread = statistics.stdev(found) if seeds > 1 else 0.0
     half = _t95(seeds - 1) * spread / math.sqrt(seeds) if seeds > 1 else 0.0
     return Goodput(statistics.fmean(found), half, tuple(found), statistics.fmean(alone))
 
 
-def start_of(seed: int, count: int, total: int) -> int:
-    """Where an excerpt of a trace begins: another place for each seed, the first for 0."""
-    return int(seed * 0.618033988749895 % 1.0 * (total - count))
-
-
 @dataclass(frozen=True)
-class _Question:
+class Trial:
+    """A fleet that serves an excerpt of a trace, at any rate."""
+
     fleet: Colocated | Disaggregated
     requests: Sequence[Request]
     objectives: Objectives
-    seed: int
-    count: int
-    policy: Policy
+    seed: int = 0
+    count: int = 2000
+    policy: Policy = "power_of_two"
+
+    @property
+    def start(self) -> int:
+        """Where the excerpt begins: another place for each seed, the trace's first for 0."""
+        return int(self.seed * 0.618033988749895 % 1.0 * max(0, len(self.requests) - self.count))
 
     def unloaded(self) -> float:
         """The share that is in time where each request is alone."""
-        start = start_of(self.seed, self.count, len(self.requests))
-        few = self.requests[start : start + self.count : max(1, self.count // 200)]
-        return self._attained(at_rate(few, LOWEST), slice(0, len(few)))
-
-    def keeps(self, rate: float) -> bool:
-        return self.attained(rate) >= self.objectives.share
+        chosen = self.requests[self.start :][: self.count]
+        few = at_rate(chosen[:: max(1, len(chosen) // 200)], LOWEST)
+        jobs = Simulation(few, self.policy, self.seed).run(self.fleet)
+        return sum(map(self.objectives.kept, jobs)) / len(jobs)
 
     def attained(self, rate: float) -> float:
         """The share that is in time; too low a one where it is below what is asked for."""
+        jobs = self.jobs(rate, until_decided=True)
+        return sum(map(self.objectives.kept, jobs)) / min(self.count, len(self.requests))
+
+    def jobs(self, rate: float, *, until_decided: bool = False) -> list[Job]:
+        """Of the excerpt, amid others; finished, or `until_decided` whether enough are in time."""
         made = sorted(each.output_tokens for each in self.requests)[len(self.requests) * 9 // 10]
         served_s = self.objectives.ttft_s + made * self.objectives.tpot_s
-        start = start_of(self.seed, self.count, len(self.requests))
-        found = excerpt(self.requests, start, self.count, rate, 2 * served_s, served_s)
-        return self._attained(*found)
-
-    def _attained(self, requests: Sequence[Request], meant: slice) -> float:
-        objectives = self.objectives
-        count = len(requests[meant])
-        may_miss = (1 - objectives.share) * count
+        count = min(self.count, len(self.requests))
+        requests, meant = excerpt(self.requests, self.start, count, rate, 2 * served_s, served_s)
+        may_miss = (1 - self.objectives.share) * count
 
         def decided(simulation: Simulation) -> bool:
-            """All have ended that are meant, or too many of them are late."""
+            """All that are meant have ended, or too many of them are late."""
             jobs, now = simulation.jobs[meant], simulation.clock.now
-            late = sum(objectives.missed(job, now) for job in jobs)
-            ended = len(jobs) == count and not any(math.isnan(job.finished_at) for job in jobs)
-            return ended or late > may_miss
+            if len(jobs) == count and not any(math.isnan(job.finished_at) for job in jobs):
+                return True
+            late = sum(self.objectives.missed(job, now) for job in jobs)
+            return until_decided and late > may_miss
 
-        jobs = Simulation(requests, self.policy, self.seed).run(self.fleet, decided)
-        return sum(map(objectives.kept, jobs[meant])) / count
+        return Simulation(requests, self.policy, self.seed).run(self.fleet, decided)[meant]
 
 
 def _bracket(keeps: Callable[[float], bool], rate: float, step: float) -> tuple[float, float]:
