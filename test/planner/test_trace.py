@@ -1,5 +1,6 @@
 """Traces as recorded, and what is wrong with one that cannot be replayed."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,35 @@ def test_both_forms(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(LINE + "\n" + LINE)
     assert load(tmp_path / "a.csv")[1:] == [Request(1.5, 20, 3), Request(1.5, 30, 4)]
     assert load(tmp_path / "a.jsonl") == [Request(0.007, 900, 5, (4, 9))] * 2
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.csv", CSV), ("a.jsonl", LINE * 3)])
+def test_packed_ones_too(tmp_path: Path, name: str, text: str) -> None:
+    plain, packed = tmp_path / name, tmp_path / f"{name}.gz"
+    plain.write_text(text)
+    packed.write_bytes(gzip.compress(text.encode()))
+    assert load(packed) == load(plain)
+    packed.write_bytes(packed.read_bytes()[:-12])
+    with pytest.raises(TraceError, match=rf"{name}\.gz: "):
+        load(packed)
+    packed.write_text(text)
+    with pytest.raises(TraceError, match=rf"{name}\.gz: Not a gzipped file"):
+        load(packed)
+
+
+@pytest.mark.parametrize(
+    ("name", "requests", "mean"),
+    [
+        ("azure2023_conv.csv", 19_366, 1155),
+        ("azure2023_code.csv", 8_819, 2048),
+        ("mooncake_conversation.jsonl.gz", 12_031, 12_035),
+    ],
+)
+def test_the_traces_that_come_along(name: str, requests: int, mean: int) -> None:
+    """All requests of a source, and the prompt tokens that it had on average."""
+    found = load(Path(__file__).parents[2] / "benchmark" / "planner" / "traces" / name)
+    assert len(found) == requests
+    assert np.mean([each.input_tokens for each in found]) == pytest.approx(mean, abs=1)
 
 
 @pytest.mark.parametrize(

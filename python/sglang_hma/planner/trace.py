@@ -1,7 +1,9 @@
 """Requests over time: recorded, or drawn."""
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,15 +30,19 @@ class Request:
 
 
 def load(path: Path) -> list[Request]:
-    """CSV with timestamp_ms,input_length,output_length, or JSON lines of those and hash_ids.
+    """CSV of timestamp_ms,input_length,output_length, or JSON lines of those and hash_ids.
+
+    Either may be packed (.csv.gz, .jsonl.gz).
 
     Raises TraceError: an unreadable line, a length below 1, times that go back.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = _json_rows(path, file) if path.suffix == ".jsonl" else _csv_rows(path, file)
+        packed = path.suffix == ".gz"
+        kind = path.with_suffix("").suffix if packed else path.suffix
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8", newline="") as file:
+            rows = _json_rows(path, file) if kind == ".jsonl" else _csv_rows(path, file)
             requests = list(rows)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: {error}") from error
     if not requests:
         raise TraceError(f"{path}: has no request")
