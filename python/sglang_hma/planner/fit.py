@@ -18,10 +18,10 @@ from sglang_hma.planner.replay import Pair
 
 Array = npt.NDArray[np.float64]
 
-ROUNDS = 20
+ROUNDS = 10
 STEP = 0.02
 """Of a derivative, as a share of the mean TTFT."""
-SETTLED = 1e-4
+SETTLED = 1e-3
 """A round that makes the error smaller by less than this share of it is the last one."""
 
 

@@ -6,20 +6,35 @@ request, and start_times. SGLang's has no start_times; without them requests cam
 other, which --max-concurrency 1 makes sure of.
 """
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from sglang_hma.planner.trace import Request
 
-DETAILS = ("input_lens", "output_lens", "ttfts", "itls")
+Tokens = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class RunError(ValueError):
     """One line: the file, the line and what is wrong with it."""
+
+
+class Details(msgspec.Struct):
+    """What is read of a line."""
+
+    input_lens: list[Tokens]
+    output_lens: list[Tokens]
+    ttfts: list[Seconds]
+    itls: list[list[Seconds]]
+    start_times: list[Seconds] | None = None
+    max_concurrency: int | None = None
+    errors: list[str] = []
+    tag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,11 @@ class Run:
 
 
 def load(*paths: Path) -> list[Run]:
-    """The runs of all files, one a line. Raises RunError: see _run."""
+    """The runs of all files, one a line.
+
+    Raises RunError: a line that is no JSON, a detail that is missing or does not fit the others, a
+    request that failed, nothing that says when requests came.
+    """
     return [run for path in paths for run in _runs(path)]
 
 
@@ -59,79 +78,55 @@ def _runs(path: Path) -> Iterator[Run]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: {error}") from error
-    found = False
+    if not any(line.strip() for line in lines):
+        raise RunError(f"{path}: has no run")
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            found = True
-            yield _run(f"{path}:{number}", path.stem, line)
-    if not found:
-        raise RunError(f"{path}: has no run")
+            try:
+                details = msgspec.json.decode(line, type=Details)
+            except msgspec.DecodeError as error:
+                raise RunError(
+                    f"{path}:{number}: {error}; needs what bench_serving's --output-details writes"
+                ) from error
+            yield _run(f"{path}:{number}", details, path.stem)
 
 
-def _run(where: str, stem: str, line: str) -> Run:
-    """Raises RunError: no JSON, a detail that is missing or does not fit the others, a request that
-    failed, a time that is none, nothing that says when requests came."""
-    try:
-        details = json.loads(line)
-    except ValueError as error:
-        raise RunError(f"{where}: {error}") from error
-    if not isinstance(details, dict):
-        raise RunError(f"{where}: is no JSON object of a run")
-    for name in DETAILS:
-        if not isinstance(details.get(name), list):
-            raise RunError(
-                f"{where}: has no {name}; record it with bench_serving's --output-details"
-            )
-    failed = [str(each) for each in details.get("errors") or () if each]
+def _run(where: str, details: Details, stem: str) -> Run:
+    failed = [error for error in details.errors if error]
     if failed:
         why = failed[0].strip().splitlines()[-1][:200]
         raise RunError(f"{where}: {len(failed)} requests failed, the first with: {why}")
-    given, made, ttfts, gaps = (details[name] for name in DETAILS)
-    if not given:
+    count = len(details.input_lens)
+    if not count:
         raise RunError(f"{where}: has no request")
     starts = _starts(where, details)
-    for name, values in (*((name, details[name]) for name in DETAILS), ("start_times", starts)):
-        if len(values) != len(given):
-            raise RunError(f"{where}: {name} are {len(values)} for {len(given)} requests")
+    for name in ("output_lens", "ttfts", "itls", "start_times"):
+        values = starts if name == "start_times" else getattr(details, name)
+        if len(values) != count:
+            raise RunError(f"{where}: {name} are {len(values)} for {count} requests")
+    for index, (gaps, made) in enumerate(zip(details.itls, details.output_lens, strict=True)):
+        if len(gaps) >= made:
+            raise RunError(f"{where}: itls[{index}] are {len(gaps)} for {made} tokens; needs fewer")
     first = min(starts)
-    rows = []
-    for index in sorted(range(len(given)), key=starts.__getitem__):
-        place = f"{where}: request {index + 1}"
-        prompt = _tokens(place, "input_lens", given[index])
-        output = _tokens(place, "output_lens", made[index])
-        own = tuple(_seconds(place, "itls", each) for each in gaps[index])
-        if len(own) >= output:
-            raise RunError(f"{place}: has {len(own)} itls and {output} output_lens; needs fewer")
-        ttft = _seconds(place, "ttfts", ttfts[index])
-        rows.append((Request(starts[index] - first, prompt, output), ttft, own))
-    requests, first_tokens, between = zip(*rows, strict=True)
-    return Run(str(details.get("tag") or stem), requests, first_tokens, between)
+    order = sorted(range(count), key=starts.__getitem__)
+    return Run(
+        details.tag or stem,
+        tuple(
+            Request(starts[i] - first, details.input_lens[i], details.output_lens[i]) for i in order
+        ),
+        tuple(details.ttfts[i] for i in order),
+        tuple(tuple(details.itls[i]) for i in order),
+    )
 
 
-def _starts(where: str, details: dict[str, Any]) -> Sequence[float]:
+def _starts(where: str, details: Details) -> Sequence[float]:
     """When each request was sent."""
-    given = details.get("start_times")
-    if isinstance(given, list):
-        return [_seconds(where, "start_times", each) for each in given]
-    if details.get("max_concurrency") != 1:
+    if details.start_times is not None:
+        return details.start_times
+    if details.max_concurrency != 1:
         raise RunError(
             f"{where}: has no start_times, so nothing says when its requests came; record it with "
             "python -m benchmark.planner.record, or one after the other (--max-concurrency 1)"
         )
-    starts, now = [], 0.0
-    for ttft, gaps in zip(details["ttfts"], details["itls"], strict=False):
-        starts.append(now)
-        now += _seconds(where, "ttfts", ttft) + sum(_seconds(where, "itls", gap) for gap in gaps)
-    return starts
-
-
-def _tokens(where: str, name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise RunError(f"{where}: {name} is {value!r}; needs a whole number from 1 on")
-    return value
-
-
-def _seconds(where: str, name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise RunError(f"{where}: {name} is {value!r}; needs seconds from 0 on")
-    return float(value)
+    spent = [ttft + sum(gaps) for ttft, gaps in zip(details.ttfts, details.itls, strict=False)]
+    return list(accumulate(spent, initial=0.0))[:-1]
