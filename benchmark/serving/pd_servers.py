@@ -103,6 +103,19 @@ class Stream:
         return (self.seconds[-1] - self.seconds[0]) / (self.counts[-1] - self.counts[0])
 
 
+async def read_stream(reply: aiohttp.ClientResponse, began: float) -> Stream:
+    """Of a request that was sent at `began`, of time.perf_counter()."""
+    stream = Stream()
+    async for line in reply.content:
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            if "meta_info" not in event:
+                raise RuntimeError(f"a stream says {event}")
+            stream.seconds.append(time.perf_counter() - began)
+            stream.counts.append(event["meta_info"]["completion_tokens"])
+    return stream
+
+
 class PdClient:
     """Sends each request to a prefill and a decode server, as SGLang's router does."""
 
@@ -118,7 +131,7 @@ class PdClient:
         """All prompts at once."""
         async with self._session(timeout) as session:
             bodies = [self._body(ids, tokens, stream=True) for ids in prompts]
-            return await asyncio.gather(*(self._both(session, b, self._stream) for b in bodies))
+            return await asyncio.gather(*(self._both(session, b, read_stream) for b in bodies))
 
     @staticmethod
     def _session(timeout: float) -> aiohttp.ClientSession:
@@ -159,15 +172,3 @@ class PdClient:
     @staticmethod
     async def _json(reply: aiohttp.ClientResponse, _: float) -> dict[str, Any]:
         return dict(await reply.json(content_type=None))
-
-    @staticmethod
-    async def _stream(reply: aiohttp.ClientResponse, began: float) -> Stream:
-        stream = Stream()
-        async for line in reply.content:
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                if "meta_info" not in event:
-                    raise RuntimeError(f"a stream says {event}")
-                stream.seconds.append(time.perf_counter() - began)
-                stream.counts.append(event["meta_info"]["completion_tokens"])
-        return stream

@@ -10,11 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmark.planner.fleets import PLAIN, boxes, pair
+from sglang_hma.planner.measured import DecodeTimes, Measured, PrefillTimes
+from sglang_hma.planner.replay import Pair
 from sglang_hma.planner.simulation.batch import KVMemory, NeverFits
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Simulation
 from sglang_hma.planner.simulation.job import Job
 from sglang_hma.planner.step_times import Affine
 from sglang_hma.planner.trace import Request, poisson
+
+from .pair_by_steps import PairBySteps
 
 Fleet = Colocated | Disaggregated
 
@@ -68,6 +72,31 @@ def test_prefill_queue_is_lindleys(seed: int, load: float) -> None:
             wait + request.input_tokens * 1e-3, abs=1e-6
         )
         before = request
+
+
+def test_decode_lets_nobody_in_while_a_step_runs() -> None:
+    """Steps of a second end at 1.1, 2.1, ...: the second request is let in at one of these, its
+    prompt takes 0.3 s, and it joins at the next one."""
+    requests = [Request(0.0, 100, 11), Request(2.5, 300, 2)]
+    _, late = Simulation(requests).run(pair(decode_times=Affine(step_s=1.0)))
+    assert late.prefilled_at == pytest.approx(3.1 + 0.3)
+    assert late.first_token_at == pytest.approx(4.1)
+
+
+def test_every_pass_and_step_written_out(seed: int) -> None:
+    """Prompts in chunks and together, each batch's every step: the same times of every request."""
+    rng = np.random.default_rng(seed)
+    for _ in range(8):
+        seconds = rng.uniform(0.1, 2, 7) * (0.05, 1e-3, 4e-7, 0.02, 4e-3, 2e-6, 0.03)
+        times = Measured(
+            "drawn", PrefillTimes(*seconds[:3]), DecodeTimes(*seconds[3:6]), float(seconds[6])
+        )
+        lengths = [tuple(map(int, each)) for each in rng.integers(1, (6000, 80), (9, 2))]
+        requests = poisson(lengths, float(rng.uniform(0.1, 0.4)), 60, seed)
+        recorded = PairBySteps(requests, times, 4096).run()
+        jobs = Pair(4096).replay(times, requests)
+        assert [job.ttft_s for job in jobs] == pytest.approx(recorded.ttft_s, abs=1e-6)
+        assert [job.tpot_s for job in jobs] == pytest.approx(recorded.tpot_s, abs=1e-6)
 
 
 def test_memory_limits_the_batch() -> None:

@@ -5,18 +5,27 @@ import sys
 from collections.abc import Sequence
 
 from sglang_hma.planner.catalogue import CatalogueError
-from sglang_hma.planner.commands import catalogue, compare, deploy
+from sglang_hma.planner.commands import catalogue, compare, deploy, fit
 from sglang_hma.planner.commands.options import Refusal
 from sglang_hma.planner.journal import JournalError
+from sglang_hma.planner.measured import TimesError
 from sglang_hma.planner.model_shape import ShapeError
+from sglang_hma.planner.recorded import RunError
 from sglang_hma.planner.roofline import DoesNotFit
 from sglang_hma.planner.simulation.batch import NeverFits
 from sglang_hma.planner.trace import TraceError
 
-COMMANDS = (compare, deploy, catalogue)
+COMMANDS = (compare, fit, deploy, catalogue)
 PROBLEMS = (
-    *(CatalogueError, ShapeError, TraceError, JournalError),
-    *(DoesNotFit, NeverFits, Refusal),
+    CatalogueError,
+    DoesNotFit,
+    JournalError,
+    NeverFits,
+    Refusal,
+    RunError,
+    ShapeError,
+    TimesError,
+    TraceError,
 )
 
 

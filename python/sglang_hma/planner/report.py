@@ -10,6 +10,9 @@ from rich.table import Table
 
 from sglang_hma.planner.catalogue import Catalogue, Figure
 from sglang_hma.planner.goodput import Objectives
+from sglang_hma.planner.measured import Measured
+from sglang_hma.planner.recorded import Run
+from sglang_hma.planner.replay import Beside
 from sglang_hma.planner.search import Answer
 from sglang_hma.planner.systems import SYSTEMS, TITLES, Site, System
 
@@ -94,6 +97,40 @@ def as_json(found: Comparison) -> bytes:
             ],
         }
     )
+
+
+def print_times(times: Measured) -> None:
+    prefill, decode = times.prefill, times.decode
+    print(f"step times {times.source}")
+    print(
+        f"  prefill: {prefill.pass_s * 1e3:.4g} ms a pass, {prefill.token_s * 1e6:.4g} us a token, "
+        f"{prefill.pair_s * 1e9:.4g} ns a pair of tokens; {times.overhead_s * 1e3:.4g} ms a "
+        "request besides"
+    )
+    print(
+        f"  decode: {decode.step_s * 1e3:.4g} ms a step, {decode.request_s * 1e3:.4g} ms a "
+        f"request in it, {decode.seen_s * 1e9:.4g} ns a token that it sees"
+    )
+
+
+def print_beside(run: Run, objectives: Objectives, figures: Sequence[Beside]) -> None:
+    table = Table(
+        title=f"{run.name}: {len(run.requests)} requests in {run.duration_s:.0f} s; goodput: "
+        f"requests/s within {objectives.ttft_s:.3g} s and {objectives.tpot_s * 1e3:.3g} ms a token",
+        title_justify="left",
+    )
+    table.add_column("")
+    for name in ("real", "simulated", "error"):
+        table.add_column(name, justify="right")
+    for each in figures:
+        unit = 1 if each.name == "goodput" else 1e3
+        table.add_row(
+            each.name if unit == 1 else f"{each.name}, ms",
+            f"{each.real * unit:.4g}",
+            f"{each.simulated * unit:.4g}",
+            f"{each.error:+.1%}",
+        )
+    Console().print(table)
 
 
 def print_catalogue(catalogue: Catalogue) -> None:

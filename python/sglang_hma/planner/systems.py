@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from sglang_hma.planner import roofline, silicon
 from sglang_hma.planner.catalogue import Catalogue, CatalogueError, Figure
+from sglang_hma.planner.measured import Measured
 from sglang_hma.planner.model_shape import KVFormat, ModelShape
 from sglang_hma.planner.roofline import Roofline
 from sglang_hma.planner.simulation.batch import KVMemory
@@ -29,7 +30,8 @@ HOSTS = {"nvidia": "hgx", "tenstorrent": "workstation"}
 class Site:
     """What can be bought, and how it is put together.
 
-    hbm_cards, gddr_cards: of one instance. efficiency: of the GDDR cards, by name.
+    hbm_cards, gddr_cards: of one instance. efficiency: of the GDDR cards, by name. measured: step
+    times of an instance of each, prefill and decode over BFP8 pages, instead of a model's.
     """
 
     hbm: str = "a100-sxm-80"
@@ -40,11 +42,13 @@ class Site:
     link: str = "100g"
     chunk_tokens: int = 8192
     mixed: bool = False
+    measured: Measured | None = None
 
     def describe(self) -> str:
         return (
             f"{self.hbm_cards} x {self.hbm} an instance, {self.gddr_cards} x {self.gddr} an "
             f"instance at {self.efficiency}, {self.link}"
+            f"{f'; {self.measured.source}' if self.measured else ''}"
         )
 
 
@@ -115,12 +119,17 @@ def offer(
             prefill_times = Dequantizing(prefiller, moved / prefiller.bytes_s, prefiller.used)
         bus = (catalogue.hosts[HOSTS["tenstorrent"]].bus_gb_s,)
         wire = shape.kv_bytes(1, "bf16" if system == "hetero-eager" else "bfp8")
+    decode_times: StepTimes = times
+    overhead = 0.0
+    if site.measured and system in ("hetero-serial", "ours"):
+        prefill_times = decode_times = site.measured.affine
+        overhead = site.measured.overhead_s
     nic = catalogue.links[site.link].gb_s.value * 1e9
     fleet = Disaggregated(
         prefill,
         decode,
         prefill_times,
-        times,
+        decode_times,
         memory_of(hbm),
         cache_tokens=prefiller.kv_tokens,
         layers=shape.layers,
@@ -129,8 +138,9 @@ def offer(
         decode_links=(nic,),
         layered=system == "ours",
         chunk_tokens=site.chunk_tokens,
+        overhead_s=overhead,
     )
-    used = (*prefill_times.used, *times.used, catalogue.links[site.link].gb_s, *bus)
+    used = (*prefill_times.used, *decode_times.used, catalogue.links[site.link].gb_s, *bus)
     return _priced(catalogue, site, system, prefill, decode, fleet, used)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from sglang_hma.planner import goodput, scaled, trace
+from sglang_hma.planner import goodput, measured, scaled, trace
 from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.simulation.fleet import Policy
 from sglang_hma.planner.systems import Offer, Site
@@ -79,6 +79,12 @@ def add_site(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--link", default=plain.link)
     group.add_argument("--chunk-tokens", type=int, default=plain.chunk_tokens)
     group.add_argument("--mixed", action="store_true", help="co-located: --enable-mixed-chunk")
+    group.add_argument(
+        "--times",
+        type=Path,
+        metavar="FILE",
+        help="step times of ours' instances as `fit --save` writes them, instead of a model's",
+    )
     add_catalogue(group)
 
 
@@ -87,8 +93,9 @@ def site_of(args: argparse.Namespace) -> Site:
         value = getattr(args, name, 1)
         if value < 1:
             raise Refusal(f"--{name.replace('_', '-')} is {value}; needs 1 or more")
-    names = (field for field in Site.__dataclass_fields__)
-    return Site(**{name: getattr(args, name) for name in names})
+    names = (field for field in Site.__dataclass_fields__ if field != "measured")
+    times = measured.load(args.times) if args.times else None
+    return Site(**{name: getattr(args, name) for name in names}, measured=times)
 
 
 def objectives_of(

@@ -1,4 +1,7 @@
-"""A decode instance: pages promised before prefill begins, then continuous batching."""
+"""A decode instance: pages promised before prefill begins, then continuous batching.
+
+Nothing is let in while a step runs, as in SGLang's scheduler loop.
+"""
 
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +23,10 @@ class DecodeServer(BatchServer):
         """Raises NeverFits."""
         self.load += 1
         self.queue.append(job)
-        self._admit()
+        if self._stepper.running:
+            self.clock.at(self._stepper.step_end, self._admit)
+        else:
+            self._admit()
 
     def arrived(self, job: Job) -> None:
         """Its pages are here: it joins when the step that runs is over."""

@@ -39,6 +39,8 @@ class Disaggregated:
     prefill_links, decode_links: bytes a second of what lies one behind the other on the way out of
     a prefill instance (a card's own bus, a NIC) and into a decode instance. wire_bytes: of a
     token on the way. layered: pages of a layer leave when it is computed, not after the last one.
+    overhead_s: of a request besides (HTTP, router, handshake); decode knows that much later of its
+    last page.
     """
 
     prefill_instances: int
@@ -54,6 +56,7 @@ class Disaggregated:
     layered: bool = True
     chunk_tokens: int = 8192
     max_prompts: int = 1 << 30
+    overhead_s: float = 0.0
 
 
 @dataclass
@@ -192,7 +195,8 @@ class _Pair:
         self._whole.remove(job)
         prefill, decode = self._ways.pop(job)
         self._promised[prefill] -= job.request.input_tokens
-        self._decode[decode].arrived(job)
+        known_at = self._clock.now + self._fleet.overhead_s
+        self._clock.at(known_at, partial(self._decode[decode].arrived, job))
 
 
 def _arrive(simulation: Simulation, submit: Callable[[Job], None]) -> None:

@@ -30,6 +30,12 @@ class Stepper:
         """Steps of this run that are over."""
         return self._steps.over(self.clock.now) if self._steps else 0
 
+    @property
+    def step_end(self) -> float:
+        """Of the step that runs."""
+        assert self._steps is not None
+        return self._steps.end(self.over + 1)
+
     def run(self) -> None:
         """Until one finishes or memory is full, one step at least."""
         batch = self.batch
