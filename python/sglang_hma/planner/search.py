@@ -1,11 +1,9 @@
 """Which mixes can be bought, and what each of them is good for."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from sglang_hma.planner import goodput
+from sglang_hma.planner import goodput, parallel
 from sglang_hma.planner.catalogue import Catalogue
 from sglang_hma.planner.goodput import Goodput, Objectives
 from sglang_hma.planner.model_shape import ModelShape
@@ -94,21 +92,14 @@ def ask(
     offers: Iterable[Offer],
     *,
     processes: int | None = None,
-    heard: Callable[[Answer], None] = lambda _: None,
+    heard: Callable[[Answer], object] = lambda _: None,
 ) -> list[Answer]:
     """In the order of the offers, whichever is done first."""
     listed = list(offers)
-    if (processes or os.cpu_count() or 1) == 1 or len(listed) == 1:
-        answers = []
-        for each in listed:
-            answers.append(Answer(each, question.ask(each)))
-            heard(answers[-1])
-        return answers
-    found: dict[int, Answer] = {}
-    with ProcessPoolExecutor(processes) as pool:
-        futures = {pool.submit(question.ask, each): i for i, each in enumerate(listed)}
-        for future in as_completed(futures):
-            index = futures[future]
-            found[index] = Answer(listed[index], future.result())
-            heard(found[index])
-    return [found[index] for index in range(len(listed))]
+    found = parallel.each(
+        question.ask,
+        listed,
+        processes=processes,
+        heard=lambda index, goodput: heard(Answer(listed[index], goodput)),
+    )
+    return [Answer(offer, goodput) for offer, goodput in zip(listed, found, strict=True)]
