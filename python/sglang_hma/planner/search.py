@@ -1,13 +1,11 @@
 """Which mixes can be bought, and what each of them is good for."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from sglang_hma.planner import goodput
+from sglang_hma.planner import goodput, parallel
 from sglang_hma.planner.catalogue import Catalogue
-from sglang_hma.planner.goodput import Goodput, Objectives
+from sglang_hma.planner.goodput import Goodput, Objectives, Trial
 from sglang_hma.planner.journal import Journal, key_of
 from sglang_hma.planner.model_shape import ModelShape
 from sglang_hma.planner.simulation.fleet import Policy
@@ -53,6 +51,12 @@ class Question:
             policy=self.policy,
         )
 
+    def trial(self, offer: Offer, seed: int) -> Trial:
+        """Of one excerpt of the trace."""
+        return Trial(
+            offer.fleet, self.requests, self.objectives, seed, self.count, policy=self.policy
+        )
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -95,7 +99,7 @@ def ask(
     offers: Iterable[Offer],
     *,
     processes: int | None = None,
-    heard: Callable[[Answer], None] = lambda _: None,
+    heard: Callable[[Answer], object] = lambda _: None,
     journal: Journal | None = None,
 ) -> list[Answer]:
     """In the order of the offers, whichever is done first.
@@ -103,37 +107,27 @@ def ask(
     What the journal knows is not asked again; each answer is written there when it is heard.
     """
     listed = list(offers)
-    found: dict[int, Answer] = {}
     asked = repr(question) if journal else ""
     keys = [key_of(asked, each.fleet) for each in listed] if journal else []
+    found: dict[int, Answer] = {}
 
     def hear(index: int, result: Goodput) -> None:
         found[index] = Answer(listed[index], result)
         heard(found[index])
 
-    open_questions = []
+    unknown = []
     for index in range(len(listed)):
         known = journal.get(keys[index]) if journal else None
         if known is None:
-            open_questions.append(index)
+            unknown.append(index)
         else:
             hear(index, known)
-    for index, result in _ask(question, [(i, listed[i]) for i in open_questions], processes):
+
+    def learn(place: int, result: Goodput) -> None:
         if journal:
-            journal.put(keys[index], result)
-        hear(index, result)
+            journal.put(keys[unknown[place]], result)
+        hear(unknown[place], result)
+
+    offered = [listed[index] for index in unknown]
+    parallel.each(question.ask, offered, processes=processes, heard=learn)
     return [found[index] for index in range(len(listed))]
-
-
-def _ask(
-    question: Question, offers: Sequence[tuple[int, Offer]], processes: int | None
-) -> Iterator[tuple[int, Goodput]]:
-    """As they are done."""
-    if (processes or os.cpu_count() or 1) == 1 or len(offers) < 2:
-        for index, each in offers:
-            yield index, question.ask(each)
-        return
-    with ProcessPoolExecutor(processes) as pool:
-        futures = {pool.submit(question.ask, each): index for index, each in offers}
-        for future in as_completed(futures):
-            yield futures[future], future.result()

@@ -1,6 +1,8 @@
 """The best mix of each system within a budget."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from sglang_hma.planner.commands.options import (
 )
 from sglang_hma.planner.journal import Journal
 from sglang_hma.planner.model_shape import shape_of
+from sglang_hma.planner.page.collect import collect
+from sglang_hma.planner.page.subject import Subject
 from sglang_hma.planner.report import Comparison, as_json, print_comparison
 from sglang_hma.planner.search import Budget, Question
 from sglang_hma.planner.systems import SYSTEMS, TITLES, offer
@@ -57,6 +61,13 @@ def add(commands: Any) -> None:
         help="keep each mix's answer there; a search that was ended goes on where it stopped",
     )
     compare.add_argument("--json", type=Path, metavar="FILE", help="write every mix that was tried")
+    compare.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a page with charts and sliders that opens offline; simulates ours at the "
+        "catalogue's other efficiencies and links too, which takes several times as long",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     budget = Budget(args.budget_usd, args.budget_watts, args.budget_instances)
     if budget == Budget():
         raise Refusal("no budget: give --budget-usd, --budget-watts or --budget-instances")
+    if args.html and (args.html.is_dir() or not args.html.absolute().parent.is_dir()):
+        raise Refusal(f"--html is {args.html}; needs a file in a folder that exists")
     baseline = offer(known, shape, site, "colocated", 0, 1)
     objectives = objectives_of(args, baseline, requests)
     question = Question(
@@ -83,16 +96,29 @@ def run(args: argparse.Namespace) -> None:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+
+    def told(what: str, total: int) -> Callable[[], object]:
+        return partial(progress.advance, progress.add_task(what, total=total))
+
     with progress:
-        task = progress.add_task("mixes", total=len(offers))
+        advance = told("mixes", len(offers))
         answers = search.ask(
             question,
             offers,
             processes=args.processes,
-            heard=lambda _: progress.advance(task),
+            heard=lambda _: advance(),
             journal=journal,
         )
     found = Comparison(shape.name, str(args.trace), site, objectives, answers)
     print_comparison(found, by=args.by)
     if args.json:
         args.json.write_bytes(msgspec.json.format(as_json(found), indent=1) + b"\n")
+    if args.html:
+        from sglang_hma.planner.page import html  # plotly takes a second to import
+
+        subject = Subject(
+            known, shape, budget, question, found, args.by, args.processes, progress=told
+        )
+        with progress:
+            page = collect(subject)
+        args.html.write_text(html.render(page), encoding="utf-8")

@@ -1,5 +1,6 @@
 """A fleet of instances behind a router, and what becomes of a trace's requests in it."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,6 +166,7 @@ class _Pair:
         self._decode[decode].submit(job)
 
     def _admitted(self, job: Job) -> None:
+        job.promised_at = self._clock.now
         self._prefill[self._ways[job][0]].submit(job)
 
     def _send(self, job: Job, produced: Produced) -> None:
@@ -177,6 +179,8 @@ class _Pair:
         self._clock.at(begin, partial(self._flow, job, produced))
 
     def _flow(self, job: Job, produced: Produced) -> None:
+        if math.isnan(job.sending_at):
+            job.sending_at = self._clock.now
         prefill, decode = self._ways[job]
         size = produced.tokens * self._fleet.wire_bytes
         self._network.send(
@@ -193,6 +197,7 @@ class _Pair:
             return
         del self._flows[job]
         self._whole.remove(job)
+        job.landed_at = self._clock.now
         prefill, decode = self._ways.pop(job)
         self._promised[prefill] -= job.request.input_tokens
         known_at = self._clock.now + self._fleet.overhead_s

@@ -8,7 +8,10 @@ from sglang_hma.planner.trace import Request
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """Times in seconds on the simulation's clock, nan until they are known."""
+    """Times in seconds on the simulation's clock, nan until they are known.
+
+    promised_at, prefill_at, sending_at, landed_at: of a pair of prefill and decode only.
+    """
 
     request: Request
     arrived_at: float
@@ -17,6 +20,14 @@ class Job:
     computed: int = 0
     """Tokens of the prompt that prefill has computed."""
     generated: int = 0
+    promised_at: float = field(default=math.nan)
+    """Decode has promised its pages."""
+    prefill_at: float = field(default=math.nan)
+    """Its first pass began."""
+    sending_at: float = field(default=math.nan)
+    """Its first pages left."""
+    landed_at: float = field(default=math.nan)
+    """Its last pages are at decode."""
     prefilled_at: float = field(default=math.nan)
     first_token_at: float = field(default=math.nan)
     finished_at: float = field(default=math.nan)

@@ -50,6 +50,8 @@ class PrefillServer:
         duration = self.times.prefill_s(*((new, job.known + job.computed) for job, new in batch))
         begin, end = self.clock.now, self.clock.now + duration
         for job, new in batch:
+            if not job.computed:
+                job.prefill_at = begin
             found = 0 if job.computed else job.known
             last = job.known + job.computed + new == job.request.input_tokens
             self.send(job, Produced(found + new, begin, end, last))

@@ -1,0 +1,54 @@
+"""The same question to many things, side by side."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_function: Callable[[Any], Any] | None = None
+"""A worker process's own, given when it starts."""
+
+
+def each(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    processes: int | None = None,
+    heard: Callable[[int, R], object] = lambda index, result: None,
+) -> list[R]:
+    """In the order of `items`, whichever is done first; `heard` is told at once.
+
+    function, items: what can be pickled, if there is more than one process. The first exception is
+    raised, and what has not begun by then never does.
+    """
+    if (processes or os.cpu_count() or 1) == 1 or len(items) <= 1:
+        results = []
+        for index, item in enumerate(items):
+            results.append(function(item))
+            heard(index, results[-1])
+        return results
+    found: dict[int, R] = {}
+    with ProcessPoolExecutor(processes, initializer=_keep, initargs=(function,)) as pool:
+        futures = {pool.submit(_call, item): index for index, item in enumerate(items)}
+        try:
+            for future in as_completed(futures):
+                index = futures[future]
+                found[index] = future.result()
+                heard(index, found[index])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [found[index] for index in range(len(items))]
+
+
+def _keep(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)
