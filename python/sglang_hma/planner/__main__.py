@@ -4,29 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sglang_hma.planner.catalogue import CatalogueError
 from sglang_hma.planner.commands import catalogue, compare, deploy, fit
-from sglang_hma.planner.commands.options import Refusal
-from sglang_hma.planner.journal import JournalError
-from sglang_hma.planner.measured import TimesError
-from sglang_hma.planner.model_shape import ShapeError
-from sglang_hma.planner.recorded import RunError
-from sglang_hma.planner.roofline import DoesNotFit
-from sglang_hma.planner.simulation.batch import NeverFits
-from sglang_hma.planner.trace import TraceError
+from sglang_hma.planner.problem import Problem
 
 COMMANDS = (compare, fit, deploy, catalogue)
-PROBLEMS = (
-    CatalogueError,
-    DoesNotFit,
-    JournalError,
-    NeverFits,
-    Refusal,
-    RunError,
-    ShapeError,
-    TimesError,
-    TraceError,
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except PROBLEMS as problem:
+    except Problem as problem:
         sys.exit(f"sglang_hma.planner: error: {problem}")
 
 

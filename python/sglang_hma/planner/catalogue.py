@@ -7,11 +7,13 @@ from typing import Literal
 import msgspec
 import yaml
 
+from sglang_hma.planner.problem import Problem
+
 Kind = Literal["measured", "quoted", "second-hand", "inferred", "assumed"]
 Vendor = Literal["nvidia", "tenstorrent"]
 
 
-class CatalogueError(ValueError):
+class CatalogueError(Problem):
     """One line: the file, the place in it and what is wrong."""
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import msgspec
 
 from sglang_hma.planner.goodput import Goodput
+from sglang_hma.planner.problem import Problem
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated
 
 
-class JournalError(ValueError):
+class JournalError(Problem):
     """One line: the file and what is wrong with it."""
 
 

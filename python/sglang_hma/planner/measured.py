@@ -7,12 +7,13 @@ import msgspec
 import yaml
 
 from sglang_hma.planner.catalogue import Figure
+from sglang_hma.planner.problem import Problem
 from sglang_hma.planner.step_times import Affine
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
-class TimesError(ValueError):
+class TimesError(Problem):
     """One line: the file and what is wrong with it."""
 
 

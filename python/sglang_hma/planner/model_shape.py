@@ -8,6 +8,7 @@ from typing import Literal
 
 from hma_kernels.layout import TILE, TILE_BYTES
 from sglang_hma.decoder_dims import DecoderDims, dims_of
+from sglang_hma.planner.problem import Problem
 
 KVFormat = Literal["bf16", "fp8", "bfp8"]
 WeightFormat = Literal["bf16", "fp8", "bfp8"]
@@ -16,7 +17,7 @@ WeightFormat = Literal["bf16", "fp8", "bfp8"]
 BYTES = {"bf16": 2.0, "fp8": 1.0, "bfp8": TILE_BYTES / TILE**2}
 
 
-class ShapeError(ValueError):
+class ShapeError(Problem):
     """One line: the model and what about it cannot be planned for."""
 
 

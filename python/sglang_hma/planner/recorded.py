@@ -14,13 +14,14 @@ from typing import Annotated
 
 import msgspec
 
+from sglang_hma.planner.problem import Problem
 from sglang_hma.planner.trace import Request
 
 Tokens = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
-class RunError(ValueError):
+class RunError(Problem):
     """One line: the file, the line and what is wrong with it."""
 
 

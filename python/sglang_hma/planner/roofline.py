@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 from sglang_hma.planner.catalogue import Card, Catalogue, CatalogueError, Figure
 from sglang_hma.planner.model_shape import KVFormat, ModelShape, WeightFormat
+from sglang_hma.planner.problem import Problem
 
 # Memory that is neither weights nor KV: activations, workspaces, graphs.
 RESERVED = 0.1
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(Problem):
     """The model's weights leave no room for KV on so many cards."""
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from sglang_hma.planner.problem import Problem
+
 HASH_TOKENS = 512  # of a prefix block in Mooncake's traces
 
 
-class TraceError(ValueError):
+class TraceError(Problem):
     """One line: the file, the line and what is wrong with it."""
 
 

@@ -8,11 +8,12 @@ from typing import Any, get_args
 
 from sglang_hma.planner import goodput, measured, scaled, trace
 from sglang_hma.planner.goodput import Objectives
+from sglang_hma.planner.problem import Problem
 from sglang_hma.planner.simulation.fleet import Policy
 from sglang_hma.planner.systems import Offer, Site
 
 
-class Refusal(ValueError):
+class Refusal(Problem):
     """One line: flag, value and remedy."""
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
+from sglang_hma.planner.problem import Problem
 from sglang_hma.planner.simulation.job import Job
 
 RESERVED_TOKENS = 512  # SGLang's default of --num-reserved-decode-tokens (0.5.23)
 
 
-class NeverFits(ValueError):
+class NeverFits(Problem):
     """A request that is larger than a server's memory."""
 
 
