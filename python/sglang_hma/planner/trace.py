@@ -133,8 +133,8 @@ def excerpt(
         mean if (first + index) % total == 0 else b.arrival_s - a.arrival_s
         for index, (a, b) in enumerate(pairwise(chosen), start=1)
     ]
-    span = sum(gaps[before : before + count - 1])
-    scale = (count - 1) / rate / span if span else 0.0
+    span = sum(gaps[before : before + count - 1]) if count > 1 else mean
+    scale = max(1, count - 1) / rate / span if span else 0.0
     arrivals = [0.0, *accumulate(gap * scale for gap in gaps)]
     return [
         dataclasses.replace(each, arrival_s=at) for each, at in zip(chosen, arrivals, strict=True)
