@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmark.transfer.link import DECODE_IP, PREFILL_IP, Link
-from sglang_hma.launch_pd import ROUTER_DEFAULTS
+from sglang_hma.launch.defaults import ROUTER_DEFAULTS
 
 START_TIMEOUT_S = 900  # only to end a hang
 PLAIN_CPU = Path(__file__).parents[2] / "test" / "stand_ins" / "plain_cpu"

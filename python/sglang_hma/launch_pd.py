@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sglang_hma.config import SHARE_ENV
+from sglang_hma.launch.defaults import ROUTER_DEFAULTS
 from sglang_hma.launch.pd_args import LOOPBACK, Options, fail, parse
 from sglang_hma.launch.program import Program
 from sglang_hma.launch.supervisor import Fleet, FleetError, direct
@@ -26,12 +27,6 @@ PORT_POOL = range(17100, 21990)
 # What a server with --enable-dp-attention binds next to its --port (sglang 0.5.23, PortArgs
 # and the data parallel controller).
 DERIVED_PORTS = (13, *range(233, 250))
-# A server that paused or restarted gets requests again after seconds. With the router's own
-# defaults ten failed requests close it for a minute, and three missed checks for two.
-ROUTER_DEFAULTS = (
-    *("--health-check-interval-secs", "10", "--health-success-threshold", "1"),
-    *("--cb-timeout-duration-secs", "5", "--cb-success-threshold", "1"),
-)
 QUESTION = "What is the capital of France?"
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import psutil
 import requests
 
+from sglang_hma.launch.defaults import ROUTER_DEFAULTS
 from sglang_hma.launch.guardian import kill_run, marked
-from sglang_hma.launch_pd import ROUTER_DEFAULTS, Commands
+from sglang_hma.launch_pd import Commands
 
 # Not those that the kernel gives to outgoing connections: a server binds its port half a minute
 # after it was chosen. Nor those that Mooncake, launch_pd and SGLang pick from.

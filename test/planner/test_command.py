@@ -34,6 +34,10 @@ def test_compare(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {mix["system"] for mix in mixes} == {"pd-bf16", "ours"}
     assert all(mix["price_usd"] <= 52000 for mix in mixes)
     assert all(mix["goodput"]["rate"] > 0 for mix in mixes)
+    main(["deploy", "--from", str(found), "--model-path", "/models/m"])
+    best = max(mixes, key=lambda mix: mix["per_thousand_usd"])
+    hosts = [line.split("-")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert hosts == ["prefill"] * best["prefill"] + ["decode"] * best["decode"]
 
 
 def test_impossible_is_said(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What sglang-hma gives SGLang where the user said nothing."""
+"""What sglang-hma gives SGLang and its router where the user said nothing."""
 
 import os
 from typing import Any
@@ -9,6 +9,12 @@ from sglang_hma.config import PAGE_TOKENS, SHARE_ENV, HmaConfig
 
 CPU_KV_SHARE_OF_MEMORY = 0.2
 MODEST_TOKENS = 64 * 1024
+# A server that paused or restarted gets requests again after seconds. With the router's own
+# defaults ten failed requests close it for a minute, and three missed checks for two.
+ROUTER_DEFAULTS = (
+    *("--health-check-interval-secs", "10", "--health-success-threshold", "1"),
+    *("--cb-timeout-duration-secs", "5", "--cb-success-threshold", "1"),
+)
 NO_CUDA_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
 
 

@@ -36,7 +36,7 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of one card, which may have several chips. tflops: dense, by the format of the products."""
+    """Of one card, all its chips together. tflops: dense, by the format of the products."""
 
     title: str
     vendor: Vendor
@@ -46,6 +46,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     watts: Figure
     price_usd: Figure
     rent_usd_h: Figure | None = None
+    chips: int = 1
 
 
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,62 +1,181 @@
-"""The commands that start a mix."""
+"""The commands that start a mix: of its servers, of its router, and of all on one box."""
 
-from sglang_hma.planner.systems import Offer, Site
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
-PORT, BOOTSTRAP = 30001, 8998
+from sglang_hma.config import MESHES, PAGE_TOKENS
+from sglang_hma.launch.defaults import ROUTER_DEFAULTS
+from sglang_hma.planner.model_shape import ModelShape
+from sglang_hma.planner.problem import Problem
+from sglang_hma.planner.systems import Site, System
+from sglang_hma.tensor_parallel import refuse_sizes
 
+Role = Literal["prefill", "decode"]
+Transfer = Literal["tcp", "rdma"]
+HostOf = Callable[[Role, int], str]
 
-def lines(site: Site, offer: Offer, model: str) -> list[str]:
-    """For hosts named prefill-N and decode-N, one instance each, and a router on decode-0."""
-    if not offer.prefill:
-        return [
-            f"decode-{index} $ python -m sglang.launch_server --model-path {model} "
-            f"--host 0.0.0.0 --port {PORT}{_shared(site.hbm_cards)}"
-            f" --chunked-prefill-size {site.chunk_tokens}"
-            f"{' --enable-mixed-chunk' if site.mixed else ''}"
-            for index in range(offer.decode)
-        ] + [
-            "decode-0 $ python -m sglang_router.launch_router --host 0.0.0.0 --port 30000 "
-            "--worker-urls "
-            + " ".join(f"http://decode-{index}:{PORT}" for index in range(offer.decode))
-        ]
-    found = [
-        f"prefill-{index} $ {_server(offer, model, 'prefill')}"
-        f"{_prefill_flags(site, offer)} --chunked-prefill-size {site.chunk_tokens}"
-        for index in range(offer.prefill)
-    ]
-    found += [
-        f"decode-{index} $ {_server(offer, model, 'decode')}{_shared(site.hbm_cards)}"
-        for index in range(offer.decode)
-    ]
-    routes = [f"--prefill http://prefill-{i}:{PORT} {BOOTSTRAP}" for i in range(offer.prefill)]
-    routes += [f"--decode http://decode-{i}:{PORT}" for i in range(offer.decode)]
-    found.append(
-        "decode-0 $ python -m sglang_router.launch_router --pd-disaggregation --policy "
-        f"power_of_two {' '.join(routes)} --host 0.0.0.0 --port 30000"
-    )
-    return found
+PORT, BOOTSTRAP, ROUTER_PORT = 30001, 8998, 30000
+BACKENDS: dict[Transfer, str] = {"tcp": "mooncake_tcp", "rdma": "mooncake"}
+# The others are there to be compared with: nothing here serves them.
+DEPLOYABLE: tuple[System, ...] = ("ours", "hetero-serial", "pd-bf16", "pd-fp8", "colocated")
 
 
-def _server(offer: Offer, model: str, role: str) -> str:
-    ours = offer.system in ("hetero-serial", "ours")
-    flags = [f"--model-path {model} --disaggregation-mode {role} --host 0.0.0.0 --port {PORT}"]
+class CannotStart(Problem):
+    """One line: what about a mix no command starts, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A mix to start.
+
+    prefill, decode: instances; co-located ones are counted as decode. model: where hosts have it.
+    chips: of one GDDR card. transfer: None for what a prefill server takes by itself.
+    """
+
+    site: Site
+    system: System
+    prefill: int
+    decode: int
+    model: str
+    chips: int = 1
+    transfer: Transfer | None = None
+
+    @property
+    def roles(self) -> dict[Role, int]:
+        """How many servers of each there are."""
+        counts: dict[Role, int] = {"prefill": self.prefill, "decode": self.decode}
+        return {role: count for role, count in counts.items() if count}
+
+    @property
+    def on_gddr(self) -> bool:
+        """Whether prefill computes on GDDR cards."""
+        return self.system in ("ours", "hetero-serial")
+
+    @property
+    def backend(self) -> str:
+        return BACKENDS[self.transfer or ("tcp" if self.on_gddr else "rdma")]
+
+
+def check(plan: Plan, shape: ModelShape) -> None:
+    """Raises CannotStart for what the servers would refuse."""
+    site = plan.site
+    if not plan.on_gddr:
+        return
+    if plan.chips * site.gddr_cards not in MESHES.values():
+        raise CannotStart(
+            f"--gddr-cards is {site.gddr_cards}, of {site.gddr} with {plan.chips} chip(s) each: "
+            f"an instance is a mesh of {', '.join(map(str, MESHES.values()))} chips"
+        )
+    why = refuse_sizes(1, site.hbm_cards, page_format="bfp8", kv_heads=shape.kv_heads)
+    if why:
+        raise CannotStart(f"--hbm-cards is {site.hbm_cards}: {why}; take another number")
+    if site.chunk_tokens % PAGE_TOKENS:
+        raise CannotStart(
+            f"--chunk-tokens is {site.chunk_tokens}: needs a multiple of {PAGE_TOKENS}, a page"
+        )
+
+
+def server(plan: Plan, role: Role, *, card_ids: bool = True) -> list[str]:
+    """The command of one server of a role, alone on its host. card_ids: name the GDDR cards."""
+    module = "sglang.launch_server" if plan.system == "colocated" else "sglang_hma.launch_server"
+    command = ["python", "-m", module, "--model-path", plan.model]
+    if plan.prefill:
+        command += ["--disaggregation-mode", role]
+    command += ["--host", "0.0.0.0", "--port", str(PORT)]
     if role == "prefill":
-        flags.append(f"--disaggregation-bootstrap-port {BOOTSTRAP}")
-    if not ours:
-        flags.append("--hma-kv-format native")
-    if offer.system == "pd-fp8":
-        flags.append("--kv-cache-dtype fp8_e4m3")
-    if offer.system == "hetero-serial" and role == "prefill":
-        flags.append("--hma-layers-per-send all")
-    return f"python -m sglang_hma.launch_server {' '.join(flags)}"
+        command += ["--disaggregation-bootstrap-port", str(BOOTSTRAP)]
+    return [*command, *_shared(plan), *_own(plan, role, plan.site.gddr_cards * card_ids)]
 
 
-def _prefill_flags(site: Site, offer: Offer) -> str:
-    if offer.system in ("pd-bf16", "pd-fp8"):
-        return _shared(site.hbm_cards)
-    cards = ",".join(map(str, range(site.gddr_cards)))
-    return f" --hma-prefill-runtime ttnn --hma-device-ids {cards}"
+def router(plan: Plan, host: HostOf, *flags: str) -> list[str]:
+    """Its command, for servers that listen on `host`(role, index)."""
+    command = ["python", "-m", "sglang_router.launch_router"]
+    urls = {
+        role: [f"http://{host(role, index)}:{PORT}" for index in range(count)]
+        for role, count in plan.roles.items()
+    }
+    if plan.prefill:
+        command += ["--pd-disaggregation", "--policy", "power_of_two", *ROUTER_DEFAULTS]
+        for url in urls["prefill"]:
+            command += ["--prefill", url, str(BOOTSTRAP)]
+        for url in urls["decode"]:
+            command += ["--decode", url]
+    else:
+        command += [*ROUTER_DEFAULTS, "--worker-urls", *urls["decode"]]
+    return [*command, "--host", "0.0.0.0", "--port", str(ROUTER_PORT), *flags]
 
 
-def _shared(cards: int) -> str:
-    return f" --tp-size {cards}" if cards > 1 else ""
+def lines(plan: Plan) -> list[str]:
+    """For hosts named prefill-N and decode-N, one instance each, and a router on decode-0."""
+
+    def host(role: Role, index: int) -> str:
+        return f"{role}-{index}"
+
+    found = [
+        f"{host(role, index)} $ {shlex.join(server(plan, role))}"
+        for role, count in plan.roles.items()
+        for index in range(count)
+    ]
+    return [*found, f"{host('decode', 0)} $ {shlex.join(router(plan, host))}"]
+
+
+def launch_pd(plan: Plan) -> str:
+    """The line that starts all of it on one box. Raises CannotStart."""
+    if plan.system == "colocated":
+        raise CannotStart("launch_pd starts prefill and decode servers, not colocated ones")
+    if plan.decode > 1:
+        raise CannotStart(
+            f"{plan.decode} decode instances: launch_pd gives each the same GPUs; take one, or "
+            "--format lines"
+        )
+    if plan.prefill > 1 and not plan.on_gddr:
+        raise CannotStart(
+            f"{plan.prefill} prefill instances of {plan.system}: launch_pd gives each the same "
+            "GPUs; take one, or --format lines"
+        )
+    own = {role: _own(plan, role, plan.site.gddr_cards * plan.prefill) for role in plan.roles}
+    if not plan.on_gddr:
+        own["decode"] += ["--base-gpu-id", str(plan.site.hbm_cards)]
+    command = ["python", "-m", "sglang_hma.launch_pd", "--model-path", plan.model]
+    command += ["--prefill", str(plan.prefill), "--decode", str(plan.decode)]
+    command += ["--host", "0.0.0.0", "--port", str(ROUTER_PORT), *_shared(plan)]
+    for role, flags in own.items():
+        if flags:
+            command += [f"--{role}-args", shlex.join(flags)]
+    return shlex.join([*command, "--router-args", "--policy power_of_two"])
+
+
+def _shared(plan: Plan) -> list[str]:
+    """What prefill and decode must agree on, and the metrics that `advise` reads."""
+    flags = ["--enable-metrics"]
+    if not plan.prefill:
+        return flags
+    flags += ["--disaggregation-transfer-backend", plan.backend]
+    if not plan.on_gddr:
+        flags += ["--hma-kv-format", "native"]
+    if plan.system == "pd-fp8":
+        flags += ["--kv-cache-dtype", "fp8_e4m3"]
+    return flags
+
+
+def _own(plan: Plan, role: Role, cards: int) -> list[str]:
+    """Of one role; `cards`: how many GDDR cards to name, for all of its servers on the host."""
+    site = plan.site
+    flags = []
+    if role == "prefill" or not plan.prefill:
+        flags += ["--chunked-prefill-size", str(site.chunk_tokens)]
+    if not plan.prefill and site.mixed:
+        flags.append("--enable-mixed-chunk")
+    if role == "prefill" and plan.on_gddr:
+        flags += ["--hma-prefill-runtime", "ttnn"]
+        if plan.chips > 1:
+            flags += ["--hma-mesh", f"1x{site.gddr_cards * plan.chips}"]
+        if plan.system == "hetero-serial":
+            flags += ["--hma-layers-per-send", "all"]
+        if cards:
+            flags += ["--hma-device-ids", ",".join(map(str, range(cards)))]
+    elif site.hbm_cards > 1:
+        flags += ["--tp-size", str(site.hbm_cards)]
+    return flags
