@@ -50,7 +50,7 @@ def lindley(arrivals: np.ndarray, service: np.ndarray) -> float:
     for between, before in zip(np.diff(arrivals), service[:-1], strict=True):
         wait = max(0.0, wait + before - between)
         total += wait
-    return total / len(arrivals)
+    return float(total / len(arrivals))
 
 
 def processor_sharing(arrivals: np.ndarray, sizes: np.ndarray) -> float:
@@ -67,7 +67,7 @@ def processor_sharing(arrivals: np.ndarray, sizes: np.ndarray) -> float:
             served += (arrival - now) / len(ends)
         now = arrival
         heapq.heappush(ends, (served + size, now))
-    return total / len(arrivals)
+    return float(total / len(arrivals))
 
 
 def prefill_queue(load: float, count: int, seed: int, *, exponential: bool) -> Row:
