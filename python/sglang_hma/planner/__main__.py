@@ -6,18 +6,20 @@ from collections.abc import Sequence
 
 from sglang_hma.planner.catalogue import CatalogueError
 from sglang_hma.planner.chosen import NotChosen
-from sglang_hma.planner.commands import catalogue, compare, deploy
+from sglang_hma.planner.commands import advise, catalogue, compare, deploy
 from sglang_hma.planner.commands.options import Refusal
 from sglang_hma.planner.deployment import CannotStart
+from sglang_hma.planner.live.advice import Unknown
+from sglang_hma.planner.live.fetch import Unheard
 from sglang_hma.planner.model_shape import ShapeError
 from sglang_hma.planner.roofline import DoesNotFit
 from sglang_hma.planner.simulation.batch import NeverFits
 from sglang_hma.planner.trace import TraceError
 
-COMMANDS = (compare, deploy, catalogue)
+COMMANDS = (compare, deploy, advise, catalogue)
 PROBLEMS = (
     *(CatalogueError, ShapeError, TraceError, DoesNotFit, NeverFits, Refusal),
-    *(CannotStart, NotChosen),
+    *(CannotStart, NotChosen, Unheard, Unknown),
 )
 
 
