@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sglang_hma.planner.commands import catalogue, compare, deploy, fit
+from sglang_hma.planner.commands import advise, catalogue, compare, deploy, fit
 from sglang_hma.planner.problem import Problem
 
-COMMANDS = (compare, fit, deploy, catalogue)
+COMMANDS = (compare, fit, deploy, advise, catalogue)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,6 +12,12 @@ from sglang_hma.planner.problem import Problem
 from sglang_hma.planner.simulation.fleet import Policy
 from sglang_hma.planner.systems import Offer, Site
 
+OBJECTIVES = {
+    "server": "server: 2 s to the first token and 100 ms for each other",
+    "interactive": "interactive: 500 ms and 30 ms (both are MLPerf's)",
+    "scaled": "scaled: 5 and 3 times what co-located cards need with no load",
+}
+
 
 class Refusal(Problem):
     """One line: flag, value and remedy."""
@@ -51,20 +57,23 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trace", type=Path, required=True, metavar="FILE", help="CSV, or JSON lines with hashes"
     )
-    group.add_argument(
-        "--objectives",
-        choices=(*goodput.NAMED, "scaled"),
-        default="server",
-        help="server: 2 s to the first token and 100 ms for each other; interactive: 500 ms and "
-        "30 ms (MLPerf's); scaled: 5 and 3 times what co-located cards need with no load",
-    )
-    group.add_argument("--ttft", type=float, metavar="S", help="instead, with --tpot")
-    group.add_argument("--tpot", type=float, metavar="S", help="instead, with --ttft")
-    group.add_argument("--share", type=float, default=0.9, help="of requests that keep both")
+    add_objectives(group, (*goodput.NAMED, "scaled"))
     group.add_argument("--seeds", type=int, default=3, help="windows of the trace")
     group.add_argument("--requests", type=int, default=2000, help="in a window")
     group.add_argument("--policy", choices=get_args(Policy), default="power_of_two")
     group.add_argument("--processes", type=int, default=os.cpu_count(), help="side by side")
+
+
+def add_objectives(group: argparse._ActionsContainer, names: Sequence[str]) -> None:
+    group.add_argument(
+        "--objectives",
+        choices=names,
+        default="server",
+        help="; ".join(OBJECTIVES[name] for name in names),
+    )
+    group.add_argument("--ttft", type=float, metavar="S", help="instead, with --tpot")
+    group.add_argument("--tpot", type=float, metavar="S", help="instead, with --ttft")
+    group.add_argument("--share", type=float, default=0.9, help="of requests that keep both")
 
 
 def add_site(parser: argparse.ArgumentParser) -> None:
@@ -102,17 +111,28 @@ def site_of(args: argparse.Namespace) -> Site:
 def objectives_of(
     args: argparse.Namespace, baseline: Offer, requests: Sequence[trace.Request]
 ) -> Objectives:
-    if not 0 < args.share < 1:
-        raise Refusal(f"--share is {args.share:g}; needs a number between 0 and 1")
+    share = _share(args)
+    if args.objectives == "scaled" and args.ttft is None and args.tpot is None:
+        found = scaled.objectives(baseline.fleet, requests)
+        return Objectives(found.ttft_s, found.tpot_s, share)
+    return plain_objectives(args)
+
+
+def plain_objectives(args: argparse.Namespace) -> Objectives:
+    """Those that are numbers by themselves."""
+    share = _share(args)
     if (args.ttft is None) != (args.tpot is None):
         raise Refusal("--ttft and --tpot are one pair: give both, or --objectives")
     if args.ttft is not None:
         for flag, value in (("--ttft", args.ttft), ("--tpot", args.tpot)):
             if not value > 0:
                 raise Refusal(f"{flag} is {value:g}; needs seconds above 0")
-        return Objectives(args.ttft, args.tpot, args.share)
-    if args.objectives == "scaled":
-        found = scaled.objectives(baseline.fleet, requests)
-        return Objectives(found.ttft_s, found.tpot_s, args.share)
+        return Objectives(args.ttft, args.tpot, share)
     named = goodput.NAMED[args.objectives]
-    return Objectives(named.ttft_s, named.tpot_s, args.share)
+    return Objectives(named.ttft_s, named.tpot_s, share)
+
+
+def _share(args: argparse.Namespace) -> float:
+    if not 0 < args.share < 1:
+        raise Refusal(f"--share is {args.share:g}; needs a number between 0 and 1")
+    return float(args.share)
