@@ -89,6 +89,11 @@ check-planner: venv ## The planner's simulator against closed forms; ARGS=--chec
 	@mkdir -p build/bench
 	$(RUN) -m benchmark.planner.closed_forms --json build/bench/closed_forms.json $(ARGS)
 
+.PHONY: planner-real
+planner-real: venv ## The planner's simulator beside a real pair on this machine (half an hour); ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.planner.real_system --json build/bench/planner_real.json $(ARGS)
+
 QUALITY_MODEL ?= $(DEMO_MODEL)
 QUALITY_TEXT ?= prose
 COMPARE = $(RUN) -m benchmark.quality.compare --model '$(QUALITY_MODEL)' --text $(QUALITY_TEXT) \
