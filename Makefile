@@ -100,6 +100,11 @@ planner-peers: venv ## The simulator beside AIConfigurator's steady state, and i
 	$(RUN) -m benchmark.planner.peers --json build/bench/planner_peers.json $(ARGS)
 	$(RUN) -m benchmark.planner.speed --json build/bench/planner_speed.json $(ARGS)
 
+.PHONY: planner-real
+planner-real: venv ## The planner's simulator beside a real pair on this machine (half an hour); ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.planner.real_system --json build/bench/planner_real.json $(ARGS)
+
 QUALITY_MODEL ?= $(DEMO_MODEL)
 QUALITY_TEXT ?= prose
 COMPARE = $(RUN) -m benchmark.quality.compare --model '$(QUALITY_MODEL)' --text $(QUALITY_TEXT) \

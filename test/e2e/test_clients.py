@@ -34,6 +34,19 @@ def test_bench_serving_random_ids(bench: Bench) -> None:
     assert result["completed"] == 12
 
 
+def test_what_the_planner_records_can_be_fitted(
+    python: WarmPython, pair: Pair, tmp_path: Path
+) -> None:
+    file = tmp_path / "runs.jsonl"
+    flags = ["--url", pair.url, "--lengths", "40:6", "300:9", "--requests", "8"]
+    for how in (["--alone"], ["--rate", "20"]):
+        done = python("-m", "benchmark.planner.record", str(file), *flags, *how)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = python("-m", "sglang_hma.planner", "fit", str(file))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("8 requests in") == 2
+
+
 def test_bench_serving_shared_prefix(bench: Bench) -> None:
     args = ["--dataset-name", "generated-shared-prefix", "--gsp-num-groups", "2"]
     args += ["--gsp-prompts-per-group", "4", "--gsp-system-prompt-len", "128"]

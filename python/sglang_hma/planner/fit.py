@@ -26,7 +26,7 @@ SETTLED = 1e-3
 
 
 def fit(runs: Sequence[Run], pair: Pair, source: str) -> Measured:
-    """Raises RunError where no request of the runs has a second token."""
+    """Raises RunError where no request of the runs has a second token, later than its first."""
     return _prefill(runs, pair, Measured(source, PrefillTimes(0, 0, 0), _decode(runs)))
 
 
@@ -34,8 +34,8 @@ def _decode(runs: Sequence[Run]) -> DecodeTimes:
     """Least squares over the gaps between tokens."""
     found = [_steps(run) for run in runs]
     batches, gaps = (np.concatenate(part) for part in zip(*found, strict=True))
-    if not len(gaps):
-        raise RunError("no request of these runs has a second token: decode has nothing to fit")
+    if not gaps.sum() > 0:
+        raise RunError("no request of these runs has a later token: decode has nothing to fit")
     return DecodeTimes(*map(float, nonnegative(batches, gaps)))
 
 

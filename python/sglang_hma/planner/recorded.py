@@ -30,7 +30,7 @@ class Details(msgspec.Struct):
 
     input_lens: list[Tokens]
     output_lens: list[Tokens]
-    ttfts: list[Seconds]
+    ttfts: list[Annotated[float, msgspec.Meta(gt=0)]]
     itls: list[list[Seconds]]
     start_times: list[Seconds] | None = None
     max_concurrency: int | None = None
