@@ -10,11 +10,8 @@ from sglang_hma.config import PAGE_TOKENS, SHARE_ENV, HmaConfig
 CPU_KV_SHARE_OF_MEMORY = 0.2
 MODEST_TOKENS = 64 * 1024
 # A server that paused or restarted gets requests again after seconds. With the router's own
-# defaults ten failed requests close it for a minute, and three missed checks for two. A check makes
-# a token, so it waits for the pass that runs; whether that took too long is the server's to say,
-# after 20 s, not the router's after 5.
+# defaults ten failed requests close it for a minute, and three missed checks for two.
 ROUTER_DEFAULTS = (
-    *("--health-check-timeout-secs", "25"),
     *("--health-check-interval-secs", "10", "--health-success-threshold", "1"),
     *("--cb-timeout-duration-secs", "5", "--cb-success-threshold", "1"),
 )
