@@ -259,7 +259,7 @@ def test_fitted_times_are_planned_with(run_file: Path, tmp_path: Path) -> None:
     rows = "".join(f"{100 * i},{200 + i},{9 + i % 30}\n" for i in range(300))
     (tmp_path / "trace.csv").write_text(f"timestamp_ms,input_length,output_length\n{rows}")
     question = f"compare --trace {tmp_path / 'trace.csv'} --budget-instances 2 --seeds 1"
-    question += f" --processes 1 --systems pd-bf16 ours --ttft 30 --tpot 5 --json {found}"
+    question += f" --processes 1 --systems pd-bf16 ours --ttft 1 --tpot 0.05 --json {found}"
     kinds = {}
     for flags in ("", f" --times {saved}"):
         main((question + flags).split())

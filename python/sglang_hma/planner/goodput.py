@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Policy, Simulation
 from sglang_hma.planner.simulation.job import Job
@@ -66,9 +67,8 @@ def of(
 ) -> Goodput:
     """By bisection, over `seeds` excerpts of `count` requests each, to a relative `tolerance`.
 
-    An excerpt is judged amid a steady load: before it comes what comes while two requests that keep
-    the objectives are served one after the other, and after it half of that. Near capacity a load
-    takes long to become steady, so a short excerpt's rate comes out 1% to 2% too high.
+    An excerpt is judged amid a steady load. Near capacity a load takes long to become steady, so
+    a short excerpt's rate comes out 1% to 2% too high.
     """
     found: list[float] = []
     alone: list[float] = []
@@ -110,12 +110,16 @@ class Trial:
         """Where the excerpt begins: another place for each seed, the trace's first for 0."""
         return int(self.seed * 0.618033988749895 % 1.0 * max(0, len(self.requests) - self.count))
 
-    def unloaded(self) -> float:
-        """The share that is in time where each request is alone."""
+    @cached_property
+    def _alone(self) -> list[Job]:
+        """Requests of the excerpt so far apart that none meets another."""
         chosen = self.requests[self.start :][: self.count]
         few = at_rate(chosen[:: max(1, len(chosen) // 200)], LOWEST)
-        jobs = Simulation(few, self.policy, self.seed).run(self.fleet)
-        return sum(map(self.objectives.kept, jobs)) / len(jobs)
+        return Simulation(few, self.policy, self.seed).run(self.fleet)
+
+    def unloaded(self) -> float:
+        """The share that is in time where each request is alone."""
+        return sum(map(self.objectives.kept, self._alone)) / len(self._alone)
 
     def attained(self, rate: float) -> float:
         """The share that is in time; too low a one where it is below what is asked for."""
@@ -123,11 +127,23 @@ class Trial:
         return sum(map(self.objectives.kept, jobs)) / min(self.count, len(self.requests))
 
     def jobs(self, rate: float, *, until_decided: bool = False) -> list[Job]:
-        """Of the excerpt, amid others; finished, or `until_decided` whether enough are in time."""
-        made = sorted(each.output_tokens for each in self.requests)[len(self.requests) * 9 // 10]
-        served_s = self.objectives.ttft_s + made * self.objectives.tpot_s
+        """Of the excerpt, amid others; finished, or `until_decided` whether enough are in time.
+
+        Others come for twice as long before it as nine in ten requests stay. How long that is
+        depends on the load, so it is tried from what they stay alone.
+        """
+        stay = _stay(self._alone)
+        while True:
+            jobs = self._amid(rate, stay, until_decided=until_decided)
+            if any(math.isnan(job.finished_at) for job in jobs) or _stay(jobs) <= 1.1 * stay:
+                return jobs
+            if sum(map(self.objectives.kept, jobs)) < self.objectives.share * len(jobs):
+                return jobs  # a longer load makes it no better
+            stay = max(_stay(jobs), 1.5 * stay)
+
+    def _amid(self, rate: float, stay: float, *, until_decided: bool) -> list[Job]:
         count = min(self.count, len(self.requests))
-        requests, meant = excerpt(self.requests, self.start, count, rate, 2 * served_s, served_s)
+        requests, meant = excerpt(self.requests, self.start, count, rate, 2 * stay, stay)
         may_miss = (1 - self.objectives.share) * count
 
         def decided(simulation: Simulation) -> bool:
@@ -139,6 +155,12 @@ class Trial:
             return until_decided and late > may_miss
 
         return Simulation(requests, self.policy, self.seed).run(self.fleet, decided)[meant]
+
+
+def _stay(jobs: Sequence[Job]) -> float:
+    """Seconds that nine in ten of them stay at most."""
+    stays = sorted(job.finished_at - job.arrived_at for job in jobs)
+    return stays[len(stays) * 9 // 10]
 
 
 def _bracket(keeps: Callable[[float], bool], rate: float, step: float) -> tuple[float, float]:
