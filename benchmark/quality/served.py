@@ -11,6 +11,7 @@ changed by a millionth: how far it is then from itself is how close anybody can 
 """
 
 import json
+import shutil
 import statistics
 import tempfile
 import urllib.request
@@ -93,11 +94,13 @@ def main() -> None:
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     documents = text.windows(text.prose(), tokenizer, args.context, args.documents)
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ("--dtype", "float32", "--hma-kv-format", args.kv_format)
-        with pair(args.model.resolve(), args.port, Path(folder) / "pair.log", flags) as url:
-            asked = track(documents, "serving", console=console)
-            answers = [ask(url, prompt, args.new_tokens) for prompt in asked]
+    logs = Path(tempfile.mkdtemp(prefix="hma-served-"))
+    console.print(f"servers' logs, kept if this fails: {logs}")
+    flags = ("--dtype", "float32", "--hma-kv-format", args.kv_format)
+    with pair(args.model.resolve(), args.port, logs / "pair.log", flags) as url:
+        asked = track(documents, "serving", console=console)
+        answers = [ask(url, prompt, args.new_tokens) for prompt in asked]
+    shutil.rmtree(logs)
     model = PagedModel(Models(args.model), args.context + args.new_tokens)
     both = list(zip(documents, answers, strict=True))
     found = [compare(model, *one, policy) for one in track(both, "scoring", console=console)]
