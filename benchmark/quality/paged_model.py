@@ -205,6 +205,8 @@ def store_prompt(
     pool: Any, layer: int, phase: Phase, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes a prompt's rows under the policy; what attention reads back."""
+    if phase.policy.noise:
+        k, v = (x * (1 + phase.policy.noise * torch.randn_like(x)) for x in (k, v))
     if phase.policy.kv == "bfp8":
         kept: tuple[torch.Tensor, torch.Tensor] = pool.write_prompt(layer, phase.slots, k, v)
         return kept

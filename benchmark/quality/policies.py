@@ -55,13 +55,15 @@ def bfp4(x: torch.Tensor) -> torch.Tensor:
 class Policy:
     """`prefill_packed`, `decode_packed`: the groups of linear weights that go through BFP8 there.
     `kv`: the prompt's K and V as "bf16", as "bfp8" (the product's pages) or through a rounding;
-    "float32" is everything in float32, by transformers alone."""
+    "float32" is everything in float32, by transformers alone. `noise`: relative, on the prompt's K
+    and V before they are rounded, as another order of summation leaves."""
 
     name: str
     prefill_packed: tuple[str, ...] = ()
     decode_packed: tuple[str, ...] = ()
     kv: Rounding | str = "bf16"
     dtype: torch.dtype = torch.bfloat16
+    noise: float = 0.0
 
 
 ALL = ("attention", "mlp", "head")

@@ -1,6 +1,7 @@
 """Documents scored through the product's pages, against transformers."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_bf16_rounds_more_than_float32(model: PagedModel, ids: list[int]) -> Non
     pages = model.logits(ids, CONTEXT, Policy("KV BF16", dtype=torch.float32))
     all_bf16 = model.logits(ids, CONTEXT, BF16)
     assert 0 < (pages - exact).abs().mean() < (all_bf16 - exact).abs().mean() < 0.2
+
+
+def test_noise_flips_some_roundings(model: PagedModel, ids: list[int]) -> None:
+    plain = model.logits(ids, CONTEXT, Policy("KV BF16", dtype=torch.float32))
+    ours = model.logits(ids, CONTEXT, OURS_FLOAT32)
+    noisy = model.logits(ids, CONTEXT, replace(OURS_FLOAT32, noise=1e-3))  # a rounding is 1e-2
+    assert 0 < (noisy - ours).abs().mean() < (ours - plain).abs().mean()
 
 
 def test_outliers_leave_the_function(path: Path, model: PagedModel, ids: list[int]) -> None:
