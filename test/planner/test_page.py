@@ -144,7 +144,7 @@ def subject() -> Subject:
     )
     site, budget = Site(), Budget(instances=2)
     requests = [
-        Request(i * 0.5 + rng.random() / 2, rng.randint(200, 3000), rng.randint(2, 60))
+        Request(i * 0.5 + rng.random() / 2, rng.randint(1000, 8000), rng.randint(2, 200))
         for i in range(100)
     ]
     question = Question(requests, goodput.NAMED["server"], seeds=2, count=50, tolerance=0.05)

@@ -26,18 +26,28 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-DRAWN = "document.documentElement.dataset.drawn === 'all'"
+# Resolves when every chart is as wide as the page gives it.
+RESIZED = """(charts) => new Promise((done) => {
+    const width = (element) => element.getBoundingClientRect().width;
+    const fits = (chart) => Math.abs(width(chart) - width(chart.querySelector(".main-svg"))) < 2;
+    const look = () => charts.map((id) => document.getElementById(id)).every(fits)
+        ? done() : requestAnimationFrame(look);
+    look();
+})"""
 CHARTS = ("goodput", "per-dollar", "attainment", "ttft", "tpot", "break-even", "timeline")
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    rng = random.SystemRandom()
-    rows = "".join(f"{i * 500},{rng.randint(100, 3000)},{rng.randint(2, 60)}\n" for i in range(100))
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    lengths = [(rng.randint(1000, 8000), rng.randint(2, 200)) for _ in range(100)]
+    rows = "".join(f"{i * 500},{given},{made}\n" for i, (given, made) in enumerate(lengths))
     (folder / "trace<b>.csv").write_text(f"timestamp_ms,input_length,output_length\n{rows}")
     main(
-        f"compare --trace {folder}/trace<b>.csv --budget-instances 3 --seeds 2 --requests 30 "
+        f"compare --trace {folder}/trace<b>.csv --budget-instances 2 --seeds 2 --requests 40 "
         f"--systems colocated pd-bf16 ours --html {folder}/page.html".split()
     )
     return folder / "page.html"
@@ -55,7 +65,7 @@ def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=0)
         yield started
         started.close()
 
@@ -64,6 +74,7 @@ def browser() -> Iterator[Browser]:
 def tab(browser: Browser, file: Path) -> Iterator[Tab]:
     """The page, drawn; nothing may go wrong in it and nothing may be asked for."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(0)
     opened = context.new_page()
     wrong: list[str] = []
     opened.on("console", lambda said: wrong.append(said.text))
@@ -78,7 +89,7 @@ def tab(browser: Browser, file: Path) -> Iterator[Tab]:
     )
     url = file.as_uri()
     opened.goto(url)
-    opened.wait_for_function(DRAWN)
+    opened.locator("html[data-drawn=all]").wait_for(state="attached")
     yield opened
     context.close()
     assert wrong == []
@@ -116,6 +127,7 @@ def test_the_file_refers_to_nothing_outside(file: Path) -> None:
 
 def test_tables_need_no_script(browser: Browser, file: Path, data: Page) -> None:
     context = browser.new_context(java_script_enabled=False)
+    context.set_default_timeout(0)
     tab = context.new_page()
     tab.goto(file.as_uri())
     for row in data.rows:
@@ -200,11 +212,7 @@ def test_sliders_show_what_was_computed(tab: Tab, data: Page, seed: int) -> None
 def test_it_fits_and_is_drawn(tab: Tab, width: int, scheme: Any, tmp_path: Path) -> None:
     tab.emulate_media(color_scheme=scheme)
     tab.set_viewport_size({"width": width, "height": 900})
-    tab.wait_for_function(
-        "(charts) => charts.every((id) => Math.abs(document.querySelector(`#${id} .main-svg`)"
-        ".getBoundingClientRect().width - document.getElementById(id).clientWidth) < 2)",
-        arg=list(CHARTS),
-    )
+    tab.evaluate(RESIZED, list(CHARTS))
     for details in tab.locator("summary").all():
         details.click()
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

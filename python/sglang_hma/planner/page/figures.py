@@ -1,7 +1,8 @@
 """The page's charts. The page gives them its own colours of text and grid when it draws them."""
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -19,7 +20,7 @@ DASHES = {
     "pd-bf16": "dash",
     "pd-fp8": "dot",
     "hetero-eager": "dashdot",
-    "hetero-serial": "longdash",
+    "hetero-serial": "dash",
 }
 STAGES = (
     ("waits for decode's memory", "#9a7bb5", "arrived", "promised"),
@@ -32,6 +33,8 @@ TRANSFER = ("transfer", "#1f97a8", "sending", "landed")
 BASES = {"whole": "solid", "cards": "dot"}
 BASIS_TITLES = {"whole": "with hosts and NICs", "cards": "cards alone"}
 HEIGHT = 380
+TICKS = [digit * 10.0**power for power in range(-5, 5) for digit in (1, 2, 5)]
+LOGARITHMIC = {"type": "log", "tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]}
 REFERENCE = {"width": 1, "dash": "dot"}
 
 
@@ -69,8 +72,27 @@ def figures(page: Page) -> dict[str, go.Figure]:
     return found
 
 
+class Key(NamedTuple):
+    """An entry of a legend. dash: of a line; None where the mark is an area."""
+
+    name: str
+    color: str
+    dash: str | None
+
+
+def legend(figure: go.Figure) -> list[Key]:
+    """Of the figure's lines or bars that have a name."""
+    keys = []
+    for trace in figure.data:
+        if trace.name and trace.type == "bar":
+            keys.append(Key(trace.name, trace.marker.color, None))
+        elif trace.name and trace.line.color:
+            keys.append(Key(trace.name, trace.line.color, trace.line.dash))
+    return keys
+
+
 def _figure(x: dict[str, Any], y: dict[str, Any], height: int = HEIGHT, **layout: Any) -> go.Figure:
-    grid = {"automargin": True, "zeroline": False, "title_standoff": 8}
+    axis = {"automargin": True, "zeroline": False, "title_standoff": 8, "title_font_size": 13}
     return go.Figure(
         layout={
             "template": {},
@@ -79,9 +101,9 @@ def _figure(x: dict[str, Any], y: dict[str, Any], height: int = HEIGHT, **layout
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": "system-ui, sans-serif", "size": 13},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-            "xaxis": grid | x,
-            "yaxis": grid | y,
+            "showlegend": False,  # the page's own, which keeps its place when the width changes
+            "xaxis": axis | x,
+            "yaxis": axis | y,
             **layout,
         }
     )
@@ -106,7 +128,6 @@ def _bars(rows: list[Row], values: list[float], widths: list[float], title: str)
         {"title": {"text": title}, "rangemode": "tozero"},
         {"autorange": "reversed"},
         height=90 + 36 * len(rows),
-        showlegend=False,
     )
     figure.add_bar(
         orientation="h",
@@ -139,7 +160,7 @@ def _attainment(curves: Iterable[Curve], rows: list[Row], share: float) -> go.Fi
             y=curve.shares,
             mode="lines+markers",
             line=_line(curve.system),
-            marker={"size": [11 if at else 5 for at in at_goodput]},
+            marker={"size": [11 if at else 5 for at in at_goodput], "opacity": 1},
             customdata=list(zip(curve.least, curve.most, strict=True)),
             hovertemplate="%{y:.1%} at %{x:.3g} requests/s<br>"
             "%{customdata[0]:.1%} to %{customdata[1]:.1%} by seed",
@@ -156,7 +177,7 @@ def _distribution(
     systems: Iterable[tuple[Distribution, list[float]]], title: str, objective: float
 ) -> go.Figure:
     figure = _figure(
-        {"title": {"text": title}, "type": "log", "dtick": 1},
+        {"title": {"text": title}, **LOGARITHMIC},
         {"title": {"text": "requests"}, "tickformat": ".0%", "range": [0, 1.02]},
     )
     for each, seconds in systems:
@@ -175,18 +196,14 @@ def _distribution(
 def _break_even(found: BreakEven) -> go.Figure:
     """Of the comparison's own efficiency and link; the page's sliders put in others."""
     state = found.states[found.efficiency_at][found.link_at]
-    most = max((max(line.over) for line in found.lines), default=1.0)
     ratio = found.ratios[found.ratio_at]
     figure = _figure(
         {
             "title": {"text": "price of a GDDR card over that of an HBM card"},
-            "type": "log",
-            "dtick": "D1",
+            "range": [math.log10(found.ratios[0]), math.log10(found.ratios[-1])],
+            **LOGARITHMIC,
         },
-        {
-            "title": {"text": "goodput per dollar, ours over theirs"},
-            "range": [0, 1.05 * most],
-        },
+        {"title": {"text": "goodput per dollar, ours over theirs"}, **LOGARITHMIC},
     )
     for baseline, basis in found.kinds:
         line = state.line(baseline, basis)

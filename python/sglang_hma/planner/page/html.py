@@ -10,7 +10,7 @@ import msgspec
 from plotly.offline import get_plotlyjs
 
 from sglang_hma.planner.page.data import BreakEven, Line, Page
-from sglang_hma.planner.page.figures import COLORS, figures
+from sglang_hma.planner.page.figures import COLORS, figures, legend
 
 KINDS = {
     "measured": "by this project",
@@ -19,6 +19,9 @@ KINDS = {
     "inferred": "computed from figures of those kinds",
     "assumed": "nobody's measurement",
 }
+
+# Of SVG, for plotly's names.
+DASHARRAYS = {"solid": "none", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3"}
 
 
 def render(page: Page) -> str:
@@ -31,7 +34,10 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"significant": significant, "usd": usd}
-    charts = {name: figure.to_plotly_json() for name, figure in figures(page).items()}
+    drawn = figures(page)
+    charts = {name: figure.to_plotly_json() for name, figure in drawn.items()}
+    # A chart's element has the height, so that it is there before the chart and with any width.
+    heights = {name: chart["layout"].pop("height") for name, chart in charts.items()}
     even = page.break_even
     template = environment.from_string((files / "page.html").read_text(encoding="utf-8"))
     return template.render(
@@ -39,6 +45,9 @@ def render(page: Page) -> str:
         rows={row.system: row for row in page.rows},
         colors=COLORS,
         kinds=KINDS,
+        heights=heights,
+        legends={name: legend(figure) for name, figure in drawn.items()},
+        dashes=DASHARRAYS,
         chosen=shown(even, even.efficiency_at, even.link_at, even.ratio_at) if even else None,
         style=(files / "page.css").read_text(encoding="utf-8"),
         script=(files / "page.js").read_text(encoding="utf-8"),

@@ -20,6 +20,9 @@
     for (const shape of layout.shapes || []) {
       shape.line.color = color(shape.name === "price" ? "--text" : "--quiet");
     }
+    for (const trace of charts[id].data) {
+      if (trace.error_x) trace.error_x.color = color("--text");
+    }
     return Plotly.react(id, charts[id].data, layout, config);
   }
 
