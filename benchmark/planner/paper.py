@@ -25,7 +25,7 @@ from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.journal import Journal
 from sglang_hma.planner.model_shape import KNOWN, ModelShape
 from sglang_hma.planner.search import Answer, Budget, Question
-from sglang_hma.planner.systems import Offer, Site, System, offer
+from sglang_hma.planner.systems import COLOCATED, Offer, Site, System, offer
 from sglang_hma.planner.trace import Request
 
 TRACES = {
@@ -89,10 +89,7 @@ def objectives_of(
 def paper_set(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
     """(efficiency, offer) of two HBM instances, or of one and its GDDR cards."""
     shape, site = KNOWN[cell.model], cell.site
-    found = []
-    for mixed in (False, True):
-        both = offer(known, shape, replace(site, mixed=mixed), "colocated", 0, 2)
-        found.append(("mixed chunks" if mixed else "", both))
+    found = [("", offer(known, shape, site, system, 0, 2)) for system in COLOCATED]
     found += [("", offer(known, shape, site, system, 1, 1)) for system in BASELINES]
     for efficiency in EFFICIENCIES:
         systems = (*HETEROGENEOUS, "ours") if efficiency == MIDDLE else ("ours",)
@@ -107,20 +104,14 @@ def equal_money(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
     prefill as can be bought."""
     shape, site = KNOWN[cell.model], replace(cell.site, efficiency=MIDDLE)
     budget = Budget(usd=offer(known, shape, site, "pd-bf16", 2, 2).price_usd)
-    found: dict[tuple[str, str, int], Offer] = {}
-    asked: list[tuple[str, System, Site]] = [
-        ("", "colocated", site),
-        ("mixed chunks", "colocated", replace(site, mixed=True)),
-        ("", "pd-bf16", site),
-        (MIDDLE, "ours", site),
-    ]
-    for label, system, own in asked:
-        for each in search.mixes(known, shape, own, system, budget):
+    found: dict[tuple[System, int], Offer] = {}
+    for system in (*COLOCATED, "pd-bf16", "ours"):
+        for each in search.mixes(known, shape, site, system, budget):
             # Of co-located instances the most, of others the widest.
-            key = label, system, each.decode if each.prefill else 0
+            key = system, each.decode if each.prefill else 0
             if key not in found or each.price_usd > found[key].price_usd:
                 found[key] = each
-    return [(label, each) for (label, _, _), each in found.items()]
+    return [(MIDDLE if each.system == "ours" else "", each) for each in found.values()]
 
 
 def ask(
@@ -155,12 +146,13 @@ def row_of(cell: Cell, efficiency: str, answer: Answer) -> dict[str, Any]:
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row beside its cell's homogeneous PD in BF16 and co-located serving, the best of
-    each."""
+    """Each row beside its cell's homogeneous PD in BF16, and the better of both ways to serve
+    co-located."""
     base = {(row["model"], row["trace"], row["system"]): row for row in best_of(rows)}
     for row in rows:
-        for name, system in (("pd", "pd-bf16"), ("colocated", "colocated")):
-            other = base[row["model"], row["trace"], system]
+        for name, systems in (("pd", ("pd-bf16",)), ("colocated", COLOCATED)):
+            others = [base[row["model"], row["trace"], system] for system in systems]
+            other = max(others, key=lambda each: each["rate"])
             if not other["rate"]:
                 continue  # impossible there: no ratio
             ratio = row["rate"] / other["rate"]

@@ -91,8 +91,8 @@ def answers() -> list[Answer]:
 
 def simulated(known: Catalogue, answer: Answer) -> float:
     """Requests a second at the same time per token, evenly spaced."""
-    site = Site(hbm_cards=answer.cards, mixed=True)
-    system: System = "pd-bf16" if answer.prefill else "colocated"
+    site = Site(hbm_cards=answer.cards)
+    system: System = "pd-bf16" if answer.prefill else "colocated-mixed"
     fleet = offer(known, KNOWN[answer.model], site, system, answer.prefill, answer.decode).fleet
     requests = [Request(float(i), answer.input_tokens, answer.output_tokens) for i in range(COUNT)]
     objectives = Objectives(answer.ttft_s, answer.tpot_s)

@@ -67,7 +67,6 @@ class Exporter:
         self._prompt = counter("prompt_tokens", *tokenizer, "is_streaming")
         self._made = counter("generation_tokens", *tokenizer, "is_streaming")
         self._ttft = histogram("time_to_first_token_seconds", TTFT, *tokenizer, "is_streaming")
-        self._itl = histogram("inter_token_latency_seconds", TPOT, *tokenizer)
         self._tpot = histogram(
             "request_time_per_output_token_seconds", TPOT, *tokenizer, "is_streaming"
         )
@@ -91,18 +90,16 @@ class Exporter:
     def gauge(self, name: str, value: float) -> None:
         self._gauges[name].labels(*self._scheduler(0)).set(value)
 
-    def request(self, prompt: int, made: int, ttft_s: float, tpot_s: float) -> None:
+    def request(
+        self, prompt: int, made: int, ttft_s: float, tpot_s: float, *, streamed: bool = True
+    ) -> None:
         """One that has just finished."""
-        labels = (self.model, self.role)
-        for streamed, value in ((self._requests, 1), (self._prompt, prompt), (self._made, made)):
-            streamed.labels(*labels, "true").inc(value)
+        labels = (self.model, self.role, "true" if streamed else "false")
+        for counter, value in ((self._requests, 1), (self._prompt, prompt), (self._made, made)):
+            counter.labels(*labels).inc(value)
         if self.role == "decode":
-            self._ttft.labels(*labels, "true").observe(ttft_s)
-            self._tpot.labels(*labels, "true").observe(tpot_s)
-
-    def decoding(self, seconds: float) -> None:
-        """That passed between tokens, over all requests."""
-        self._itl.labels(self.model, self.role).observe(seconds)
+            self._ttft.labels(*labels).observe(ttft_s)
+            self._tpot.labels(*labels).observe(tpot_s)
 
     def _scheduler(self, rank: int) -> tuple[str, ...]:
         return (self.model, self.role, str(rank), "0", str(rank))
@@ -137,6 +134,8 @@ class Current(CollectorRegistry):
 class Prometheus:
     """What it scraped: labels to samples. It answers a range of the metrics whose names match."""
 
+    colon: str = ":"
+    """What stands for the colon in names: version 2 gets an underscore from prometheus_client."""
     found: dict[tuple[tuple[str, str], ...], list[list[object]]] = field(default_factory=dict)
     queries: list[str] = field(default_factory=list)
 
@@ -144,7 +143,8 @@ class Prometheus:
         for instance, exporter in exporters.items():
             for family in text_string_to_metric_families(exporter.text()):
                 for sample in family.samples:
-                    labels = {"__name__": sample.name, "instance": instance, **sample.labels}
+                    name = sample.name.replace(":", self.colon)
+                    labels = {"__name__": name, "instance": instance, **sample.labels}
                     points = self.found.setdefault(tuple(sorted(labels.items())), [])
                     points.append([at, repr(sample.value)])
 

@@ -14,10 +14,10 @@ from sglang_hma.planner.live.advice import Advice, Model, Unknown, advise
 from sglang_hma.planner.live.fetch import Unheard
 from sglang_hma.planner.live.history import Server
 from sglang_hma.planner.live.roles import see
-from sglang_hma.planner.live.verdict import verdict
+from sglang_hma.planner.live.verdict import print_seen, verdict
 from sglang_hma.planner.step_times import Affine
 
-from .live_fleet import Exporter, Prometheus, prometheus, serving
+from .live_fleet import Exporter, Prometheus, answering, prometheus, serving
 
 OBJECTIVES = Objectives(ttft_s=2.0, tpot_s=0.1)
 
@@ -36,8 +36,6 @@ class Load:
     made: int = 101
     ttft_s: float = 0.5
     tpot_s: float = 0.03
-    batch: float = 6.0
-    """Of all decode servers together."""
     growth_s: float = 0.0
     """Requests that come in a second and are not finished."""
     ranks: int = 1
@@ -66,8 +64,6 @@ class Load:
                 server.request(self.prompt, self.made, self.ttft_s, self.tpot_s)
             self.prefill[index % len(self.prefill)].tokens("prefill_compute", self.prompt)
             self.decode[index % len(self.decode)].tokens("decode", self.made)
-        for server in self.decode:
-            server.decoding(self.batch * seconds / len(self.decode))
         self._under_way()
 
     def _under_way(self) -> None:
@@ -81,8 +77,8 @@ class Load:
         with serving(*self.exporters) as urls:
             return sources.scrape(urls, seconds, clock=lambda: self.now, sleep=self.advance)
 
-    def recorded(self, seconds: float, step: float) -> Prometheus:
-        told = Prometheus()
+    def recorded(self, seconds: float, step: float, colon: str = ":") -> Prometheus:
+        told = Prometheus(colon)
         names = [f"{each.role}-{index}:30001" for index, each in enumerate(self.exporters)]
         for _ in range(round(seconds / step)):
             told.scrape(1e9 + self.now, **dict(zip(names, self.exporters, strict=True)))
@@ -118,12 +114,13 @@ def test_loads_are_sums_of_what_servers_do(seed: int) -> None:
         assert found.prefill.load.at_least == (sum(busy) / len(busy) >= 0.95)
 
 
+@pytest.mark.parametrize("colon", [":", "_"])
 def test_prometheus_tells_the_same_as_the_servers(
-    seed: int, capsys: pytest.CaptureFixture[str]
+    colon: str, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = Random(seed)
     load = Load([draw.uniform(0.4, 0.9) for _ in range(3)], [0.3, 0.4], [0.1, 0.0])
-    told = load.recorded(120, step=15)
+    told = load.recorded(120, step=15, colon=colon)
     with prometheus(told) as url:
         found = advise(see(sources.ask(url, 2, 'namespace="x"')), OBJECTIVES, 0.8)
         main(f"advise --prometheus {url} --window 2 --target 0.8".split())
@@ -141,7 +138,7 @@ def test_tokens_a_second_at_the_objective(seed: int) -> None:
     draw = Random(seed)
     for _ in range(5):
         servers = draw.randint(1, 3)
-        load = Load([0.5], [0.05] * servers, [0.0] * servers, batch=draw.randint(3, 60))
+        load = Load([0.5], [0.05] * servers, [0.0] * servers, requests_s=draw.randint(2, 20))
         times = Affine(
             step_s=draw.uniform(0.005, 0.02),
             request_s=draw.uniform(1e-5, 1e-3),
@@ -150,8 +147,9 @@ def test_tokens_a_second_at_the_objective(seed: int) -> None:
         found = advised(load, 0.8, Model(times, times))
         # All TPOT are 0.03 s, in the bucket from 0.025 on: nine tenths of it.
         measured = 0.025 + 0.9 * 0.005
+        batch = load.requests_s * load.made * load.tpot_s
         slope = times.request_s + times.seen_s * (load.prompt + load.made / 2)
-        factor = measured / (times.step_s + slope * max(1, round(load.batch / servers)))
+        factor = measured / (times.step_s + slope * max(1, round(batch / servers)))
         best = math.floor((OBJECTIVES.tpot_s / factor - times.step_s) / slope + 1e-9)
         rate = best / (factor * (times.step_s + slope * best))
         expected = load.requests_s * load.made / rate
@@ -162,7 +160,7 @@ def test_tokens_a_second_at_the_objective(seed: int) -> None:
 
 
 def test_an_objective_that_one_request_misses_is_impossible() -> None:
-    load = Load([0.5], [0.1], [0.0], tpot_s=5.0, batch=1.0)
+    load = Load([0.5], [0.1], [0.0], tpot_s=5.0)
     times = Affine(step_s=0.01, request_s=1e-9)
     seen = see(load.scraped(50))
     found = advise(seen, OBJECTIVES, 0.8, Model(times, times))
@@ -231,6 +229,21 @@ def test_a_restart_between_two_looks(seed: int) -> None:
     assert seen.restarted == (sources.metrics_url(urls[1]),)
 
 
+def test_a_router_tells_what_it_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    load = Load([0.6], [0.3], [0.0])
+    given = iter((100, 340))
+
+    def answer(_: str) -> tuple[int, bytes]:
+        text = 'smg_worker_health{worker="a"} 1\n'
+        return 200, f'{text}smg_router_requests_total{{model="m"}} {next(given)}\n'.encode()
+
+    with serving(*load.exporters) as urls, answering(answer) as router:
+        seen = see(sources.scrape([*urls, router], 60, clock=lambda: load.now, sleep=load.advance))
+    assert seen.routed_s == pytest.approx(4.0)
+    print_seen(seen, OBJECTIVES)
+    assert "requests/s at the router" in capsys.readouterr().out
+
+
 def test_a_server_that_went_away_is_not_counted() -> None:
     load = Load([0.6, 0.6], [0.3], [0.0])
     told = Prometheus()
@@ -247,7 +260,7 @@ def test_a_server_that_went_away_is_not_counted() -> None:
 
 
 def test_no_traffic_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    load = Load([0.0], [0.0], [0.0], requests_s=0.0, batch=0.0)
+    load = Load([0.0], [0.0], [0.0], requests_s=0.0)
     with serving(*load.exporters) as urls:
         main(["advise", "--metrics", *urls, "--interval", "0.01"])
     out = capsys.readouterr().out
@@ -269,6 +282,22 @@ def test_the_verdict_names_role_number_and_target(capsys: pytest.CaptureFixture[
         "prefill is short: 4 instances of 1 x n300 would serve this load at 0.75 utilization, "
         "2 are there"
     )
+
+
+def test_times_are_those_of_streamed_requests() -> None:
+    load = Load([0.1], [0.1], [0.0])
+
+    def sleep(seconds: float) -> None:
+        load.advance(seconds)
+        for _ in range(500):
+            load.decode[0].request(1, 1, 300.0, 7.0, streamed=False)
+
+    with serving(*load.exporters) as urls:
+        decode = see(sources.scrape(urls, 50, clock=lambda: load.now, sleep=sleep)).decode
+    assert decode.requests == 600
+    assert decode.ttft.count == decode.tpot.count == 100
+    assert decode.tpot.mean == pytest.approx(load.tpot_s)
+    assert decode.batch == pytest.approx(load.requests_s * load.made * load.tpot_s)
 
 
 def test_first_tokens_that_wait_for_something_else(capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,7 +353,7 @@ def test_sglang_has_what_is_asked_for() -> None:
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent / "srt" / "observability"
     metrics = (folder / "metrics_collector.py").read_text()
-    for name in sources.NAMES:
+    for name in sources.NAMES - {sources.ROUTED}:
         assert f'name="{name.removesuffix("_bucket").removesuffix("_sum")}"' in metrics
     stages = (folder / "scheduler_stage_metrics.py").read_text()
     for stage in ("run_batch", "process_batch_result"):

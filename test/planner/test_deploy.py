@@ -21,9 +21,9 @@ from sglang_hma.planner.goodput import Goodput, Objectives
 from sglang_hma.planner.model_shape import shape_of
 from sglang_hma.planner.report import Comparison, as_json
 from sglang_hma.planner.search import Answer
-from sglang_hma.planner.systems import SYSTEMS, Site, System, offer
+from sglang_hma.planner.systems import COLOCATED, SYSTEMS, Site, System, offer
 
-ON_ONE_BOX = [name for name in DEPLOYABLE if name != "colocated"]
+ON_ONE_BOX = [name for name in DEPLOYABLE if name not in COLOCATED]
 
 
 @cache
@@ -57,7 +57,7 @@ def test_every_line_is_understood(system: str, capsys: pytest.CaptureFixture[str
     *started, last = capsys.readouterr().out.splitlines()
     routes = router.parse_args(shlex.split(last)[5:])
     assert routes.port == 30000
-    assert routes.pd_disaggregation == (system != "colocated")
+    assert routes.pd_disaggregation == (system not in COLOCATED)
     roles = []
     for host, args in servers(started):
         assert args.model_path == "/models/m"
@@ -66,7 +66,8 @@ def test_every_line_is_understood(system: str, capsys: pytest.CaptureFixture[str
         on_cards = system in ("ours", "hetero-serial") and args.disaggregation_mode == "prefill"
         assert args.hma_device_ids == ((0, 1, 2, 3) if on_cards else None)
         assert args.tp_size == (1 if on_cards else 2)
-    prefills = 0 if system == "colocated" else 3
+        assert args.enable_mixed_chunk == (system == "colocated-mixed")
+    prefills = 0 if system in COLOCATED else 3
     assert [host for host, _ in roles] == ["prefill"] * prefills + ["decode"] * 2
     if prefills:
         assert [mode for _, mode in roles] == ["prefill"] * 3 + ["decode"] * 2
@@ -173,7 +174,7 @@ def compared(tmp_path: Path, seed: int) -> tuple[Path, dict[System, list[Answer]
     answers = []
     for system in SYSTEMS:
         for _ in range(6):
-            prefill = 0 if system == "colocated" else draw.randint(1, 9)
+            prefill = 0 if system in COLOCATED else draw.randint(1, 9)
             mix = offer(known, shape, SITE, system, prefill, draw.randint(1, 9))
             rate = draw.choice((0.0, draw.uniform(0.1, 9)))
             answers.append(Answer(mix, Goodput(rate, 0.0, (rate,), 1.0)))

@@ -20,6 +20,7 @@ from sglang_hma.planner.__main__ import main
 from sglang_hma.planner.deployment import DEPLOYABLE
 from sglang_hma.planner.kubernetes.cluster import board_of
 from sglang_hma.planner.kubernetes.server_pod import NAME_CARDS
+from sglang_hma.planner.systems import COLOCATED
 
 KUBERNETES = "1.34"  # the first whose claims are resource.k8s.io/v1
 BASE = "deploy --format kubernetes --image registry/hma:1"
@@ -95,7 +96,7 @@ class Mix:
     @property
     def servers(self) -> dict[str, int]:
         """Replicas of each StatefulSet that there should be."""
-        roles = ["decode"] if self.system == "colocated" else ["prefill", "decode"]
+        roles = ["decode"] if self.system in COLOCATED else ["prefill", "decode"]
         return {f"mine-{role}": self.counts[role] for role in roles}
 
     def on_cards(self, name: str) -> bool:
@@ -187,14 +188,14 @@ def test_servers_are_of_their_role(mix: Mix) -> None:
     backends = set()
     for name in mix.servers:
         args, container = mix.arguments(name), mix.container(name)
-        role = "null" if mix.system == "colocated" else name.removeprefix("mine-")
+        role = "null" if mix.system in COLOCATED else name.removeprefix("mine-")
         assert args.disaggregation_mode == role
         assert args.enable_metrics
         assert (args.hma_prefill_runtime == "ttnn") == mix.on_cards(name)
         (model,) = (each for each in container["volumeMounts"] if each["name"] == "models")
         assert Path(args.model_path).is_relative_to(model["mountPath"])
         backends.add(args.disaggregation_transfer_backend)
-    if mix.system != "colocated":
+    if mix.system not in COLOCATED:
         rdma = "--rdma-resource rdma/hca" in mix.extra
         assert backends == {"mooncake" if rdma else "mooncake_tcp"}
 
@@ -227,8 +228,8 @@ def test_the_router_has_every_server_by_its_name(mix: Mix) -> None:
         assert mix.kind("Service")[service]["spec"]["clusterIP"] == "None"
         port = mix.arguments(name).port
         expected[name] = [f"http://{name}-{index}.{service}:{port}" for index in range(count)]
-    assert router.pd_disaggregation == (mix.system != "colocated")
-    if mix.system == "colocated":
+    assert router.pd_disaggregation == (mix.system not in COLOCATED)
+    if mix.system in COLOCATED:
         assert router.worker_urls == expected["mine-decode"]
         return
     bootstrap = str(mix.arguments("mine-prefill").disaggregation_bootstrap_port)
@@ -240,7 +241,7 @@ def test_the_router_has_every_server_by_its_name(mix: Mix) -> None:
 
 def test_only_servers_reach_the_ports_of_the_transfer(mix: Mix) -> None:
     policies = mix.kind("NetworkPolicy")
-    assert len(policies) == (mix.system != "colocated")
+    assert len(policies) == (mix.system not in COLOCATED)
     for policy in policies.values():
         inside, outside = policy["spec"]["ingress"]
         (peer,) = inside["from"]

@@ -33,7 +33,7 @@ def one_line(error: pytest.ExceptionInfo[Unheard]) -> str:
         (200, b"sglang:num_queue_reqs many\n", "not Prometheus' text format"),
         (200, b'sglang:time_to_first_token_seconds_bucket{le="x"} 1\n', "not Prometheus' text"),
         (200, b"sglang:num_queue_reqs \xff\n", "not Prometheus' text format"),
-        (200, b"smg_http_requests_total 3\n", "name prefill and decode servers"),
+        (200, b"node_load1 3\n", "name prefill and decode servers"),
         (200, b"", "name prefill and decode servers"),
     ],
 )

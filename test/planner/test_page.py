@@ -20,7 +20,7 @@ from sglang_hma.planner.page.sources import named
 from sglang_hma.planner.page.subject import Subject
 from sglang_hma.planner.report import Comparison
 from sglang_hma.planner.search import Answer, Budget, Question
-from sglang_hma.planner.systems import SYSTEMS, Offer, Site, System, offer
+from sglang_hma.planner.systems import COLOCATED, SYSTEMS, Offer, Site, System, offer
 from sglang_hma.planner.trace import Request
 
 SHAPE = shape_of("Qwen3-8B")
@@ -95,7 +95,7 @@ def test_stages_follow_each_other_under_load(seed: int) -> None:
 def test_every_figure_has_a_name_a_unit_and_the_catalogues_value() -> None:
     known, site = catalogue.load(), Site()
     for system in SYSTEMS:
-        prefill = 0 if system == "colocated" else 2
+        prefill = 0 if system in COLOCATED else 2
         one = offer(known, SHAPE, site, system, prefill, 1)
         found = named(known, site, one)
         assert [figure.source for figure in found] == [figure.source for figure in one.used]

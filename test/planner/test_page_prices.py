@@ -13,7 +13,7 @@ from sglang_hma.planner.model_shape import shape_of
 from sglang_hma.planner.page.break_even import efficiencies_of, ratios_of, state_of
 from sglang_hma.planner.page.prices import Priced, best_at, crossing_usd, price_of
 from sglang_hma.planner.search import Answer
-from sglang_hma.planner.systems import SYSTEMS, Offer, Site, System, offer
+from sglang_hma.planner.systems import COLOCATED, SYSTEMS, Offer, Site, System, offer
 
 SHAPE = shape_of("Qwen3-8B")
 
@@ -36,7 +36,7 @@ def any_site(rng: random.Random, known: Catalogue) -> Site:
 
 
 def any_offer(rng: random.Random, known: Catalogue, site: Site, system: System) -> Offer:
-    prefill = 0 if system == "colocated" else rng.randint(1, 12)
+    prefill = 0 if system in COLOCATED else rng.randint(1, 12)
     return offer(known, SHAPE, site, system, prefill, rng.randint(1, 5))
 
 

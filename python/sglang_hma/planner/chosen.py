@@ -7,7 +7,7 @@ import msgspec
 from sglang_hma.planner.deployment import DEPLOYABLE
 from sglang_hma.planner.problem import Problem
 from sglang_hma.planner.report import By
-from sglang_hma.planner.systems import Site, System
+from sglang_hma.planner.systems import COLOCATED, Site, System
 
 
 class NotChosen(Problem):
@@ -26,7 +26,7 @@ class Mix(msgspec.Struct):
     per_thousand_usd: float
 
     def __post_init__(self) -> None:
-        if self.decode < 1 or self.prefill < (self.system != "colocated"):
+        if self.decode < 1 or self.prefill < (self.system not in COLOCATED):
             raise ValueError(f"{self.system} with {self.prefill} prefill and {self.decode} decode")
 
 

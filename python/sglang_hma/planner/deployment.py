@@ -9,7 +9,7 @@ from sglang_hma.config import MESHES, PAGE_TOKENS
 from sglang_hma.launch.defaults import ROUTER_DEFAULTS
 from sglang_hma.planner.model_shape import ModelShape
 from sglang_hma.planner.problem import Problem
-from sglang_hma.planner.systems import Site, System
+from sglang_hma.planner.systems import COLOCATED, Site, System
 from sglang_hma.tensor_parallel import refuse_sizes
 
 Role = Literal["prefill", "decode"]
@@ -19,7 +19,7 @@ HostOf = Callable[[Role, int], str]
 PORT, BOOTSTRAP, ROUTER_PORT = 30001, 8998, 30000
 BACKENDS: dict[Transfer, str] = {"tcp": "mooncake_tcp", "rdma": "mooncake"}
 # The others are there to be compared with: nothing here serves them.
-DEPLOYABLE: tuple[System, ...] = ("ours", "hetero-serial", "pd-bf16", "pd-fp8", "colocated")
+DEPLOYABLE: tuple[System, ...] = ("ours", "hetero-serial", "pd-bf16", "pd-fp8", *COLOCATED)
 
 
 class CannotStart(Problem):
@@ -79,7 +79,7 @@ def check(plan: Plan, shape: ModelShape) -> None:
 
 def server(plan: Plan, role: Role, *, card_ids: bool = True) -> list[str]:
     """The command of one server of a role, alone on its host. card_ids: name the GDDR cards."""
-    module = "sglang.launch_server" if plan.system == "colocated" else "sglang_hma.launch_server"
+    module = "sglang.launch_server" if plan.system in COLOCATED else "sglang_hma.launch_server"
     command = ["python", "-m", module, "--model-path", plan.model]
     if plan.prefill:
         command += ["--disaggregation-mode", role]
@@ -123,7 +123,7 @@ def lines(plan: Plan) -> list[str]:
 
 def launch_pd(plan: Plan) -> str:
     """The line that starts all of it on one box. Raises CannotStart."""
-    if plan.system == "colocated":
+    if plan.system in COLOCATED:
         raise CannotStart("launch_pd starts prefill and decode servers, not colocated ones")
     if plan.decode > 1:
         raise CannotStart(
@@ -166,7 +166,7 @@ def _own(plan: Plan, role: Role, cards: int) -> list[str]:
     flags = []
     if role == "prefill" or not plan.prefill:
         flags += ["--chunked-prefill-size", str(site.chunk_tokens)]
-    if not plan.prefill and site.mixed:
+    if plan.system == "colocated-mixed":
         flags.append("--enable-mixed-chunk")
     if role == "prefill" and plan.on_gddr:
         flags += ["--hma-prefill-runtime", "ttnn"]

@@ -3,10 +3,16 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+# A fork of a process with threads, and a progress bar has one, can wait for ever for a lock.
+CONTEXT = get_context("forkserver")
+# What answers need, imported once and not by each worker.
+CONTEXT.set_forkserver_preload(["sglang_hma.planner.search"])
 
 _function: Callable[[Any], Any] | None = None
 """A worker process's own, given when it starts."""
@@ -31,7 +37,7 @@ def each(
             heard(index, results[-1])
         return results
     found: dict[int, R] = {}
-    with ProcessPoolExecutor(processes, initializer=_keep, initargs=(function,)) as pool:
+    with ProcessPoolExecutor(processes, CONTEXT, _keep, (function,)) as pool:
         futures = {pool.submit(_call, item): index for index, item in enumerate(items)}
         try:
             for future in as_completed(futures):

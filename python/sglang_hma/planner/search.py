@@ -9,7 +9,7 @@ from sglang_hma.planner.goodput import Goodput, Objectives, Trial
 from sglang_hma.planner.journal import Journal, key_of
 from sglang_hma.planner.model_shape import ModelShape
 from sglang_hma.planner.simulation.fleet import Policy
-from sglang_hma.planner.systems import Offer, Site, System, offer
+from sglang_hma.planner.systems import COLOCATED, Offer, Site, System, offer
 from sglang_hma.planner.trace import Request
 
 
@@ -80,10 +80,10 @@ def mixes(
     decode = 0
     while True:
         decode += 1
-        least = offer(catalogue, shape, site, system, 0 if system == "colocated" else 1, decode)
+        least = offer(catalogue, shape, site, system, 0 if system in COLOCATED else 1, decode)
         if not budget.allows(least):
             return
-        if system == "colocated":
+        if system in COLOCATED:
             yield least
             continue
         most = 1

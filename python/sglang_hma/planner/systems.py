@@ -13,10 +13,14 @@ from sglang_hma.planner.simulation.batch import KVMemory
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated
 from sglang_hma.planner.step_times import Dequantizing, StepTimes
 
-System = Literal["colocated", "pd-bf16", "pd-fp8", "hetero-eager", "hetero-serial", "ours"]
+System = Literal[
+    "colocated", "colocated-mixed", "pd-bf16", "pd-fp8", "hetero-eager", "hetero-serial", "ours"
+]
 SYSTEMS: tuple[System, ...] = get_args(System)
+COLOCATED: tuple[System, ...] = ("colocated", "colocated-mixed")
 TITLES = {
     "colocated": "co-located, chunked prefill, BF16",
+    "colocated-mixed": "co-located, chunks mixed with decoding, BF16",
     "pd-bf16": "homogeneous PD, BF16",
     "pd-fp8": "homogeneous PD, FP8 KV",
     "hetero-eager": "GDDR prefill, KV dequantized before it is sent",
@@ -41,7 +45,6 @@ class Site:
     efficiency: str = "tenstorrent-one-chip"
     link: str = "100g"
     chunk_tokens: int = 8192
-    mixed: bool = False
     measured: Measured | None = None
 
     def describe(self) -> str:
@@ -94,14 +97,14 @@ def offer(
         kv = "bfp8"
     hbm = roofline.nvidia(catalogue, site.hbm, shape, site.hbm_cards, kv=kv)
     times = silicon.times_of(site.hbm, hbm)
-    if system == "colocated":
+    if system in COLOCATED:
         fleet: Colocated | Disaggregated = Colocated(
             decode,
             times,
             memory_of(hbm),
             cache_tokens=hbm.kv_tokens,
             chunk_tokens=site.chunk_tokens,
-            mixed=site.mixed,
+            mixed=system == "colocated-mixed",
         )
         return _priced(catalogue, site, system, 0, decode, fleet, times.used)
     if system in ("pd-bf16", "pd-fp8"):

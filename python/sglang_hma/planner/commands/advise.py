@@ -21,7 +21,7 @@ from sglang_hma.planner.live.roles import see
 from sglang_hma.planner.live.verdict import notes, print_seen, verdict
 from sglang_hma.planner.model_shape import shape_of
 from sglang_hma.planner.simulation.fleet import Disaggregated
-from sglang_hma.planner.systems import offer
+from sglang_hma.planner.systems import COLOCATED, offer
 
 
 def add(commands: Any) -> None:
@@ -40,7 +40,8 @@ def add(commands: Any) -> None:
         "--metrics",
         nargs="+",
         metavar="URL",
-        help="of every prefill and decode server: each is read twice",
+        help="of every prefill and decode server, and of the router's metrics port if you like: "
+        "each is read twice",
     )
     where.add_argument("--window", type=float, default=10, metavar="MIN", help="of --prometheus")
     where.add_argument(
@@ -63,7 +64,7 @@ def add(commands: Any) -> None:
     )
     model.add_argument(
         "--system",
-        choices=[name for name in DEPLOYABLE if name != "colocated"],
+        choices=[name for name in DEPLOYABLE if name not in COLOCATED],
         default="ours",
         help="that the servers are; the hardware below is theirs",
     )

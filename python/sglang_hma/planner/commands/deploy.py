@@ -12,7 +12,7 @@ from sglang_hma.planner.kubernetes import manifests
 from sglang_hma.planner.kubernetes.cluster import Cluster, Manifest, board_of
 from sglang_hma.planner.model_shape import shape_of
 from sglang_hma.planner.report import By
-from sglang_hma.planner.systems import Site, System, offer
+from sglang_hma.planner.systems import COLOCATED, Site, System, offer
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
@@ -119,7 +119,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         model, site, system = args.model or found.model, found.site, best.system
         prefill, decode = best.prefill, best.decode
     known, shape = catalogue.load(*args.catalogue), shape_of(model)
-    prefill, decode = 0 if system == "colocated" else prefill or 1, decode or 1
+    prefill, decode = 0 if system in COLOCATED else prefill or 1, decode or 1
     offer(known, shape, site, system, prefill, decode)  # whether the model fits
     transfer = _transfer(args) if args.format == "kubernetes" else args.transfer
     chips = known.card(site.gddr).chips

@@ -88,7 +88,6 @@ def add_site(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--link", default=plain.link)
     group.add_argument("--chunk-tokens", type=int, default=plain.chunk_tokens)
-    group.add_argument("--mixed", action="store_true", help="co-located: --enable-mixed-chunk")
     group.add_argument(
         "--times",
         type=Path,

@@ -137,7 +137,7 @@ def decode_load(
         held = max(held, servers * waits)
     loads = [Load(held * (1 + growth), "memory", full)]
     tpot = seen.tpot.quantile(objectives.share)
-    if model is not None and seen.batch and not math.isnan(tpot):
+    if model is not None and seen.batch > 0:
         loads.append(_by_steps(seen, growth, objectives, model.decode, tpot, full))
     elif tpot > objectives.tpot_s:
         loads.append(Load(servers * (1 + growth), "steps", at_least=True))

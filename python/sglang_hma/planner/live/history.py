@@ -72,11 +72,13 @@ class Server:
         values = [value for points in self.series(name) for _, value in points]
         return sum(values) / len(values) if values else 0.0
 
-    def histogram(self, name: str) -> "Histogram":
+    def histogram(self, name: str, label: str = "", value: str = "") -> "Histogram":
         counts: dict[float, float] = defaultdict(float)
         for labels, points in self._series.get(f"{name}_bucket", {}).items():
-            counts[float(dict(labels)["le"])] += _since(self.begin, points)
-        return Histogram(dict(sorted(counts.items())), self.increase(f"{name}_sum"))
+            if not label or (label, value) in labels:
+                counts[float(dict(labels)["le"])] += _since(self.begin, points)
+        total = self.increase(f"{name}_sum", label, value)
+        return Histogram(dict(sorted(counts.items())), total)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from operator import add
 
 from sglang_hma.planner.live.fetch import Unheard
 from sglang_hma.planner.live.history import Histogram, Server
+from sglang_hma.planner.live.sources import ROUTED
 
 STAGES = "sglang:scheduler_stage_seconds_total"
 TOKENS = "sglang:realtime_tokens_total"
@@ -57,9 +58,6 @@ class Decode:
     """Finished between the first sample and the last."""
     requests_s: float
     tokens_s: float
-    batch: float
-    """Requests that decode side by side on all servers, on average: seconds between tokens that
-    passed in a second."""
     prompt_tokens: float
     output_tokens: float
     """Of a finished request, on average."""
@@ -68,12 +66,21 @@ class Decode:
     under_way: Ends
     ttft: Histogram
     tpot: Histogram
+    """Both of streamed requests: of the others SGLang sees no first token before some dozens."""
+
+    @property
+    def batch(self) -> float:
+        """Requests that decode side by side on all servers, on average, by Little's law; NaN where
+        none was streamed."""
+        return self.tokens_s * self.tpot.mean
 
 
 @dataclass(frozen=True)
 class Seen:
     prefill: Prefill
     decode: Decode
+    routed_s: float | None
+    """Requests a second that routers were given; None without one."""
     seconds: float
     restarted: tuple[str, ...]
     gone: tuple[str, ...]
@@ -92,24 +99,25 @@ def see(servers: Iterable[Server]) -> Seen:
     end, begin = max(server.end for server in every), min(server.begin for server in every)
     late = max(GONE_S, (end - begin) / 10)
     alive = [server for server in every if end - server.end <= late]
-    by_role: dict[str, list[Server]] = {"prefill": [], "decode": []}
+    by_role: dict[str, list[Server]] = {"router": [], "prefill": [], "decode": []}
     for server in alive:
         by_role.setdefault(_role(server), []).append(server)
-    prefill, decode, *others = by_role.values()
+    routers, prefill, decode, *others = by_role.values()
     for server in (server for each in others for server in each):
         raise Unheard(
             f"{server.name}: serves as {_role(server)!r}, not as prefill or decode; an advice is "
             "for servers with one role each"
         )
-    for role, found in by_role.items():
+    for role, found in (("prefill", prefill), ("decode", decode)):
         if not found:
             raise Unheard(f"no {role} server among {', '.join(each.name for each in every)}")
-    for server in alive:
+    for server in (*prefill, *decode):
         if not server.seconds > 0:
             raise Unheard(f"{server.name}: one sample only; take a longer time")
     return Seen(
         _prefill(prefill),
         _decode(decode),
+        sum(_routed_s(router) for router in routers) if routers else None,
         end - begin,
         tuple(server.name for server in alive if server.restarted(STAGES)),
         tuple(server.name for server in every if server not in alive),
@@ -117,8 +125,14 @@ def see(servers: Iterable[Server]) -> Seen:
 
 
 def _role(server: Server) -> str:
+    """What is no server of SGLang is a router."""
     found = server.values_of("engine_type")
-    return found.pop() if len(found) == 1 else "several roles"
+    return " and ".join(sorted(found)) or "router"
+
+
+def _routed_s(router: Server) -> float:
+    """A router that was given nothing has no such metric."""
+    return router.increase(ROUTED) / router.seconds if router.seconds > 0 else 0.0
 
 
 def _prefill(servers: Sequence[Server]) -> Prefill:
@@ -146,7 +160,6 @@ def _decode(servers: Sequence[Server]) -> Decode:
         requests,
         _rate(servers, REQUESTS),
         tokens,
-        _rate(servers, "sglang:inter_token_latency_seconds_sum"),
         _sum(servers, "sglang:prompt_tokens_total") / each,
         _sum(servers, "sglang:generation_tokens_total") / each,
         _ends(servers, WAITING_FOR_PAGES),
@@ -183,4 +196,5 @@ def _ends(servers: Sequence[Server], *names: str) -> Ends:
 
 
 def _histogram(servers: Sequence[Server], name: str) -> Histogram:
-    return reduce(add, [server.histogram(name) for server in servers])
+    streamed = (name, "is_streaming", "true")
+    return reduce(add, [server.histogram(*streamed) for server in servers])

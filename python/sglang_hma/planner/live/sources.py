@@ -26,10 +26,13 @@ WANTED = (
     "full_token_usage",
     "prealloc_full_token_usage",
     *("time_to_first_token_seconds_bucket", "time_to_first_token_seconds_sum"),
-    *("inter_token_latency_seconds_bucket", "inter_token_latency_seconds_sum"),
     *("request_time_per_output_token_seconds_bucket", "request_time_per_output_token_seconds_sum"),
 )
-NAMES = frozenset(PREFIX + name for name in WANTED)
+ROUTER, ROUTED = "smg_", "smg_router_requests_total"
+NAMES = frozenset((*(PREFIX + name for name in WANTED), ROUTED))
+# prometheus_client writes the colon as an underscore where a Prometheus asks for OpenMetrics
+# without UTF-8 names, as version 2 does.
+RENAMED = "sglang_"
 
 
 def scrape(
@@ -65,17 +68,23 @@ def _read(clock: Callable[[], float], server: Server) -> None:
     try:
         for family in text_string_to_metric_families(body.decode()):
             for sample in family.samples:
-                if sample.name in NAMES:
-                    found += 1
-                    server.add(sample.name, sample.labels, at, sample.value)
+                name = own_name(sample.name)
+                found += name in NAMES or name.startswith(ROUTER)
+                if name in NAMES:
+                    server.add(name, sample.labels, at, sample.value)
     except (ValueError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unheard(f"{server.name}: not Prometheus' text format: {reason}") from error
     if not found:
         raise Unheard(
-            f"{server.name}: has no metric of a server's scheduler; name prefill and decode "
-            "servers, which run with --enable-metrics"
+            f"{server.name}: has no metric of a server's scheduler or of the router; name prefill "
+            "and decode servers, which run with --enable-metrics"
         )
+
+
+def own_name(name: str) -> str:
+    """A metric's name as SGLang has it."""
+    return PREFIX + name.removeprefix(RENAMED) if name.startswith(RENAMED) else name
 
 
 class Series(msgspec.Struct):
@@ -99,7 +108,7 @@ class Reply(msgspec.Struct):
 def ask(url: str, window_minutes: float, match: str = "") -> list[Server]:
     """Of every server that Prometheus scraped in the last minutes; `match`: label matchers in
     PromQL. Raises Unheard."""
-    names = f'__name__=~"{PREFIX}({"|".join(WANTED)})"'
+    names = f'__name__=~"sglang[:_]({"|".join(WANTED)})|{ROUTED}"'
     selector = f"{{{names},{match}}}" if match else f"{{{names}}}"
     query = f"{selector}[{round(window_minutes * 60)}s]"
     status, body = get(f"{url.rstrip('/')}/api/v1/query", {"query": query})
@@ -120,12 +129,13 @@ def ask(url: str, window_minutes: float, match: str = "") -> list[Server]:
             name = labels.get("instance", "?")
             server = servers.setdefault(name, Server(name))
             for at, value in series.values:
-                server.add(labels.get("__name__", ""), labels, at, float(value))
+                server.add(own_name(labels.get("__name__", "")), labels, at, float(value))
     except ValueError as error:
         raise Unheard(f"{url}: a sample that is no number: {error}") from error
     if not servers:
         raise Unheard(
-            f"{url}: has no {PREFIX} metric of the last {window_minutes:g} minutes; does it scrape "
-            "servers that run with --enable-metrics?"
+            f"{url}: has no {PREFIX} metric of the last {window_minutes:g} minutes"
+            f"{' that fits --match ' + match if match else ''}; does it scrape servers that run "
+            "with --enable-metrics?"
         )
     return list(servers.values())

@@ -40,6 +40,8 @@ def print_seen(seen: Seen, objectives: Objectives) -> None:
         (f"TTFT, {share:.0%} of requests", _latency(decode.ttft, share, objectives.ttft_s), ""),
         (f"TPOT, {share:.0%} of requests", "", _latency(decode.tpot, share, objectives.tpot_s)),
     )
+    if seen.routed_s is not None:
+        table.add_row("requests/s at the router", f"{seen.routed_s:.3g}", "")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -122,7 +124,7 @@ def _ends(ends: Ends) -> str:
 
 def _latency(histogram: Histogram, share: float, limit: float) -> str:
     if not histogram.count:
-        return "none"
+        return "not told: none was streamed"
     at = histogram.quantile(share)
     shown = f"{at:.3g} s" if at >= 1 else f"{at * 1e3:.3g} ms"
     return f"{shown}; {histogram.within(limit):.0%} within {limit:.3g} s"

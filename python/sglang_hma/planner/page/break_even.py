@@ -4,7 +4,7 @@ Efficiencies and links are the catalogue's, and each pair of them is simulated. 
 simulation: it is arithmetic on goodput.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +14,9 @@ from sglang_hma.planner.page.data import BreakEven, Choice, Line, State
 from sglang_hma.planner.page.prices import Priced, best_at, crossing_usd, price_of
 from sglang_hma.planner.page.subject import Subject
 from sglang_hma.planner.search import Answer, mixes
-from sglang_hma.planner.systems import Site, System
+from sglang_hma.planner.systems import COLOCATED, Site, System
 
-BASELINES: tuple[System, ...] = ("pd-bf16", "colocated")
+BASELINES: tuple[System, ...] = ("pd-bf16", *COLOCATED)
 BASES = ("whole", "cards")
 RATIOS = 120  # positions of the price's slider, besides the catalogue's own
 LEAST, MOST = 0.02, 1.0  # of the ratio; wider where the catalogue's own is near or beyond them
@@ -39,7 +39,8 @@ def break_even(subject: Subject) -> BreakEven | None:
         for link in links
     ]
     # Homogeneous PD has no GDDR card; co-located cards have no link either.
-    at = {"pd-bf16": lambda link: replace(site, link=link), "colocated": lambda link: site}
+    at: dict[System, Callable[[str], Site]] = dict.fromkeys(COLOCATED, lambda _: site)
+    at["pd-bf16"] = lambda link: replace(site, link=link)
     places += [(name, at[name](link)) for name in baselines for link in links]
     found = _answers(subject, places)
     hbm_usd = catalogue.card(site.hbm).price_usd.value

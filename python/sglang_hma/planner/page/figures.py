@@ -10,6 +10,7 @@ from sglang_hma.planner.page.data import BreakEven, Curve, Distribution, Page, R
 
 COLORS = {
     "colocated": "#7a8794",
+    "colocated-mixed": "#4f5a66",
     "pd-bf16": "#3b7cc4",
     "pd-fp8": "#1f97a8",
     "hetero-eager": "#a8862a",
@@ -17,6 +18,7 @@ COLORS = {
     "ours": "#d63f52",
 }
 DASHES = {
+    "colocated-mixed": "dot",
     "pd-bf16": "dash",
     "pd-fp8": "dot",
     "hetero-eager": "dashdot",
