@@ -10,7 +10,7 @@ and 4.8 times its goodput per dollar. Two questions are asked of the simulator:
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,11 @@ HETEROGENEOUS: tuple[System, ...] = ("hetero-eager", "hetero-serial")
 
 @dataclass(frozen=True)
 class Cell:
+    """scale: of the objectives."""
+
     model: str
     trace: str
+    scale: float
     question: Question
     site: Site
 
@@ -68,9 +71,11 @@ def cells(args: argparse.Namespace, known: Catalogue) -> Iterator[Cell]:
         requests = trace.load(args.folder / TRACES[name])
         for model in args.models:
             site = site_of(model)
-            objectives = objectives_of(args, known, KNOWN[model], site, requests)
-            question = Question(requests, objectives, seeds=args.seeds, count=args.requests)
-            yield Cell(model, name, question, site)
+            once = objectives_of(args, known, KNOWN[model], site, requests)
+            for scale in args.scale:
+                objectives = replace(once, ttft_s=once.ttft_s * scale, tpot_s=once.tpot_s * scale)
+                question = Question(requests, objectives, seeds=args.seeds, count=args.requests)
+                yield Cell(model, name, scale, question, site)
 
 
 def objectives_of(
@@ -82,8 +87,7 @@ def objectives_of(
 ) -> Objectives:
     if args.objectives != "scaled":
         return goodput.NAMED[args.objectives]
-    found = scaled.objectives(offer(known, shape, site, "colocated", 0, 1).fleet, requests)
-    return replace(found, ttft_s=found.ttft_s * args.scale, tpot_s=found.tpot_s * args.scale)
+    return scaled.objectives(offer(known, shape, site, "colocated", 0, 1).fleet, requests)
 
 
 def paper_set(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
@@ -114,25 +118,30 @@ def equal_money(known: Catalogue, cell: Cell) -> list[tuple[str, Offer]]:
     return [(MIDDLE if each.system == "ours" else "", each) for each in found.values()]
 
 
-def ask(
-    cell: Cell, offers: list[tuple[str, Offer]], args: argparse.Namespace, progress: Progress
-) -> list[tuple[str, Answer]]:
-    task = progress.add_task(f"{cell.model}, {cell.trace}", total=len(offers))
-    answers = search.ask(
-        cell.question,
-        [each for _, each in offers],
-        processes=args.processes,
-        heard=lambda _: progress.advance(task),
-        journal=args.journal,
-    )
-    progress.remove_task(task)
-    return [(efficiency, answer) for (efficiency, _), answer in zip(offers, answers, strict=True)]
+Part = tuple[Cell, str, Offer]  # what is asked: of a cell, at an efficiency
+
+
+def ask(parts: list[Part], args: argparse.Namespace, title: str) -> list[dict[str, Any]]:
+    """A row of each."""
+    with Progress(console=console) as progress:
+        task = progress.add_task(title, total=len(parts))
+        answers = search.ask_each(
+            [(cell.question, each) for cell, _, each in parts],
+            processes=args.processes,
+            heard=lambda _: progress.advance(task),
+            journal=args.journal,
+        )
+    return [
+        row_of(cell, efficiency, answer)
+        for (cell, efficiency, _), answer in zip(parts, answers, strict=True)
+    ]
 
 
 def row_of(cell: Cell, efficiency: str, answer: Answer) -> dict[str, Any]:
     return {
         "model": cell.model,
         "trace": cell.trace,
+        "scale": cell.scale,
         "system": answer.offer.system,
         "efficiency": efficiency,
         "mix": answer.offer.mix,
@@ -148,10 +157,10 @@ def row_of(cell: Cell, efficiency: str, answer: Answer) -> dict[str, Any]:
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row beside its cell's homogeneous PD in BF16, and the better of both ways to serve
     co-located."""
-    base = {(row["model"], row["trace"], row["system"]): row for row in best_of(rows)}
+    base = {(*place(row), row["system"]): row for row in best_of(rows)}
     for row in rows:
         for name, systems in (("pd", ("pd-bf16",)), ("colocated", COLOCATED)):
-            others = [base[row["model"], row["trace"], system] for system in systems]
+            others = [base[(*place(row), system)] for system in systems]
             other = max(others, key=lambda each: each["rate"])
             if not other["rate"]:
                 continue  # impossible there: no ratio
@@ -162,11 +171,15 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def place(row: dict[str, Any]) -> tuple[str, str, float]:
+    return row["model"], row["trace"], row["scale"]
+
+
 def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The row with the highest rate of each cell and system."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = row["model"], row["trace"], row["system"]
+        key = *place(row), row["system"]
         if key not in found or row["rate"] > found[key]["rate"]:
             found[key] = row
     return list(found.values())
@@ -178,10 +191,19 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
     table(
         title,
-        ("model, trace", "system", "mix", "requests/s", "x PD", "per $", "x both", "per $"),
+        (
+            "model, trace, objectives",
+            "system",
+            "mix",
+            "requests/s",
+            "x PD",
+            "per $",
+            "x both",
+            "per $",
+        ),
         [
             (
-                f"{row['model']}, {row['trace']}",
+                f"{row['model']}, {row['trace']}, x {row['scale']:g}",
                 f"{row['system']} {row['efficiency'].removeprefix('tenstorrent-')}".strip(),
                 row["mix"],
                 f"{row['rate']:.3g} +-{row['half_width']:.2g}"
@@ -208,7 +230,9 @@ def options() -> argparse.ArgumentParser:
         default="scaled",
         help="as planner compare has them",
     )
-    result.add_argument("--scale", type=float, default=1.0, help="of scaled objectives")
+    result.add_argument(
+        "--scale", type=float, nargs="+", default=[1.0], metavar="X", help="of the objectives"
+    )
     result.add_argument("--seeds", type=int, default=2, help="windows of a trace")
     result.add_argument("--requests", type=int, default=1000, help="in a window")
     result.add_argument("--processes", type=int, help="side by side; all cores if not given")
@@ -221,25 +245,20 @@ def main() -> None:
     args = options().parse_args()
     args.journal = Journal(args.resume) if args.resume else None
     known, begin = catalogue.load(), time.monotonic()
-    paper: list[dict[str, Any]] = []
-    money: list[dict[str, Any]] = []
-    with Progress(console=console) as progress:
-        asked = list(cells(args, known))
-        whole = progress.add_task("cells", total=len(asked))
-        for cell in asked:
-            for rows, offers in (
-                (paper, paper_set(known, cell)),
-                (money, [] if args.without_money else equal_money(known, cell)),
-            ):
-                rows += [row_of(cell, *each) for each in ask(cell, offers, args, progress)]
-            progress.advance(whole)
+    asked = list(cells(args, known))
+
+    def parts(of: Callable[[Catalogue, Cell], list[tuple[str, Offer]]]) -> list[Part]:
+        return [(cell, *each) for cell in asked for each in of(known, cell)]
+
+    paper = ask(parts(paper_set), args, "the paper's set")
+    money = [] if args.without_money else ask(parts(equal_money), args, "equal money")
     elapsed = time.monotonic() - begin
     paper, money = compared(paper), compared(best_of(money))
     show("The paper's set: two A100 instances, or one and four of p150", paper)
     if money:
         show("Equal money: the best mix for the price of four A100 instances", money)
     if args.plot:
-        plot(args.plot, paper, known)
+        plot(args.plot, [row for row in paper if row["scale"] == args.scale[0]], known)
     print(f"{elapsed:.0f} s")
     ours = [row for row in paper if row["system"] == "ours" and "x_pd" in row]
     figures = [
@@ -247,7 +266,11 @@ def main() -> None:
         Figure("per dollar, best cell", max(r["x_pd_per_dollar"] for r in ours), 4.8),
         Figure("seconds for the table", elapsed, 600, False),
     ]
-    objectives = {f"{c.model}, {c.trace}": vars(c.question.objectives) for c in asked}
+    objectives = [
+        {"model": cell.model, "trace": cell.trace, "scale": cell.scale}
+        | vars(cell.question.objectives)
+        for cell in asked
+    ]
     report = {"objectives": objectives, "paper": paper, "equal_money": money, "seconds": elapsed}
     finish(args, report, figures)
 

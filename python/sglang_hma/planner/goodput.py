@@ -117,6 +117,11 @@ class Trial:
         few = at_rate(chosen[:: max(1, len(chosen) // 200)], LOWEST)
         return Simulation(few, self.policy, self.seed).run(self.fleet)
 
+    @cached_property
+    def _stays(self) -> dict[float, float]:
+        """Seconds that turned out long enough, by rate."""
+        return {0.0: _stay(self._alone)}
+
     def unloaded(self) -> float:
         """The share that is in time where each request is alone."""
         return sum(map(self.objectives.kept, self._alone)) / len(self._alone)
@@ -130,12 +135,15 @@ class Trial:
         """Of the excerpt, amid others; finished, or `until_decided` whether enough are in time.
 
         Others come for twice as long before it as nine in ten requests stay. How long that is
-        depends on the load, so it is tried from what they stay alone.
+        depends on the load, so it is tried, from what they stay alone or at a lower rate.
         """
-        stay = _stay(self._alone)
+        stay = max(stay for lower, stay in self._stays.items() if lower <= rate)
         while True:
             jobs = self._amid(rate, stay, until_decided=until_decided)
-            if any(math.isnan(job.finished_at) for job in jobs) or _stay(jobs) <= 1.1 * stay:
+            if any(math.isnan(job.finished_at) for job in jobs):
+                return jobs
+            if _stay(jobs) <= 1.1 * stay:
+                self._stays[rate] = stay
                 return jobs
             if sum(map(self.objectives.kept, jobs)) < self.objectives.share * len(jobs):
                 return jobs  # a longer load makes it no better

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sglang_hma.planner import goodput, parallel
 from sglang_hma.planner.catalogue import Catalogue
@@ -106,28 +107,47 @@ def ask(
 
     What the journal knows is not asked again; each answer is written there when it is heard.
     """
-    listed = list(offers)
-    asked = repr(question) if journal else ""
-    keys = [key_of(asked, each.fleet) for each in listed] if journal else []
+    asked = [(question, each) for each in offers]
+    return ask_each(asked, processes=processes, heard=heard, journal=journal)
+
+
+def ask_each(
+    asked: Sequence[tuple[Question, Offer]],
+    *,
+    processes: int | None = None,
+    heard: Callable[[Answer], object] = lambda _: None,
+    journal: Journal | None = None,
+) -> list[Answer]:
+    """As `ask`, where questions differ."""
+    questions = list({id(question): question for question, _ in asked}.values())
+    place_of = {id(question): place for place, question in enumerate(questions)}
+    texts = [repr(question) for question in questions] if journal else []
+    items = [(place_of[id(question)], each) for question, each in asked]
+    keys = [key_of(texts[place], each.fleet) for place, each in items] if journal else []
     found: dict[int, Answer] = {}
 
     def hear(index: int, result: Goodput) -> None:
-        found[index] = Answer(listed[index], result)
+        found[index] = Answer(items[index][1], result)
         heard(found[index])
 
     unknown = []
-    for index in range(len(listed)):
+    for index in range(len(items)):
         known = journal.get(keys[index]) if journal else None
         if known is None:
             unknown.append(index)
         else:
             hear(index, known)
 
-    def learn(place: int, result: Goodput) -> None:
+    def learn(at: int, result: Goodput) -> None:
         if journal:
-            journal.put(keys[unknown[place]], result)
-        hear(unknown[place], result)
+            journal.put(keys[unknown[at]], result)
+        hear(unknown[at], result)
 
-    offered = [listed[index] for index in unknown]
-    parallel.each(question.ask, offered, processes=processes, heard=learn)
-    return [found[index] for index in range(len(listed))]
+    left = [items[index] for index in unknown]
+    parallel.each(partial(_answer, questions), left, processes=processes, heard=learn)
+    return [found[index] for index in range(len(items))]
+
+
+def _answer(questions: Sequence[Question], item: tuple[int, Offer]) -> Goodput:
+    place, offer = item
+    return questions[place].ask(offer)
