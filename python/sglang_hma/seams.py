@@ -123,7 +123,9 @@ SEAMS = (
     Seam(
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         "before a prefill batch runs, its requests' pages are queued behind a gate that the pool "
-        "completes layer by layer; the gate ends with the forward, whatever happens",
+        "completes layer by layer; the gate ends with the forward, whatever happens; between "
+        "layers, requests whose pages have arrived are answered, since the router keeps a stream's "
+        "first token back until prefill has answered (sgl-project/sglang#22853)",
         _from("transfer.prefill.run_batch", "run_batch"),
         lambda config: config.gates_forwards,
         "prefill, unless `--hma-layers-per-send all` without `--hma-trace`",

@@ -1,7 +1,4 @@
-"""One server with two tensor-parallel ranks, the other with one: pages are cut by heads.
-
-The wider server runs without overlap scheduling, which the other tests have on.
-"""
+"""One server with two tensor-parallel ranks, the other with one: pages are cut by heads."""
 
 import random
 from pathlib import Path
@@ -27,7 +24,6 @@ def test_one_rank_sends_to_two_and_two_to_one(
     pair: Pair, model: Path, logs: Path, seed: int
 ) -> None:
     flags = (*COMMON, "--max-total-tokens", "2048", "--tp-size", "2")
-    flags += ("--disable-overlap-schedule",)
     trace = {"prefill": ("--hma-trace", str(logs / "trace.json")), "decode": ()}
     wide = {
         mode: launch(f"tp2-{mode}", model, logs, *flags, *trace[mode], mode=mode) for mode in ROLES

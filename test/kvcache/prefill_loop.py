@@ -116,7 +116,6 @@ class PrefillLoop(Scheduler):
     grammar_manager = metrics_reporter = output_streamer = load_inquirer = Mute()
     disagg_metadata_buffers = batch_result_processor = scheduler_stage_metrics = Mute()
     rust_server = metrics_collector = Mute()
-    enable_overlap = True
     spec_algorithm = SpeculativeAlgorithm.NONE
     disaggregation_mode = DisaggregationMode.PREFILL
     page_size, max_running_requests, max_prefill_tokens = PAGE, ROWS, 1 << 20
@@ -128,7 +127,11 @@ class PrefillLoop(Scheduler):
     beam_coordinator = SimpleNamespace(pending_member_rows=lambda _: 0, retire_group=lambda _: None)
     dp_attn_adapter = SimpleNamespace(maybe_prepare_mlp_sync_batch=lambda batch: batch)
 
-    def __init__(self, pages: int, chunk_pages: int) -> None:
+    def __init__(self, pages: int, chunk_pages: int, *, overlap: bool = True) -> None:
+        self.enable_overlap = overlap
+        # Called in a forward pass, before its layer is stored and after.
+        self.before_layer: Callable[[], None] = lambda: None
+        self.after_layer: Callable[[], None] = lambda: None
         self.pages, self.chunked_prefill_size = pages, chunk_pages * PAGE
         self.kv = manager()
         self.wire: Wire = self.kv.sender
@@ -201,13 +204,14 @@ class PrefillLoop(Scheduler):
         self.abort_request(AbortReq(rid=req.rid))
 
     def iterate(self, between: Callable[[], None] = lambda: None) -> list[Req]:
-        """One turn of event_loop_overlap_disagg_prefill. The requests of the batch launched."""
+        """One turn of event_loop_overlap_disagg_prefill, or of event_loop_normal_disagg_prefill.
+        The requests of the batch launched."""
         plan = self.get_next_disagg_prefill_batch_to_run(self.running_batch, self.last_batch)
         self.running_batch, batch = plan.running_batch, plan.batch_to_run
         if batch is not None:
             self.result_queue.append((batch.copy(), run_batch(compute, self, batch)))
         between()
-        if self.last_batch is not None:
+        if (self.last_batch if self.enable_overlap else batch) is not None:
             self.process_batch_result_disagg_prefill(*self.result_queue.popleft())
         between()
         self.process_disagg_prefill_inflight_queue()
@@ -245,4 +249,7 @@ def compute(loop: PrefillLoop, batch: ScheduleBatch) -> GenerationBatchResult:
         for place in range(req.prefix_len // PAGE, len(pages)):
             assert pages[place] not in reading - own, "handed out while it was read"
             loop.content[pages[place]] = tokens[: (place + 1) * PAGE]
+    loop.before_layer()
+    loop.allocator.get_kvcache().layer_stored(0)
+    loop.after_layer()
     return GenerationBatchResult(next_token_ids=torch.zeros(len(batch.reqs), dtype=torch.int64))

@@ -107,9 +107,9 @@ class PrefillMachine(RuleBasedStateMachine):
         st.tuples(st.integers(0, 99), st.sampled_from([KVPoll.Success, KVPoll.Failed])), max_size=3
     )
 
-    @initialize(pages=st.integers(8, 24), chunk=st.sampled_from([2, 4]))
-    def start(self, pages: int, chunk: int) -> None:
-        self.loop = PrefillLoop(pages, chunk)
+    @initialize(pages=st.integers(8, 24), chunk=st.sampled_from([2, 4]), overlap=st.booleans())
+    def start(self, pages: int, chunk: int, overlap: bool) -> None:
+        self.loop = PrefillLoop(pages, chunk, overlap=overlap)
         self.families = 3
 
     def queue_is_short(self) -> bool:
@@ -165,11 +165,13 @@ class PrefillMachine(RuleBasedStateMachine):
             self.loop.iterate()
         assert self.loop.idle() and not self.loop.live()
 
-    @rule(before=fates, launched=fates, processed=fates)
-    def turn(self, before: list, launched: list, processed: list) -> None:  # type: ignore[type-arg]
+    @rule(before=fates, computing=fates, launched=fates, processed=fates)
+    def turn(self, before: list, computing: list, launched: list, processed: list) -> None:  # type: ignore[type-arg]
         between = iter([launched, processed])
         self.end_some(before)
+        self.loop.before_layer = lambda: self.end_some(computing)
         self.loop.iterate(lambda: self.end_some(next(between)))
+        self.loop.before_layer = lambda: None
 
     @rule()
     def quiet_turn(self) -> None:
@@ -215,6 +217,40 @@ class PrefillMachine(RuleBasedStateMachine):
 def test_sglang_keeps_its_promises_under_pressure() -> None:
     sizes = settings(max_examples=20, stateful_step_count=50)
     run_state_machine_as_test(PrefillMachine, settings=sizes)
+
+
+@pytest.mark.parametrize("status", [KVPoll.Success, KVPoll.Failed])
+def test_a_request_is_answered_while_the_next_pass_runs(status: int) -> None:
+    loop = PrefillLoop(20, chunk_pages=4, overlap=False)
+    first = loop.arrive(prompt(0, 3 * PAGE))
+    assert loop.iterate() == [first]
+    assert loop.disagg_prefill_inflight_queue == [first] and first.finished_reason is None
+    answered: list[bool] = []
+    loop.before_layer = lambda: loop.conclude(first, status)
+    loop.after_layer = lambda: answered.append(first.finished_reason is not None)
+    second = loop.arrive(prompt(1, 3 * PAGE))
+    assert loop.iterate() == [second]
+    assert answered == [True] and loop.disagg_prefill_inflight_queue == [second]
+
+
+def test_what_waits_for_its_decode_server_is_left_to_sglang() -> None:
+    loop = PrefillLoop(20, chunk_pages=4, overlap=False)
+    first = loop.arrive(prompt(0, 3 * PAGE))
+    loop.iterate()
+    left: list[bool] = []
+
+    def waits() -> None:
+        loop.conclude(first, KVPoll.Success)
+        first.pending_bootstrap = True
+
+    def look() -> None:
+        left.append(loop.disagg_prefill_inflight_queue == [first])
+        first.pending_bootstrap = False
+
+    loop.before_layer, loop.after_layer = waits, look
+    loop.arrive(prompt(1, 3 * PAGE))
+    loop.iterate()
+    assert left == [True] and first.finished_reason is not None
 
 
 def test_a_chunk_waits_for_parked_pages_and_nobody_else_does() -> None:

@@ -100,16 +100,22 @@ class LayerGate:
 
 
 class GatedPool:
-    """`layer_gate` is set while a prefill batch runs whose pages leave layer by layer."""
+    """`layer_gate` is set while a prefill batch runs whose pages leave layer by layer.
+
+    between_layers: called on the forward's thread after each layer, beside a gate.
+    """
 
     device: Any
     layer_num: int
     layer_gate: LayerGate | None = None
+    between_layers: Callable[[], object] | None = None
 
     def layer_stored(self, layer: int) -> None:
         """Every row of `layer` (from 0) that this forward stores is in its page."""
         if self.layer_gate is not None:
             self.layer_gate.advance(layer, self._event())
+            if self.between_layers is not None:
+                self.between_layers()
 
     def _event(self) -> Any:
         """None on a CPU, whose stores are done when they return."""

@@ -1,8 +1,13 @@
-"""Before a prefill batch runs, its requests' pages are queued behind the batch's layer gate."""
+"""Before a prefill batch runs, its requests' pages are queued behind the batch's layer gate.
+
+While it runs, requests of earlier batches are answered as soon as their pages have arrived.
+"""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+import torch
 
 from sglang_hma.kvcache.holds import HoldingAllocator
 from sglang_hma.kvcache.layer_gate import GatedPool, LayerGate
@@ -33,15 +38,38 @@ def run_batch(
     else:
         sender.trace.forward(gate)
     pool.layer_gate = gate
+    if _host_computes(scheduler, pool):
+        pool.between_layers = partial(_answer, scheduler)
     try:
         result = original(scheduler, batch, *args, **kwargs)
     except BaseException as error:
         gate.fail(f"the forward pass failed: {error!r}")
         raise
     finally:
-        pool.layer_gate = None
+        pool.layer_gate = pool.between_layers = None
     gate.finish()
     return result
+
+
+def _host_computes(scheduler: Any, pool: GatedPool) -> bool:
+    """Whether the scheduler is busy until the forward is over, by itself. Ranks of a group would
+    have to look at their queues together."""
+    alone = scheduler.attn_tp_cpu_group.size() == scheduler.attn_cp_cpu_group.size() == 1
+    return alone and torch.device(pool.device).type == "cpu"
+
+
+def _answer(scheduler: Any) -> None:
+    """What SGLang does between two passes, done between two layers.
+
+    The router sends nothing of decode's stream to a client before prefill has answered, so the
+    first token would wait for the pass of whoever comes next.
+    """
+    queue = scheduler.disagg_prefill_inflight_queue
+    # SGLang sends the pages of those now; their gate is not this pass's.
+    if not queue or any(req.pending_bootstrap for req in queue):
+        return
+    with torch.inference_mode(mode=False), torch.no_grad():
+        scheduler.process_disagg_prefill_inflight_queue()
 
 
 def _send_early(scheduler: Any, allocator: HoldingAllocator, req: Any, forward: LayerGate) -> None:
