@@ -33,11 +33,9 @@ ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "docs" / "benchmarks" / "planner_real"
 TRACE = Path(__file__).parent / "traces" / "azure2023_conv.csv"
 CHUNK_TOKENS = 4096
-# With overlap a token on a CPU is a step late: what it would overlap with runs on the same core.
-PLAIN = "--disable-overlap-schedule"
 FLAGS = (
     *("--chunked-prefill-size", str(CHUNK_TOKENS)),
-    *("--prefill-args", f"{PLAIN} --disable-radix-cache", "--decode-args", PLAIN),
+    *("--prefill-args", "--disable-radix-cache"),
 )
 LOADS = (0.3, 0.6, 0.9)
 SHAPES = {"128 in, 64 out": (128, 64), "768 in, 32 out": (768, 32)}
