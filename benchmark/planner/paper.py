@@ -9,8 +9,9 @@ and 4.8 times its goodput per dollar. Two questions are asked of the simulator:
 """
 
 import argparse
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ def cells(args: argparse.Namespace, known: Catalogue) -> Iterator[Cell]:
             once = objectives_of(args, known, KNOWN[model], site, requests)
             for scale in args.scale:
                 objectives = replace(once, ttft_s=once.ttft_s * scale, tpot_s=once.tpot_s * scale)
-                question = Question(requests, objectives, seeds=args.seeds, count=args.requests)
+                question = Question(
+                    requests, objectives, seeds=args.seeds, count=args.requests, tolerance=0.03
+                )
                 yield Cell(model, name, scale, question, site)
 
 
@@ -147,6 +150,7 @@ def row_of(cell: Cell, efficiency: str, answer: Answer) -> dict[str, Any]:
         "mix": answer.offer.mix,
         "rate": answer.goodput.rate,
         "half_width": answer.goodput.half_width,
+        "by_excerpt": answer.goodput.by_seed,
         "unloaded": answer.goodput.unloaded,
         "price_usd": answer.offer.price_usd,
         "cards_usd": answer.offer.cards_usd,
@@ -162,13 +166,25 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name, systems in (("pd", ("pd-bf16",)), ("colocated", COLOCATED)):
             others = [base[(*place(row), system)] for system in systems]
             other = max(others, key=lambda each: each["rate"])
-            if not other["rate"]:
-                continue  # impossible there: no ratio
-            ratio = row["rate"] / other["rate"]
-            row[f"x_{name}"] = ratio
-            row[f"x_{name}_per_dollar"] = ratio * other["price_usd"] / row["price_usd"]
-            row[f"x_{name}_per_card_dollar"] = ratio * other["cards_usd"] / row["cards_usd"]
+            found = ratio(row["by_excerpt"], other["by_excerpt"])
+            if found is None:
+                continue
+            row[f"x_{name}"], *row[f"x_{name}_interval"] = found
+            cheaper = other["price_usd"] / row["price_usd"]
+            row[f"x_{name}_per_dollar"] = found[0] * cheaper
+            row[f"x_{name}_per_dollar_interval"] = [each * cheaper for each in found[1:]]
+            row[f"x_{name}_per_card_dollar"] = found[0] * other["cards_usd"] / row["cards_usd"]
     return rows
+
+
+def ratio(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float, float] | None:
+    """The geometric mean over excerpts, each excerpt's rate by the other's, and its 95% interval.
+    None where one of them serves an excerpt at no rate."""
+    if not (min(ours) and min(others)):
+        return None
+    logs = [math.log(a / b) for a, b in zip(ours, others, strict=True)]
+    middle, half = goodput.interval(logs)
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
 
 
 def place(row: dict[str, Any]) -> tuple[str, str, float]:
@@ -186,8 +202,11 @@ def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    def ratio(row: dict[str, Any], name: str) -> str:
-        return f"{row[name]:.2f}" if name in row else ""
+    def shown(row: dict[str, Any], name: str) -> str:
+        if name not in row:
+            return ""
+        low, high = row.get(f"{name}_interval", (0, 0))
+        return f"{row[name]:.2f} [{low:.2f}, {high:.2f}]" if low < high else f"{row[name]:.2f}"
 
     table(
         title,
@@ -206,11 +225,9 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
                 f"{row['model']}, {row['trace']}, x {row['scale']:g}",
                 f"{row['system']} {row['efficiency'].removeprefix('tenstorrent-')}".strip(),
                 row["mix"],
-                f"{row['rate']:.3g} +-{row['half_width']:.2g}"
-                if row["rate"]
-                else f"impossible: alone {row['unloaded']:.0%}",
+                f"{row['rate']:.3g} +-{row['half_width']:.2g}" if row["rate"] else "impossible",
                 *(
-                    ratio(row, name)
+                    shown(row, name)
                     for name in ("x_pd", "x_pd_per_dollar", "x_colocated", "x_colocated_per_dollar")
                 ),
             )
@@ -233,8 +250,8 @@ def options() -> argparse.ArgumentParser:
     result.add_argument(
         "--scale", type=float, nargs="+", default=[1.0], metavar="X", help="of the objectives"
     )
-    result.add_argument("--seeds", type=int, default=2, help="windows of a trace")
-    result.add_argument("--requests", type=int, default=1000, help="in a window")
+    result.add_argument("--seeds", type=int, default=4, help="excerpts of a trace")
+    result.add_argument("--requests", type=int, default=400, help="in an excerpt")
     result.add_argument("--processes", type=int, help="side by side; all cores if not given")
     result.add_argument("--resume", type=Path, metavar="FILE", help="as planner compare has it")
     result.add_argument("--without-money", action="store_true", help="the paper's set only")

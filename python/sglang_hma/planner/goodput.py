@@ -8,7 +8,7 @@ from functools import cached_property
 
 from sglang_hma.planner.simulation.fleet import Colocated, Disaggregated, Policy, Simulation
 from sglang_hma.planner.simulation.job import Job
-from sglang_hma.planner.trace import Request, at_rate, excerpt
+from sglang_hma.planner.trace import Request, apart, excerpt
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ NAMED = {"server": Objectives(2.0, 0.1), "interactive": Objectives(0.5, 0.03)}
 class Goodput:
     """requests/s: the mean over seeds and half of its 95% interval (0 for one seed).
 
-    0 where the objectives are impossible: too few requests keep them even when each is alone.
+    0 where the objectives are impossible: too few requests keep them even when each is alone, or
+    in the trace's rhythm however slow it is.
     """
 
     rate: float
@@ -88,10 +89,8 @@ def of(
         while high - low > tolerance * high:
             middle = math.sqrt(low * high)
             low, high = (middle, high) if keeps(middle) else (low, middle)
-        found.append(low)
-    spread = statistics.stdev(found) if seeds > 1 else 0.0
-    half = _t95(seeds - 1) * spread / math.sqrt(seeds) if seeds > 1 else 0.0
-    return Goodput(statistics.fmean(found), half, tuple(found), statistics.fmean(alone))
+        found.append(low if low > LOWEST else 0.0)
+    return Goodput(*interval(found), tuple(found), statistics.fmean(alone))
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,9 @@ class Trial:
 
     @cached_property
     def _alone(self) -> list[Job]:
-        """Requests of the excerpt so far apart that none meets another."""
+        """Requests of the excerpt, each alone."""
         chosen = self.requests[self.start :][: self.count]
-        few = at_rate(chosen[:: max(1, len(chosen) // 200)], LOWEST)
+        few = apart(chosen[:: max(1, len(chosen) // 200)])
         return Simulation(few, self.policy, self.seed).run(self.fleet)
 
     @cached_property
@@ -191,6 +190,14 @@ def _bracket(keeps: Callable[[float], bool], rate: float, step: float) -> tuple[
             return low, high
         high = low
     return high, high
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half of its 95% interval (0 for one value)."""
+    count = len(values)
+    spread = statistics.stdev(values) if count > 1 else 0.0
+    half = _t95(count - 1) * spread / math.sqrt(count) if count > 1 else 0.0
+    return statistics.fmean(values), half
 
 
 def _t95(freedom: int) -> float:

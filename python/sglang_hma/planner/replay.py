@@ -13,9 +13,7 @@ from sglang_hma.planner.scaled import TPOT_FACTOR, TTFT_FACTOR
 from sglang_hma.planner.simulation.batch import KVMemory
 from sglang_hma.planner.simulation.fleet import Disaggregated, Simulation
 from sglang_hma.planner.simulation.job import Job
-from sglang_hma.planner.trace import Request
-
-APART_S = 1e4  # no request meets another
+from sglang_hma.planner.trace import Request, apart
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,7 @@ def beside(run: Run, pair: Pair, times: Measured, objectives: Objectives) -> lis
 
 def scaled_objectives(run: Run, pair: Pair, times: Measured) -> Objectives:
     """Five and three times what the run's median request takes with no other beside it."""
-    apart = [
-        Request(APART_S * index, request.input_tokens, request.output_tokens)
-        for index, request in enumerate(run.requests)
-    ]
-    jobs = pair.replay(times, apart)
+    jobs = pair.replay(times, apart(run.requests))
     lasting = [job.tpot_s for job in jobs if job.request.output_tokens > 1]
     return Objectives(
         TTFT_FACTOR * statistics.median(job.ttft_s for job in jobs),

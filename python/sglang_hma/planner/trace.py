@@ -8,7 +8,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 from sglang_hma.planner.problem import Problem
 
 HASH_TOKENS = 512  # of a prefix block in Mooncake's traces
+LONGEST_STEP_S = 10.0  # of a trace's clock
+APART_S = 1e4  # no request meets another
 
 
 class TraceError(Problem):
@@ -36,7 +38,7 @@ class Request:
 def load(path: Path) -> list[Request]:
     """CSV of timestamp_ms,input_length,output_length, or JSON lines of those and hash_ids.
 
-    Either may be packed (.csv.gz, .jsonl.gz).
+    Either may be packed (.csv.gz, .jsonl.gz). Requests of one timestamp are spread: see `spread`.
 
     Raises TraceError: an unreadable line, a length below 1, times that go back.
     """
@@ -56,7 +58,28 @@ def load(path: Path) -> list[Request]:
                 f"{path}: request {line} comes at {after.arrival_s * 1e3:.0f} ms, before the one "
                 f"ahead of it ({before.arrival_s * 1e3:.0f} ms); sort by timestamp_ms"
             )
-    return requests
+    return spread(requests)
+
+
+def spread(requests: Sequence[Request]) -> list[Request]:
+    """Requests of one timestamp, evenly over the step of the trace's clock, its smallest gap.
+
+    A clock that ticks every few seconds, as Mooncake's traces have it, makes bursts that never
+    were, and that no lower rate would part. Without gaps, or with longer ones than
+    LONGEST_STEP_S, times stay as they are.
+    """
+    times = [each.arrival_s for each in requests]
+    step = min((b - a for a, b in pairwise(times) if b > a), default=math.inf)
+    if step > LONGEST_STEP_S:
+        return list(requests)
+    result: list[Request] = []
+    for at, group in groupby(requests, key=lambda each: each.arrival_s):
+        together = list(group)
+        result += [
+            dataclasses.replace(each, arrival_s=at + step * place / len(together))
+            for place, each in enumerate(together)
+        ]
+    return result
 
 
 def _csv_rows(path: Path, lines: Any) -> Iterator[Request]:
@@ -107,6 +130,13 @@ def at_rate(requests: Sequence[Request], rate: float) -> list[Request]:
             each.prefix_hashes,
         )
         for each in requests
+    ]
+
+
+def apart(requests: Sequence[Request]) -> list[Request]:
+    """The same requests, each alone."""
+    return [
+        dataclasses.replace(each, arrival_s=APART_S * place) for place, each in enumerate(requests)
     ]
 
 

@@ -15,7 +15,8 @@ from sglang_hma.planner.systems import Offer, Site
 OBJECTIVES = {
     "server": "server: 2 s to the first token and 100 ms for each other",
     "interactive": "interactive: 500 ms and 30 ms (both are MLPerf's)",
-    "scaled": "scaled: 5 and 3 times what co-located cards need with no load",
+    "scaled": "scaled: 5 and 3 times the TTFT and TPOT that co-located cards have with no load, by "
+    "the --share of requests",
 }
 
 
@@ -112,8 +113,7 @@ def objectives_of(
 ) -> Objectives:
     share = _share(args)
     if args.objectives == "scaled" and args.ttft is None and args.tpot is None:
-        found = scaled.objectives(baseline.fleet, requests)
-        return Objectives(found.ttft_s, found.tpot_s, share)
+        return scaled.objectives(baseline.fleet, requests, share)
     return plain_objectives(args)
 
 
