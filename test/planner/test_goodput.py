@@ -1,9 +1,12 @@
 """Goodput against fleets whose capacity is known."""
 
+import random
+
+import numpy as np
 import pytest
 
 from benchmark.planner.fleets import pair
-from sglang_hma.planner import goodput
+from sglang_hma.planner import goodput, scaled
 from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.step_times import Affine
 from sglang_hma.planner.trace import Request
@@ -23,6 +26,26 @@ def test_objectives_that_nobody_keeps_are_impossible() -> None:
     found = goodput.of(pair(), EVEN, Objectives(0.5, 0.02))
     assert not found.possible
     assert found.unloaded == 0.0
+
+
+def test_a_rhythm_that_no_rate_makes_possible() -> None:
+    """All come at once, at any rate: the last waits for all others."""
+    at_once = [Request(0.0, 1000, 11)] * 50
+    found = goodput.of(pair(max_prompts=1), at_once, Objectives(1.2, 0.02))
+    assert (found.rate, found.possible, found.unloaded) == (0.0, False, 1.0)
+
+
+def test_scaled_objectives_are_what_a_share_has_alone(seed: int) -> None:
+    """Of prompts that come together and are asked one by one: a millisecond a token."""
+    rng = random.Random(seed)
+    tokens = [rng.randrange(100, 1000) for _ in range(300)]
+    requests = [Request(0.0, each, 11) for each in tokens]
+    share = rng.uniform(0.5, 0.95)
+    fleet = pair(prefill_times=Affine(token_s=1e-3), decode_times=Affine(step_s=0.02))
+    found = scaled.objectives(fleet, requests, share)
+    assert found.ttft_s == pytest.approx(5e-3 * np.quantile(tokens, share), rel=1e-3)
+    assert found.tpot_s == pytest.approx(3 * 0.02)
+    assert found.share == share
 
 
 def test_two_fleets_of_one_and_one_of_two() -> None:

@@ -8,7 +8,7 @@ import pytest
 from benchmark.planner.fleets import boxes, pair
 from sglang_hma.planner.goodput import Goodput, Objectives
 from sglang_hma.planner.journal import Journal, JournalError, key_of
-from sglang_hma.planner.search import Question, ask
+from sglang_hma.planner.search import Question, ask, ask_each
 from sglang_hma.planner.systems import Offer
 from sglang_hma.planner.trace import Request
 
@@ -47,6 +47,15 @@ def test_the_rest_is_asked_and_nothing_twice(
     other = Question(question.requests, Objectives(1.0, 0.05), seeds=1)
     ask(other, offers(1), processes=1, journal=Journal(file))
     assert asked == [2, 1]
+
+
+def test_several_questions_side_by_side(tmp_path: Path, question: Question) -> None:
+    other = Question(question.requests[:20], Objectives(1.0, 0.05), seeds=1)
+    asked = list(zip([question, other, question], offers(1, 1, 2), strict=True))
+    expected = [ask(each, [offer], processes=1)[0] for each, offer in asked]
+    file = tmp_path / "search"
+    ask_each(asked[:2], processes=1, journal=Journal(file))
+    assert ask_each(asked, processes=2, journal=Journal(file)) == expected
 
 
 @pytest.mark.parametrize("kept", range(1, 60, 7))

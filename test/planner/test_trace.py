@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sglang_hma.planner import trace
-from sglang_hma.planner.trace import Request, TraceError, at_rate, excerpt, load, poisson
+from sglang_hma.planner.trace import Request, TraceError, at_rate, excerpt, load, poisson, spread
 
 CSV = "timestamp_ms,input_length,output_length\n0,10,2\n1500,20,3\n1500,30,4\n"
 LINE = '{"timestamp_ms": 7, "input_length": 900, "output_length": 5, "hash_ids": [4, 9]}\n'
@@ -71,6 +71,27 @@ def test_a_bad_trace_is_one_line(tmp_path: Path, name: str, text: str, words: st
     with pytest.raises(TraceError, match=words) as error:
         load(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_a_coarse_clock_makes_no_bursts(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    step, true = float(rng.uniform(0.5, 9)), np.sort(rng.uniform(0, 100, 400))
+    seen = [Request(float(at // step * step), place, 1) for place, at in enumerate(true)]
+    found = spread(seen)
+    assert [each.input_tokens for each in found] == list(range(400))
+    arrivals = np.array([each.arrival_s for each in found])
+    assert (np.diff(arrivals) > 0).all()
+    assert (np.floor(arrivals / step + 1e-9) == true // step).all()
+    assert spread(found) == found
+
+
+def test_times_that_mean_what_they_say_stay() -> None:
+    few = [Request(float(place // 9), 5, 1) for place in range(90)]
+    own = [Request(place - 0.1 * (place % 3 == 1), 5, 1) for place in range(300)]
+    pauses = [Request(11.0 * (place // 9), 5, 1) for place in range(300)]
+    at_once = [Request(0.0, 5, 1)] * 300
+    for requests in (few, own, pauses, at_once):
+        assert spread(requests) == requests
 
 
 def test_another_rate_keeps_the_rhythm(seed: int) -> None:

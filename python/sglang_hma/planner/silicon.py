@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TypeVar
 
 import msgspec
@@ -84,19 +84,30 @@ class Silicon:
 
     def decode_s(self, batch: int, prompt_tokens: float, new_tokens: float = 0) -> float:
         """Of a step of `batch` requests that see so many tokens together."""
-        table = self.table
-        total = between(table.batches, table.decode_linear, batch)
+        if batch not in self._of_batch:
+            self._of_batch[batch] = self._between_batches(batch)
+        total, row = self._of_batch[batch]
         tokens = prompt_tokens + new_tokens
         if not tokens:
             return total
-        rows = [
-            between(table.contexts, row, tokens / batch)
-            for row in _around(table.batches, table.decode_attention, batch)
-        ]
-        pair = _around(table.batches, table.batches, batch)
-        attention = between(pair, rows, batch) if len(rows) > 1 else rows[0]
+        attention = between(self.table.contexts, row, tokens / batch)
         speed = 1.0 if self.roof.kv_speed is None else self.roof.kv_speed.value
         return total + attention * (prompt_tokens / speed + new_tokens) / tokens
+
+    @cached_property
+    def _of_batch(self) -> dict[int, tuple[float, list[float]]]:
+        return {}
+
+    def _between_batches(self, batch: int) -> tuple[float, list[float]]:
+        """Of a step of so many requests: all but attention; attention by context."""
+        table = self.table
+        rows = _around(table.batches, table.decode_attention, batch)
+        pair = _around(table.batches, table.batches, batch)
+        if len(rows) > 1:
+            row = [between(pair, values, batch) for values in zip(*rows, strict=True)]
+        else:
+            row = rows[0]
+        return between(table.batches, table.decode_linear, batch), row
 
 
 def times_of(card: str, roof: Roofline) -> "Silicon | Roofline":

@@ -17,7 +17,7 @@ import numpy as np
 from sglang_hma.planner.problem import Problem
 
 HASH_TOKENS = 512  # of a prefix block in Mooncake's traces
-LONGEST_STEP_S = 10.0  # of a trace's clock
+LONGEST_STEP_S, ENOUGH = 10.0, 100  # of a trace's clock; requests that tell it
 APART_S = 1e4  # no request meets another
 
 
@@ -65,21 +65,20 @@ def spread(requests: Sequence[Request]) -> list[Request]:
     """Requests of one timestamp, evenly over the step of the trace's clock, its smallest gap.
 
     A clock that ticks every few seconds, as Mooncake's traces have it, makes bursts that never
-    were, and that no lower rate would part. Without gaps, or with longer ones than
-    LONGEST_STEP_S, times stay as they are.
+    were, and that no lower rate would part. Times stay as they are where most requests have a
+    timestamp of their own, where there are fewer than ENOUGH, and beyond LONGEST_STEP_S.
     """
-    times = [each.arrival_s for each in requests]
-    step = min((b - a for a, b in pairwise(times) if b > a), default=math.inf)
-    if step > LONGEST_STEP_S:
+    groups = [list(group) for _, group in groupby(requests, key=lambda each: each.arrival_s)]
+    gaps = (b[0].arrival_s - a[0].arrival_s for a, b in pairwise(groups))
+    step = min(gaps, default=math.inf)
+    sharing = sum(len(group) for group in groups if len(group) > 1)
+    if len(requests) < ENOUGH or 2 * sharing <= len(requests) or step > LONGEST_STEP_S:
         return list(requests)
-    result: list[Request] = []
-    for at, group in groupby(requests, key=lambda each: each.arrival_s):
-        together = list(group)
-        result += [
-            dataclasses.replace(each, arrival_s=at + step * place / len(together))
-            for place, each in enumerate(together)
-        ]
-    return result
+    return [
+        dataclasses.replace(each, arrival_s=each.arrival_s + step * place / len(group))
+        for group in groups
+        for place, each in enumerate(group)
+    ]
 
 
 def _csv_rows(path: Path, lines: Any) -> Iterator[Request]:
@@ -167,7 +166,8 @@ def excerpt(
     scale = max(1, count - 1) / rate / span if span else 0.0
     arrivals = [0.0, *accumulate(gap * scale for gap in gaps)]
     return [
-        dataclasses.replace(each, arrival_s=at) for each, at in zip(chosen, arrivals, strict=True)
+        Request(at, each.input_tokens, each.output_tokens, each.prefix_hashes)
+        for each, at in zip(chosen, arrivals, strict=True)
     ], slice(before, before + count)
 
 

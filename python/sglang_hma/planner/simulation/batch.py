@@ -44,7 +44,7 @@ class Batch:
 
     def used(self, ahead: int = 0) -> float:
         """Bytes, `ahead` steps from now."""
-        new = self.new_tokens + ahead * len(self)
+        new = self.new_tokens + ahead * len(self._running)
         return self.held + self.prompt_tokens * self.memory.prompt + new * self.memory.new
 
     def size_of(self, job: Job) -> float:
@@ -94,7 +94,7 @@ class Batch:
     def room(self, ahead: int = 0) -> int:
         """Steps that memory has room for after `ahead` ones."""
         free = self.memory.bytes - self.used(ahead)
-        return max(0, int(free / (len(self) * self.memory.new)))
+        return max(0, int(free / (len(self._running) * self.memory.new)))
 
     def until_change(self) -> int:
         """Steps until one finishes or memory is full; 0 if it is full now."""
@@ -105,7 +105,7 @@ class Batch:
     def advance(self, steps: int, now: float) -> list[Job]:
         """Those that finish with the last of these steps."""
         self.steps += steps
-        self.new_tokens += steps * len(self)
+        self.new_tokens += steps * len(self._running)
         done = []
         while self._ends and self._ends[0][0] <= self.steps:
             end, _, job = heapq.heappop(self._ends)

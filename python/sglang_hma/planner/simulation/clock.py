@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import simpy
 
-ASKED_EVERY = 2000  # events
+ASKED_EVERY = 500  # events
 
 
 class Clock:
