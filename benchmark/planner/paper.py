@@ -251,7 +251,7 @@ def options() -> argparse.ArgumentParser:
         "--scale", type=float, nargs="+", default=[1.0], metavar="X", help="of the objectives"
     )
     result.add_argument("--seeds", type=int, default=4, help="excerpts of a trace")
-    result.add_argument("--requests", type=int, default=400, help="in an excerpt")
+    result.add_argument("--requests", type=int, default=300, help="in an excerpt")
     result.add_argument("--processes", type=int, help="side by side; all cores if not given")
     result.add_argument("--resume", type=Path, metavar="FILE", help="as planner compare has it")
     result.add_argument("--without-money", action="store_true", help="the paper's set only")

@@ -2,7 +2,7 @@
 
 Decode steps are seen: between two tokens of a request lies one, and the other requests' tokens tell
 its batch. Prefill passes are not: their times are those with which the simulator gives the recorded
-TTFT, by Gauss and Newton's method.
+TTFT, by Gauss and Newton's method with weights.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,11 @@ from sglang_hma.planner.replay import Pair
 
 Array = npt.NDArray[np.float64]
 
-ROUNDS = 10
+ROUNDS = 20
 STEP = 0.02
 """Of a derivative, as a share of the mean TTFT."""
+LARGE = 0.1
+"""Of a logarithm: an error from which on it counts as itself and not as its square."""
 SETTLED = 1e-3
 """A round that makes the error smaller by less than this share of it is the last one."""
 
@@ -81,45 +83,55 @@ class Sums:
 
 
 def _prefill(runs: Sequence[Run], pair: Pair, times: Measured) -> Measured:
-    """Least squares over relative errors of TTFT."""
+    """The TTFT that are simulated by those that were recorded: their logarithms, by Huber's loss.
+
+    One request that goes before a long prompt in one of them and behind it in the other is off by
+    many times its TTFT; squares would have all others follow it.
+    """
     recorded = np.concatenate([run.ttft_s for run in runs])
 
     def simulated(values: Array) -> Array:
         trial = _with(times, values)
         return np.array([job.ttft_s for run in runs for job in pair.replay(trial, run.requests)])
 
-    def error(found: Array) -> float:
-        return float((((found - recorded) / recorded) ** 2).sum())
+    def errors(found: Array) -> Array:
+        result: Array = np.log(found / recorded)
+        return result
 
     features = np.concatenate([_features(run) for run in runs])
     # Half of what no token explains may be the pass's and half around it, until a queue tells.
     first = nonnegative(features / recorded[:, None], np.ones_like(recorded))
     values = np.array([first[0] / 2, first[1], first[2], first[0] / 2])
     steps = STEP * recorded.mean() / np.append(features.mean(axis=0), 1.0)
-    found = simulated(values)
+    found = errors(simulated(values))
     for _ in range(ROUNDS):
         slopes = np.stack(
             [
-                (simulated(values + np.eye(4)[i] * step) - found) / step
+                (errors(simulated(values + np.eye(4)[i] * step)) - found) / step
                 for i, step in enumerate(steps)
             ],
             axis=1,
         )
-        aim = nonnegative(
-            slopes / recorded[:, None], (recorded - found + slopes @ values) / recorded
-        )
+        weights = 1 / np.sqrt(np.maximum(1.0, np.abs(found) / LARGE))
+        aim = nonnegative(slopes * weights[:, None], (slopes @ values - found) * weights)
         for part in (1.0, 0.5, 0.25, 0.125):
             trial = values + part * (aim - values)
-            there = simulated(trial)
-            if error(there) < error(found):
+            there = errors(simulated(trial))
+            if huber(there) < huber(found):
                 break
         else:
             break
-        gain = 1 - error(there) / error(found)
+        gain = 1 - huber(there) / huber(found)
         values, found = trial, there
         if gain < SETTLED:
             break
     return _with(times, values)
+
+
+def huber(errors: Array) -> float:
+    """Half the square of an error up to LARGE, a straight line beyond it (Huber, 1964)."""
+    sizes = np.abs(errors)
+    return float(np.where(sizes < LARGE, sizes**2 / 2, LARGE * (sizes - LARGE / 2)).sum())
 
 
 def _features(run: Run) -> Array:
