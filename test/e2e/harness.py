@@ -6,6 +6,7 @@ Nothing here gives up after a time of its own: pytest's timeout ends a hang, on 
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import psutil
 import requests
 
 from sglang_hma.launch.defaults import ROUTER_DEFAULTS
-from sglang_hma.launch.guardian import kill_run, marked
+from sglang_hma.launch.guardian import marked
 from sglang_hma.launch_pd import Commands
+
+from ..launch.fleet import MARK, carrying
 
 # Not those that the kernel gives to outgoing connections: a server binds its port half a minute
 # after it was chosen. Nor those that Mooncake, launch_pd and SGLang pick from.
@@ -72,7 +75,9 @@ class Process:
 
     def start(self) -> "Process":
         self.run_id = uuid.uuid4().hex
-        env = os.environ | {"SGLANG_HMA_SHARE": "3"} | PATIENCE | self.env | marked(self.run_id)
+        # A launcher marks what it starts with an id of its own; MARK stays as it is.
+        own = {"SGLANG_HMA_SHARE": "3", MARK: self.run_id}
+        env = os.environ | own | PATIENCE | self.env | marked(self.run_id)
         with self.log.open("ab") as out:
             self.popen = subprocess.Popen(
                 self.command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -98,8 +103,15 @@ class Process:
         return [root, *root.children(recursive=True)]
 
     def stop(self) -> None:
-        """End exactly the processes that carry this run's id."""
-        kill_run(self.run_id)
+        """End exactly the processes that carry this run's mark."""
+        empty_scans = 0
+        while empty_scans < 3:  # a process inside execve shows no environment for a moment
+            found = carrying(self.run_id)
+            empty_scans = 0 if found else empty_scans + 1
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.03)
         self.popen.wait()
 
 
