@@ -1,9 +1,10 @@
 """The same question to many things, side by side."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,6 +54,15 @@ def each(
 def _keep(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
+    threading.Thread(target=_end_with_the_asker, daemon=True).start()
+
+
+def _end_with_the_asker() -> None:
+    """A worker whose asker was killed would wait for its next question for ever."""
+    asker = parent_process()
+    assert asker is not None
+    asker.join()
+    os._exit(1)
 
 
 def _call(item: Any) -> Any:
