@@ -4,7 +4,8 @@ A pair whose halves share no core serves requests of mixed lengths, alone, in bu
 Poisson stream; step times are fitted to these. Then two shapes of prompts and an excerpt of a
 recorded trace arrive at 30, 60 and 90% of what the pair takes when all come at once, and the same
 requests arrive in the simulator. Objectives for goodput are five times the TTFT and three times
-the TPOT that a run's median request has alone. About a quarter of an hour a model.
+the TPOT that a run's median request has alone. About a quarter of an hour a model; on a CPU
+without BF16 instructions SmolLM2 takes hours.
 """
 
 import argparse
