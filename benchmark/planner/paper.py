@@ -281,14 +281,16 @@ def main() -> None:
     figures = [
         Figure("goodput by homogeneous PD's, best cell", max(r["x_pd"] for r in ours), 3.2),
         Figure("per dollar, best cell", max(r["x_pd_per_dollar"] for r in ours), 4.8),
-        Figure("seconds for the table", elapsed, 600, False),
     ]
-    objectives = [
+    report: dict[str, Any] = {"paper": paper, "equal_money": money}
+    if not args.resume:  # which answers some of it
+        figures.append(Figure("seconds for the table", elapsed, 600, False))
+        report["seconds"] = elapsed
+    report["objectives"] = [
         {"model": cell.model, "trace": cell.trace, "scale": cell.scale}
         | vars(cell.question.objectives)
         for cell in asked
     ]
-    report = {"objectives": objectives, "paper": paper, "equal_money": money, "seconds": elapsed}
     finish(args, report, figures)
 
 
