@@ -4,8 +4,8 @@ A pair whose halves share no core serves requests of mixed lengths, alone, in bu
 Poisson stream; step times are fitted to these. Then two shapes of prompts and an excerpt of a
 recorded trace arrive at 30, 60 and 90% of what the pair takes when all come at once, and the same
 requests arrive in the simulator. Objectives for goodput are five times the TTFT and three times
-the TPOT that a run's median request has alone. About a quarter of an hour a model; on a CPU
-without BF16 instructions SmolLM2 takes hours.
+the TPOT that a run's median request has alone. About a quarter of an hour a model; on a
+CPU without BF16 instructions SmolLM2 takes hours.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from benchmark.common import Figure, console, finish, parser, table
-from benchmark.planner.record import append, record, scaled
+from benchmark.planner.record import append, record, shorter
 from benchmark.planner.separate_pair import separate_pair
 from sglang_hma.demo import smollm2
 from sglang_hma.demo.random_model import make_random_model
@@ -26,7 +26,7 @@ from sglang_hma.planner import recorded, trace
 from sglang_hma.planner.fit import fit
 from sglang_hma.planner.measured import Measured
 from sglang_hma.planner.recorded import Run
-from sglang_hma.planner.replay import Beside, Pair, beside, scaled_objectives
+from sglang_hma.planner.replay import Beside, Pair, beside
 from sglang_hma.planner.report import print_times
 from sglang_hma.planner.trace import Request, at_rate, poisson
 
@@ -70,7 +70,7 @@ class Recorder:
         self._run(f"{CALIBRATION}, Poisson", self._arriving(self._mixed(MANY), rate))
         for name, lengths in SHAPES.items():
             self._loads(name, [Request(0.0, *lengths)] * MANY)
-        self._loads(EXCERPT, scaled(trace.load(TRACE)[:MANY], SHARE, MOST))
+        self._loads(EXCERPT, shorter(trace.load(TRACE)[:MANY], SHARE, MOST))
 
     def _loads(self, name: str, requests: Sequence[Request]) -> None:
         """Requests of one moment arrive as a Poisson stream, others in their own rhythm."""
@@ -132,7 +132,7 @@ def judge(file: Path) -> tuple[Measured, list[tuple[Run, list[Beside]]]]:
     pair = Pair(CHUNK_TOKENS)
     times = fit(fitted_to, pair, f"fitted to {len(fitted_to)} runs of {file.name}")
     return times, [
-        (run, beside(run, pair, times, scaled_objectives(run, pair, times)))
+        (run, beside(run, pair, times, pair.objectives(times, run.requests)))
         for run in runs
         if run.name.endswith("%")
     ]

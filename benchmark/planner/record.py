@@ -100,7 +100,7 @@ def append(file: Path, details: dict[str, Any]) -> None:
         out.write(json.dumps(details, separators=(",", ":")) + "\n")
 
 
-def scaled(requests: Sequence[Request], share: float, most: tuple[int, int]) -> list[Request]:
+def shorter(requests: Sequence[Request], share: float, most: tuple[int, int]) -> list[Request]:
     """The same requests with a share of their tokens, and at most so many of a prompt and new."""
 
     def fewer(tokens: int, limit: int) -> int:
@@ -152,7 +152,7 @@ def main() -> None:
             given = trace.load(args.trace)[: args.requests]
         except trace.TraceError as error:
             sys.exit(f"benchmark.planner.record: error: {error}")
-        requests = scaled(at_rate(given, args.rate) if args.rate else given, args.share, args.most)
+        requests = shorter(at_rate(given, args.rate) if args.rate else given, args.share, args.most)
     tag = args.tag or (args.trace.stem if args.trace else "run")
     append(args.file, record(args.url, requests, tag, seed=args.seed, alone=args.alone))
 

@@ -6,7 +6,6 @@ Nothing here gives up after a time of its own: pytest's timeout ends a hang, on 
 import contextlib
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from sglang_hma.launch.defaults import ROUTER_DEFAULTS
 from sglang_hma.launch.guardian import marked
 from sglang_hma.launch_pd import Commands
 
-from ..launch.fleet import MARK, carrying
+from ..launch.fleet import MARK, kill_carrying
 
 # Not those that the kernel gives to outgoing connections: a server binds its port half a minute
 # after it was chosen. Nor those that Mooncake, launch_pd and SGLang pick from.
@@ -104,14 +103,7 @@ class Process:
 
     def stop(self) -> None:
         """End exactly the processes that carry this run's mark."""
-        empty_scans = 0
-        while empty_scans < 3:  # a process inside execve shows no environment for a moment
-            found = carrying(self.run_id)
-            empty_scans = 0 if found else empty_scans + 1
-            for pid in found:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.03)
+        kill_carrying(self.run_id)
         self.popen.wait()
 
 

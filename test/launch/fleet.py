@@ -41,6 +41,18 @@ def carrying(mark: str) -> dict[int, str]:
     return found
 
 
+def kill_carrying(mark: str) -> None:
+    """SIGKILL every process with `mark` in its environment, until none is found."""
+    empty_scans = 0
+    while empty_scans < 3:  # a process inside execve shows no environment for a moment
+        found = carrying(mark)
+        empty_scans = 0 if found else empty_scans + 1
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.03)
+
+
 def until(what: Callable[[], object], timeout: float = STUCK_S) -> None:
     """Wait until what() is true."""
     start = time.monotonic()
@@ -100,9 +112,7 @@ class Run:
         return code
 
     def kill(self) -> None:
-        for pid in carrying(self.mark):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_carrying(self.mark)
         self.popen.wait()
 
 

@@ -48,6 +48,20 @@ def test_impossible_is_said(trace: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "impossible" in capsys.readouterr().out
 
 
+def test_a_rhythm_that_makes_it_impossible_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    burst = tmp_path / "burst.csv"
+    burst.write_text("timestamp_ms,input_length,output_length\n" + "0,2000,5\n" * 50)
+    main(
+        f"compare --trace {burst} --budget-instances 1 --systems colocated --ttft 1 --tpot 1 "
+        "--seeds 1 --processes 1".split()
+    )
+    said = "alone 100% are in time, in the trace's rhythm too few at any rate"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -15,7 +15,7 @@ from sglang_hma.planner.fit import fit, nonnegative
 from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.measured import DecodeTimes, Measured, PrefillTimes
 from sglang_hma.planner.recorded import Run, RunError
-from sglang_hma.planner.replay import Pair, beside, scaled_objectives
+from sglang_hma.planner.replay import Pair, beside
 from sglang_hma.planner.trace import Request, poisson
 
 from .pair_by_steps import PairBySteps
@@ -90,7 +90,7 @@ def test_fitted_to_one_shape_the_simulator_says_the_others(seed: int) -> None:
     for lengths in ((128, 64), (768, 32)):
         rate = 0.6 / max(times.affine.prefill_s((lengths[0], 0)), 0.2)
         run = PairBySteps(poisson([lengths], rate, 60, seed), times, CHUNK).run()
-        figures = beside(run, pair, found, scaled_objectives(run, pair, found))
+        figures = beside(run, pair, found, pair.objectives(found, run.requests))
         assert [each.name for each in figures] == [
             "median TTFT",
             "P90 TTFT",

@@ -1,19 +1,18 @@
 """A recorded run's arrivals through the simulator, and what comes out beside what was recorded."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from sglang_hma.planner import scaled
 from sglang_hma.planner.goodput import Objectives
 from sglang_hma.planner.measured import Measured
 from sglang_hma.planner.recorded import Run
-from sglang_hma.planner.scaled import TPOT_FACTOR, TTFT_FACTOR
 from sglang_hma.planner.simulation.batch import KVMemory
 from sglang_hma.planner.simulation.fleet import Disaggregated, Simulation
 from sglang_hma.planner.simulation.job import Job
-from sglang_hma.planner.trace import Request, apart
+from sglang_hma.planner.trace import Request
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,10 @@ class Pair:
 
     def replay(self, times: Measured, requests: Sequence[Request]) -> list[Job]:
         return Simulation(requests).run(self.fleet(times))
+
+    def objectives(self, times: Measured, requests: Sequence[Request]) -> Objectives:
+        """Five and three times the TTFT and TPOT that the median request has alone."""
+        return scaled.objectives(self.fleet(times), requests, share=0.5)
 
     def fleet(self, times: Measured) -> Disaggregated:
         """Its links take no time: the measured times have it."""
@@ -82,13 +85,3 @@ def beside(run: Run, pair: Pair, times: Measured, objectives: Objectives) -> lis
         *figures,
         Beside("goodput", kept[0] / run.duration_s, kept[1] / max(job.finished_at for job in jobs)),
     ]
-
-
-def scaled_objectives(run: Run, pair: Pair, times: Measured) -> Objectives:
-    """Five and three times what the run's median request takes with no other beside it."""
-    jobs = pair.replay(times, apart(run.requests))
-    lasting = [job.tpot_s for job in jobs if job.request.output_tokens > 1]
-    return Objectives(
-        TTFT_FACTOR * statistics.median(job.ttft_s for job in jobs),
-        TPOT_FACTOR * statistics.median(lasting) if lasting else 1.0,
-    )

@@ -56,7 +56,10 @@ def print_comparison(found: Comparison, by: By) -> None:
         best = found.best(system, by)
         if best is None:
             alone = max(each.goodput.unloaded for each in tried)
-            table.add_row(TITLES[system], f"impossible: alone {alone:.0%} are in time")
+            why = f"impossible: alone {alone:.0%} are in time"
+            if alone >= objectives.share:
+                why += ", in the trace's rhythm too few at any rate"
+            table.add_row(TITLES[system], why)
             continue
         figures = best.offer.used
         guessed = sum(figure.kind == "assumed" for figure in figures)

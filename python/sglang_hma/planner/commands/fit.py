@@ -7,7 +7,7 @@ from typing import Any
 from sglang_hma.planner import fit, measured, recorded
 from sglang_hma.planner.commands.options import Refusal, add_command
 from sglang_hma.planner.goodput import Objectives
-from sglang_hma.planner.replay import Pair, beside, scaled_objectives
+from sglang_hma.planner.replay import Pair, beside
 from sglang_hma.planner.report import print_beside, print_times
 
 
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
         "--ttft",
         type=float,
         metavar="S",
-        help="objective for goodput, with --tpot (five times what a run's median request takes "
+        help="objective for goodput, with --tpot (five times what a run's median request has "
         "alone)",
     )
     command.add_argument("--tpot", type=float, metavar="S", help="(three times)")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     print_times(times)
     for each in runs:
         objectives = (
-            scaled_objectives(each, pair, times)
+            pair.objectives(times, each.requests)
             if args.ttft is None
             else Objectives(args.ttft, args.tpot)
         )
