@@ -268,6 +268,9 @@ def test_fitted_times_are_planned_with(run_file: Path, tmp_path: Path) -> None:
     without, with_times = kinds.values()
     assert with_times["pd-bf16"] == without["pd-bf16"]
     assert with_times["ours"][0] < without["ours"][0]  # a small CPU's
+    # Prefill cannot be busy for more than all of the time.
+    tokens = np.mean([200 + i for i in range(300)])
+    assert with_times["ours"][0] * tokens * measured.load(saved).prefill.token_s < 1.1
     assert any(each["kind"] == "measured" for each in with_times["ours"][1])
 
 
