@@ -43,7 +43,8 @@ SHAPES = {"128 in, 64 out": (128, 64), "768 in, 32 out": (768, 32)}
 # A quarter of the tokens that were recorded, so that a small CPU is no slower than the trace.
 EXCERPT, SHARE, MOST = "conversations", 0.25, (1024, 64)
 CALIBRATION = "calibration"
-ALONE, BURSTS, BURST = 20, 3, 8
+ALONE, BURSTS, BURST = 20, (2, 4, 8, 2, 4, 8), 8
+WARM = 8
 AT_ONCE, LEAST, MANY = 24, 24, 1000
 MODELS = ("random", "smollm2")
 TARGETS = {"TTFT": 0.15, "TPOT": 0.15, "goodput": 0.1}
@@ -60,13 +61,14 @@ class Recorder:
         mixed = self._mixed(ALONE)
         # Servers take tens of milliseconds longer for each of their first requests.
         record(self.url, mixed, "warm-up", seed=self._seed(), alone=True)
-        record(self.url, at_once(self._mixed(BURST)), "warm-up", seed=self._seed())
+        for _ in range(WARM):
+            record(self.url, at_once(self._mixed(BURST)), "warm-up", seed=self._seed())
         self._run(f"{CALIBRATION}, alone", mixed, alone=True)
         spent = [
-            self._run(f"{CALIBRATION}, burst {i + 1}", at_once(self._mixed(BURST)))
-            for i in range(BURSTS)
+            self._run(f"{CALIBRATION}, burst {i + 1}", at_once(self._mixed(burst)))
+            for i, burst in enumerate(BURSTS)
         ]
-        rate = 0.6 * BURST * BURSTS / sum(spent)
+        rate = 0.6 * sum(BURSTS) / sum(spent)
         self._run(f"{CALIBRATION}, Poisson", self._arriving(self._mixed(MANY), rate))
         for name, lengths in SHAPES.items():
             self._loads(name, [Request(0.0, *lengths)] * MANY)

@@ -2,10 +2,10 @@
 
 Decode steps are seen: between two tokens of a request lies one, and the other requests' tokens tell
 its batch. Prefill passes are not: their times are those with which the simulator gives the recorded
-TTFT, by Gauss and Newton's method with weights.
+TTFT, by Gauss and Newton's method with weights and a search around its answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -25,6 +25,12 @@ LARGE = 0.1
 """Of a logarithm: an error from which on it counts as itself and not as its square."""
 SETTLED = 1e-3
 """A round that makes the error smaller by less than this share of it is the last one."""
+TURNS = 8
+"""Of both methods."""
+EXACT = 1e-6
+"""Of a logarithm: errors that need no better values."""
+COARSE = (4.0, 1.0, 0.25, 0.06, 0.015)
+"""Steps of the search that follows, by that of a derivative."""
 
 
 def fit(runs: Sequence[Run], pair: Pair, source: str) -> Measured:
@@ -103,20 +109,31 @@ def _prefill(runs: Sequence[Run], pair: Pair, times: Measured) -> Measured:
     first = nonnegative(features / recorded[:, None], np.ones_like(recorded))
     values = np.array([first[0] / 2, first[1], first[2], first[0] / 2])
     steps = STEP * recorded.mean() / np.append(features.mean(axis=0), 1.0)
-    found = errors(simulated(values))
+
+    def loss(at: Array) -> float:
+        return huber(errors(simulated(at)))
+
+    exact = EXACT**2 / 2 * len(recorded)
+    for turn in range(TURNS):
+        # Nearer to the answer, a smaller step has requests change places less often.
+        values = _newton(lambda at: errors(simulated(at)), values, steps / 4**turn)
+        values = compass(loss, values, steps, exact=exact)
+        if loss(values) < exact:
+            break
+    return _with(times, values)
+
+
+def _newton(errors: Callable[[Array], Array], values: Array, steps: Array) -> Array:
+    found = errors(values)
     for _ in range(ROUNDS):
         slopes = np.stack(
-            [
-                (errors(simulated(values + np.eye(4)[i] * step)) - found) / step
-                for i, step in enumerate(steps)
-            ],
-            axis=1,
+            [(errors(values + move) - found) / move.sum() for move in np.diag(steps)], axis=1
         )
         weights = 1 / np.sqrt(np.maximum(1.0, np.abs(found) / LARGE))
         aim = nonnegative(slopes * weights[:, None], (slopes @ values - found) * weights)
         for part in (1.0, 0.5, 0.25, 0.125):
             trial = values + part * (aim - values)
-            there = errors(simulated(trial))
+            there = errors(trial)
             if huber(there) < huber(found):
                 break
         else:
@@ -125,7 +142,31 @@ def _prefill(runs: Sequence[Run], pair: Pair, times: Measured) -> Measured:
         values, found = trial, there
         if gain < SETTLED:
             break
-    return _with(times, values)
+    return values
+
+
+def compass(loss: Callable[[Array], float], start: Array, steps: Array, *, exact: float) -> Array:
+    """The nonnegative values around `start` with the least loss: they are moved by their steps,
+    each alone and each against another, as long as that helps and the loss is above `exact`; then
+    steps are halved (after Hooke and Jeeves, 1961).
+
+    Slopes lead to where they vanish, and the loss jumps wherever two requests change places. What
+    one value explains, another explains nearly as well.
+    """
+    alone = np.diag(steps)
+    against = [one - other for i, one in enumerate(alone) for other in alone[:i]]
+    values, least = start, loss(start)
+    for part in COARSE:
+        improved = True
+        while improved and least > exact:
+            improved = False
+            for move in [*alone, *against]:
+                for trial in (values + part * move, values - part * move):
+                    trial = np.maximum(trial, 0.0)
+                    if (there := loss(trial)) < least * (1 - SETTLED):
+                        values, least, improved = trial, there, True
+                        break
+    return values
 
 
 def huber(errors: Array) -> float:
