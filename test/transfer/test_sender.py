@@ -15,7 +15,8 @@ from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.integrity import MAX_RESENDS
 from sglang_hma.transfer.prefill import sender
-from sglang_hma.transfer.prefill.jobs import EarlySend, Job
+from sglang_hma.transfer.prefill.jobs import EarlySend
+from sglang_hma.transfer.tcp_table import Connection
 
 from .two_servers import LAYERS, PAGES, ROWS, SESSION, Servers
 
@@ -158,23 +159,40 @@ def test_wrong_bytes_are_sent_again_but_not_for_ever(seed: int, lasting: bool) -
     assert_settled(servers)
 
 
+@pytest.mark.parametrize("aborted", [False, True])
 def test_a_failed_write_fails_its_request_and_decode_keeps_the_pages(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, monkeypatch: pytest.MonkeyPatch, aborted: bool
 ) -> None:
+    """Also where the request was given up while the write was on its way."""
     servers = Servers(seed)
     (one,) = requests(servers, 1)
+    one.add(slice(0, len(one.source)), EarlySend(one.gate, one.gate), None)
+    one.gate.advance(0)
     servers.link.fails = True
-    servers.run(one.events())
+    while not servers.link.running:
+        servers.sender.thread.step()
+    if aborted:
+        servers.sent_status[0] = "failed"
+    table = [held("10.0.0.2", unacked=1), held("10.0.0.3", unacked=1)]
+    monkeypatch.setattr(sender, "connections", lambda: table)
+    monkeypatch.setattr(sender, "NETWORK_S", 0.0)
+    servers.run([one.gate.finish])
     servers.sender.on_tick()
-    assert servers.got_status[0] == servers.sent_status[0] == "failed"
-    assert servers.reasons[0] == f"a write to decode server {SESSION} failed"
-    assert SESSION in servers.suspects
-    assert servers.drained == [], "the failed write may still be on its way"
-    monkeypatch.setattr(sender, "QUARANTINE_S", -1.0)
-    servers.sender.on_failed(Job(0, SESSION, 0, [], [], one.gate), "again", by_peer=True)
+    assert servers.sent_status[0] == "failed"
+    assert servers.got_status[0] == ("waiting" if aborted else "failed")
+    if not aborted:
+        assert servers.reasons[0] == f"a write to decode server {SESSION} failed"
+        assert SESSION in servers.suspects
+    assert servers.drained == [], "the kernel still holds bytes of the failed write"
+    table[0] = held("10.0.0.2", unacked=0)
     servers.sender.on_tick()
     assert 0 in servers.drained
     assert_settled(servers)
+
+
+def held(peer: str, *, unacked: int) -> Connection:
+    """A connection of this host."""
+    return Connection(("10.0.0.1", 40000), (peer, 16000), 1, unacked, 0, 7)
 
 
 def test_a_failed_forward_pass_fails_its_request(seed: int) -> None:

@@ -7,6 +7,8 @@ between the two take any time as well. Nothing runs in a thread of its own.
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +74,15 @@ class Link:
         return 1
 
 
+class AtOnce(Executor):
+    """Does what it is given in the caller's thread."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*args, **kwargs))
+        return done
+
+
 class Servers:
     """Both managers: the status of every room on either side, and the messages between them."""
 
@@ -89,7 +100,10 @@ class Servers:
         self.checksums = checksums
         sizer, trace = GroupSizer(), Trace(None, "")
         self.sender = PrefillSender(
-            self, self.link, HostMemory(), sizer, trace, layers=LAYERS, rank=0
+            *(self, self.link, HostMemory(), sizer, trace),
+            layers=LAYERS,
+            rank=0,
+            hashing=AtOnce(),
         )
         self.receiver = DecodeReceiver(self, self.decode.buffers, HostMemory(), SESSION)
 

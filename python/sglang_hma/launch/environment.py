@@ -105,9 +105,10 @@ VARIABLES = (
     ),
     Variable(
         "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT",
-        "180",
+        "1e9",
         "SGLang's 30 s would free pages that a stopped prefill server may still write to; decode "
-        "keeps them until prefill says that nothing is on its way",
+        "keeps them until nothing can be written to them, however long that takes",
+        forced=True,
     ),
 )
 

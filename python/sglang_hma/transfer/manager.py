@@ -71,9 +71,12 @@ class HmaKVManager(MooncakeKVManager):
 
     def tell(self, address: Address, message: messages.Message) -> None:
         """Send a message to a peer's control port; a peer that is gone is noticed elsewhere."""
+        self.send(address, messages.frames(message))
+
+    def send(self, address: Address, frames: list[bytes]) -> None:
+        """As `tell`, for SGLang's own messages."""
         peer = NetworkAddress(*address)
         try:
-            frames = messages.frames(message)
             self._send_multipart_locked(peer.to_tcp(), frames, is_ipv6=peer.is_ipv6)
         except Exception as error:
             logger.warning("Could not tell %s: %s", peer.to_host_port_str(), error)

@@ -23,7 +23,6 @@ class PrefillMetrics:
         self.bytes = _metric(Counter, "sent_bytes", "KV and metadata bytes acknowledged by decode")
         self.seconds = _metric(Counter, "send_seconds", "Time that groups spent on the wire")
         self.groups = _metric(Counter, "sent_groups", "Groups of layers acknowledged by decode")
-        self.retries = _metric(Counter, "write_retries", "Writes that failed and were tried again")
         self.failures = _metric(Counter, "failed_jobs", "Sends given up because writes failed")
         self.resends = _metric(Counter, "resent_ranges", "Ranges sent again after a wrong checksum")
         self.checksum_seconds = _metric(
@@ -48,12 +47,11 @@ class PrefillMetrics:
             multiprocess_mode="mostrecent",
         )
 
-    def sent(self, size: int, seconds: float, retries: int) -> None:
+    def sent(self, size: int, seconds: float) -> None:
         """A group of `size` bytes was acknowledged."""
         self.bytes.inc(size)
         self.seconds.inc(seconds)
         self.groups.inc()
-        self.retries.inc(retries)
 
     def request(self, total: int, early: int, tail_s: float) -> None:
         if total:

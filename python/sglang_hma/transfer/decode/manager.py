@@ -1,24 +1,31 @@
 """The KV manager of a decode server."""
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.common.conn import AbortNotification
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.claims import ClaimRenewer
+from sglang_hma.transfer.decode.quarantine import Quarantine
 from sglang_hma.transfer.decode.receiver import DecodeReceiver
 from sglang_hma.transfer.decode.refusal import abort_at_prefill, fetch_route
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
 from sglang_hma.transfer.page_slices import Pages
+from sglang_hma.transfer.tcp_table import addresses_of, own_ports
 
 logger = logging.getLogger(__name__)
+
+# Where Mooncake listens, and between which ports.
+MOONCAKE_PORTS = (("MC_MIN_RPC_PORT", "15000"), ("MC_MAX_RPC_PORT", "17000"))
 
 
 class HmaDecodeManager(HmaKVManager):
@@ -35,6 +42,8 @@ class HmaDecodeManager(HmaKVManager):
             memory, session = memory_of(config.device), self.get_session_id()
             self.receiver = DecodeReceiver(self, self.buffers, memory, session)
             self.intake.handler = self.receiver.on_message
+        self.quarantine = Quarantine(self._mooncake_ports, self._prefill_addresses)
+        self._gone: dict[int, set[str]] = {}  # addresses of a room's prefill ranks, all ended
         me = str(self.local_ip), int(self.rank_port)
         self._claim_renewer = ClaimRenewer(
             lambda rank, room: self.tell(rank, messages.Claim(room, *me)),
@@ -83,14 +92,14 @@ class HmaDecodeManager(HmaKVManager):
 
     def claim(self, room: int, infos: Sequence[dict[str, Any]]) -> None:
         """Tell prefill ranks that this server has the request's other half, until `forget`."""
-        self._claim_renewer.claim(room, _addresses(infos))
+        self._claim_renewer.claim(room, control_ports(infos))
 
     def expect(
         self, room: int, bootstrap_addr: str, pages: Pages, infos: Sequence[dict[str, Any]]
     ) -> None:
         """Pages are about to be published: verify what arrives, if that server makes checksums."""
         if self.receiver is not None and self.is_hma_prefill(bootstrap_addr):
-            self.receiver.expect(room, pages, _addresses(infos))
+            self.receiver.expect(room, pages, control_ports(infos))
 
     def forget(self, room: int) -> None:
         super().forget(room)
@@ -117,6 +126,40 @@ class HmaDecodeManager(HmaKVManager):
             return
         super().apply_prefill_status(status=status, **kwargs)
 
+    # -- pages of failed requests --
+
+    @override
+    def is_abort_release_safe(self, bootstrap_room: int, required_acks: int) -> bool:
+        """As SGLang's, and what had reached this host has been read."""
+        confirmed = super().is_abort_release_safe(bootstrap_room, required_acks)
+        gone = self._gone.get(bootstrap_room)
+        return self.quarantine.is_safe(bootstrap_room, confirmed=confirmed, gone=gone)
+
+    @override
+    def clear_deferred_abort_state(self, bootstrap_room: int) -> None:
+        super().clear_deferred_abort_state(bootstrap_room)
+        self.quarantine.forget(bootstrap_room)
+        self._gone.pop(bootstrap_room, None)
+
+    def note_gone(self, room: int, ranks: Sequence[Address]) -> None:
+        """The processes of all prefill ranks of a failed request have ended."""
+        self._gone[room] = set().union(*(addresses_of(host) for host, _ in ranks))
+
+    def ask_again(self, room: int, generation: int | None, ranks: Sequence[Address]) -> None:
+        """Ask prefill ranks once more to confirm that nothing is on its way."""
+        me = str(self.local_ip), int(self.rank_port)
+        question = AbortNotification(room, *me, generation).to_zmq()
+        for rank in ranks:
+            self.send(rank, question)
+
+    def _mooncake_ports(self) -> set[int]:
+        low, high = (int(os.environ.get(name, value)) for name, value in MOONCAKE_PORTS)
+        return own_ports(low, high) - {int(self.rank_port)}
+
+    def _prefill_addresses(self) -> set[str]:
+        hosts = {address.rpartition(":")[0].strip("[]") for address in self.prefill_info_table}
+        return set().union(*(addresses_of(host) for host in hosts))
+
     # -- what the receiver asks for --
 
     def accept(self, room: int, prefill_rank: int) -> None:
@@ -129,6 +172,6 @@ class HmaDecodeManager(HmaKVManager):
         self.update_status(room, KVPoll.Failed)
 
 
-def _addresses(infos: Sequence[dict[str, Any]]) -> list[Address]:
+def control_ports(infos: Sequence[dict[str, Any]]) -> list[Address]:
     """Control ports of the prefill ranks in SGLang's bootstrap infos."""
     return [(str(info["rank_ip"]), int(info["rank_port"])) for info in infos]

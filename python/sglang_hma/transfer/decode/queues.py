@@ -21,9 +21,11 @@ from typing_extensions import override
 
 from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.kvcache.allocator import SlabPageAllocator
+from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
 
 IDLE_POLL_S = 0.5e-3
+ASK_AGAIN_S = 10.0
 
 
 class HmaDecodePreallocQueue(DecodePreallocQueue):
@@ -118,6 +120,12 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
     """Unpacks the landed last page; frees a failed request's pages when nothing can land there."""
 
     _liveness = PeerLiveness()
+    _quarantined = 0  # pages, as the gauge has them
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._asked_s: dict[int, float] = {}  # when prefill was asked about a failed request
 
     @override
     def _commit_transfer_to_req(self, decode_req: DecodeRequest) -> None:
@@ -139,17 +147,25 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
 
     @override
     def resolve_deferred_releases(self) -> None:
-        """Frees failed requests' pages once prefill has confirmed that they drained, or is gone."""
+        """Frees failed requests' pages once nothing can be written to them (quarantine.py)."""
+        now = time.monotonic()
         for decode_req, *_ in self._deferred_releases:
             ended = decode_req.kv_receiver
-            for index, info in enumerate(ended.bootstrap_infos or ()):
-                if self._liveness.is_gone((str(info["rank_ip"]), int(info["rank_port"]))):
-                    ended.kv_mgr.note_abort_ack(
-                        ended.bootstrap_room, -1 - index, ended._abort_generation
-                    )
+            ranks = control_ports(ended.bootstrap_infos or ())
+            gone = [self._liveness.is_gone(rank) for rank in ranks]
+            if ranks and all(gone):
+                ended.kv_mgr.note_gone(ended.bootstrap_room, ranks)
+            elif now - self._asked_s.setdefault(ended.bootstrap_room, now) > ASK_AGAIN_S:
+                # The confirmation may have been lost, or the question.
+                self._asked_s[ended.bootstrap_room] = now
+                ended.kv_mgr.ask_again(ended.bootstrap_room, ended._abort_generation, ranks)
         super().resolve_deferred_releases()
+        kept = {entry[0].req.bootstrap_room for entry in self._deferred_releases}
+        self._asked_s = {room: at for room, at in self._asked_s.items() if room in kept}
         receiver = self.scheduler.disagg_decode_prealloc_queue.kv_manager.receiver
         if receiver is not None:
             prompts = (len(entry[0].req.origin_input_ids) for entry in self._deferred_releases)
             pages = sum(-(-tokens // PAGE) for tokens in prompts)
-            receiver.metrics.quarantined_pages.set(pages)
+            if pages != self._quarantined:
+                receiver.metrics.quarantined_pages.set(pages)
+                self._quarantined = pages

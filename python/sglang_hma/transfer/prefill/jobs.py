@@ -2,7 +2,9 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer.messages import Landed
@@ -44,15 +46,17 @@ class Job:
         if self.end_layer < 0:
             self.end_layer = len(self.slices)
 
-    @property
+    # Asked at every step of the send thread, and a long prompt has thousands of runs.
+
+    @cached_property
     def layer_bytes(self) -> int:
         return sum(pair.length for pair in self.slices[0]) * self.pages
 
-    @property
+    @cached_property
     def layer_blocks(self) -> int:
         return sum(pair.block_count(self.runs) for pair in self.slices[0])
 
-    @property
+    @cached_property
     def pages(self) -> int:
         return sum(run.pages for run in self.runs)
 
@@ -60,6 +64,11 @@ class Job:
     def submitted(self) -> bool:
         """Whether no layer is left to submit."""
         return self.dropped or self.next_layer == self.end_layer
+
+    @property
+    def done(self) -> bool:
+        """Whether no write of it is left, on the wire or to come."""
+        return self.submitted and self.in_flight == 0
 
 
 @dataclass(eq=False)
@@ -69,7 +78,7 @@ class LayerRange:
     job: Job
     first_layer: int
     layers: int
-    announcement: Landed | None = None
+    announcement: "Future[Landed] | None" = None
 
     @property
     def end_layer(self) -> int:
@@ -90,19 +99,20 @@ class LayerRange:
 
 
 @dataclass(eq=False)
-class Write:
-    block: Block
-    handle: int
-    tries: int = 0
-
-
-@dataclass(eq=False)
 class Group:
-    """Layer ranges that are written to one peer together."""
+    """Layer ranges that are written to one peer together.
+
+    `blocks` are those that are not submitted yet, `handles` those that are on the wire, 0 where
+    the link refused one, both in the order in which they leave.
+    """
 
     ranges: list[LayerRange]
-    writes: deque[Write]
+    blocks: deque[Block]
     bytes: int
     started_s: float
+    handles: deque[int] = field(default_factory=deque)
     failed: bool = False
-    retries: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return not self.blocks and not self.handles

@@ -4,38 +4,37 @@ One thread serves all peers. It submits writes and polls them. It never waits in
 which would spin on a core that the forward pass needs. Each peer has at most WINDOW groups on the
 wire, and the next one is collected meanwhile: so groups grow on a slow link, and a peer that does
 not answer delays no other.
+
+A write that has failed is not tried again: bytes of the first try may land at any time as long as
+the kernel holds them, also after decode has verified a second one (drain.py).
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Protocol
 
 from sglang_hma.transfer.messages import Landed
-from sglang_hma.transfer.prefill.jobs import Group, Job, LayerRange, Write
+from sglang_hma.transfer.page_slices import Block
+from sglang_hma.transfer.prefill.jobs import Group, Job, LayerRange
 from sglang_hma.transfer.prefill.link import Link
-from sglang_hma.transfer.prefill.link_model import GroupSizer, LinkModel
+from sglang_hma.transfer.prefill.link_model import GroupSizer
+from sglang_hma.transfer.prefill.peer import Peer
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 2
 MAX_GROUP_BLOCKS = 512
 MAX_GROUP_BYTES = 16 << 20
+# Mooncake's queue for a peer takes 2,052 writes; some of those beyond never end.
+MAX_WRITES = 1024
+# Mooncake ends a write after a minute (MC_TRANSFER_TIMEOUT).
+STUCK_S = 90.0
 MIN_POLL_S, MAX_POLL_S = 50e-6, 400e-6
 TICK_S = 0.25
-RETRIES = 1
 KEPT_PEERS = 64  # idle peers beyond these are forgotten, with what was learnt about their links
-
-
-@dataclass
-class Peer:
-    session: str
-    jobs: deque[Job] = field(default_factory=deque)
-    window: deque[Group] = field(default_factory=deque)
-    link_model: LinkModel = field(default_factory=LinkModel)
-    last_end_s: float = 0.0
 
 
 class SendListener(Protocol):
@@ -44,11 +43,12 @@ class SendListener(Protocol):
     def is_cancelled(self, room: int) -> bool:
         """Whether a room has failed or was aborted: nothing more is sent for it."""
 
-    def on_submitted(self, layers: LayerRange) -> Landed | None:
-        """A range's writes have just been submitted. The result becomes its announcement."""
+    def on_submitted(self, layers: LayerRange) -> "Future[Landed] | None":
+        """A range's writes are being submitted. The result becomes its announcement."""
 
     def on_group_done(self, group: Group, now_s: float) -> None:
-        """Every write of a group has been acknowledged or has failed."""
+        """Every write of a group has been acknowledged or has failed. Comes before all that
+        follows from it for jobs."""
 
     def on_acked(self, layers: LayerRange) -> None:
         """The peer has acknowledged a range's bytes."""
@@ -73,6 +73,8 @@ class SendThread(threading.Thread):
         self.peers: dict[str, Peer] = {}
         self._incoming: deque[Job] = deque()
         self._wake = threading.Event()
+        self._changed = False  # a gate, since all jobs were looked at
+        self._looked_s = 0.0
         self._poll_s = MIN_POLL_S
 
     # -- from other threads --
@@ -83,6 +85,7 @@ class SendThread(threading.Thread):
 
     def wake(self) -> None:
         """A gate has grown or ended."""
+        self._changed = True
         self._wake.set()
 
     # -- the thread --
@@ -91,7 +94,7 @@ class SendThread(threading.Thread):
         ticked_s = 0.0
         while True:
             try:
-                progressed = self.step()
+                progressed = self.step(look=self._must_look())
                 if time.monotonic() - ticked_s > TICK_S:
                     self.listener.on_tick()
                     ticked_s = time.monotonic()
@@ -105,27 +108,39 @@ class SendThread(threading.Thread):
             else:
                 self._pause()
 
-    def step(self) -> bool:
-        """Finish and submit what can be, without waiting. Whether anything was done."""
+    def _must_look(self) -> bool:
+        """Whether jobs may be ready, or cancelled, that were not when all were looked at."""
+        now, changed = time.monotonic(), self._changed
+        if not (changed or now - self._looked_s > TICK_S or self._waits_for_device()):
+            return False
+        self._changed, self._looked_s = False, now
+        return True
+
+    def step(self, *, look: bool = True) -> bool:
+        """Finish and submit what can be, without waiting. Whether anything was done. Jobs are
+        looked at where there are new ones or a group has ended, and everywhere with `look`."""
         progressed = False
+        fresh = set()
         while self._incoming:
             job = self._incoming.popleft()
             self.peers.setdefault(job.session, Peer(job.session)).jobs.append(job)
+            fresh.add(job.session)
             progressed = True
         for peer in list(self.peers.values()):
-            progressed |= self._finish_groups(peer)
-            progressed |= self._submit_groups(peer)
-            if not peer.jobs and not peer.window and len(self.peers) > KEPT_PEERS:
+            ended = self._finish_groups(peer)
+            if ended or look or peer.session in fresh:
+                progressed |= ended | self._submit_groups(peer)
+            if peer.idle and len(self.peers) > KEPT_PEERS:
                 del self.peers[peer.session]
         return progressed
+
+    def _waits_for_device(self) -> bool:
+        return any(job.gate.waits_for_device for peer in self.peers.values() for job in peer.jobs)
 
     def _pause(self) -> None:
         """Until there may be something to do. Gates and new jobs wake; writes and device events
         must be polled."""
-        polling = any(
-            peer.window or any(job.gate.waits_for_device for job in peer.jobs)
-            for peer in self.peers.values()
-        )
+        polling = any(peer.window for peer in self.peers.values()) or self._waits_for_device()
         self._poll_s = min(2 * self._poll_s, MAX_POLL_S) if polling else TICK_S
         self._wake.wait(self._poll_s)
         self._wake.clear()
@@ -142,7 +157,7 @@ class SendThread(threading.Thread):
             progressed = True
         while peer.jobs and peer.jobs[0].submitted:
             peer.jobs.popleft()
-        return progressed
+        return self._submit_writes(peer) or progressed
 
     def _drop_cancelled(self, peer: Peer) -> bool:
         """Drop jobs of cancelled rooms and of forward passes that have failed."""
@@ -192,47 +207,88 @@ class SendThread(threading.Thread):
         return ranges
 
     def _submit(self, peer: Peer, ranges: list[LayerRange]) -> None:
-        writes: deque[Write] = deque()
+        blocks: deque[Block] = deque()
         for layers in ranges:
             job = layers.job
             job.in_flight += 1
-            blocks = layers.blocks()
+            blocks += layers.blocks()
             if job.submitted:
                 blocks += job.metadata
-            writes.extend(Write(block, 0) for block in blocks)
-        size = sum(write.block[2] for write in writes)
-        group = Group(ranges, writes, size, time.perf_counter())
-        for write in writes:
-            write.handle = self.link.submit(peer.session, *write.block)
-        peer.window.append(group)
+        if not peer.window:
+            peer.progress_s = time.monotonic()
+        size = sum(length for _, _, length in blocks)
+        peer.window.append(Group(ranges, blocks, size, time.perf_counter()))
+        self._submit_writes(peer)
         for layers in ranges:
             layers.announcement = self.listener.on_submitted(layers)
+
+    def _submit_writes(self, peer: Peer) -> bool:
+        """Of the groups on the wire, as many as the peer's queue takes. Whether there were any."""
+        before = peer.writes
+        for group in peer.window:
+            while group.blocks and peer.writes < MAX_WRITES and not group.failed:
+                group.handles.append(self._write(peer, group.blocks.popleft()))
+                peer.writes += 1
+        return peer.writes > before
+
+    def _write(self, peer: Peer, block: Block) -> int:
+        """A handle; 0 if the write was refused."""
+        try:
+            return self.link.submit(peer.session, *block)
+        except Exception:  # an address that is no address
+            logger.exception("A write of %d bytes to %s was not possible", block[2], peer.session)
+            return 0
 
     # -- finishing --
 
     def _finish_groups(self, peer: Peer) -> bool:
         """Finish groups in the order of their submission, so that a room's last one ends last."""
-        progressed = False
-        while peer.window:
-            group = peer.window[0]
-            while group.writes:
-                write = group.writes[0]
-                status = self.link.check(write.handle) if write.handle else -1
-                if status == 0:
-                    return progressed
-                progressed = True
-                if status < 0 and not group.failed and write.tries < RETRIES:
-                    # Writing the same bytes to the same place again is harmless: decode
-                    # keeps the pages until this side confirms that nothing is on its way.
-                    write.tries += 1
-                    group.retries += 1
-                    write.handle = self.link.submit(peer.session, *write.block)
-                    continue
-                group.failed |= status < 0
-                group.writes.popleft()
-            peer.window.popleft()
+        ended = False
+        for group in [each for each in peer.stuck if self._poll(peer, each)]:
+            peer.stuck.remove(group)
             self._finish(peer, group)
-        return progressed
+            ended = True
+        while peer.window and self._poll(peer, peer.window[0]):
+            self._finish(peer, peer.window.popleft())
+            ended = True
+        if peer.window and time.monotonic() - peer.progress_s > STUCK_S:
+            self._give_up(peer)
+            ended = True
+        return ended
+
+    def _poll(self, peer: Peer, group: Group) -> bool:
+        """Whether every write of a group has ended. Of a failed one no more are submitted."""
+        while True:
+            while group.handles:
+                status = self.link.check(group.handles[0]) if group.handles[0] else -1
+                if status == 0:
+                    return False
+                group.handles.popleft()
+                peer.writes -= 1
+                peer.progress_s = time.monotonic()
+                if status < 0:
+                    group.failed = True
+                    group.blocks.clear()
+            if not group.blocks:
+                return True
+            if not self._submit_writes(peer):
+                return False
+
+    def _give_up(self, peer: Peer) -> None:
+        """Nothing has ended for STUCK_S: fail what is on the wire and what is queued. Writes that
+        have not ended still count, and keep their rooms from being drained."""
+        stuck, peer.window = list(peer.window), deque()
+        peer.stuck += stuck
+        reason = f"writes to decode server {peer.session} have not ended for {STUCK_S:g} s"
+        for group in stuck:
+            group.failed = True
+            group.blocks.clear()
+        jobs = [layers.job for group in stuck for layers in group.ranges]
+        for job in [*jobs, *peer.jobs]:
+            if not (job.dropped or job.done):
+                job.dropped = True
+                self.listener.on_failed(job, reason, by_peer=True)
+                self._maybe_done(job)
 
     def _finish(self, peer: Peer, group: Group) -> None:
         now = time.perf_counter()
@@ -252,5 +308,5 @@ class SendThread(threading.Thread):
             self._maybe_done(job)
 
     def _maybe_done(self, job: Job) -> None:
-        if job.submitted and job.in_flight == 0:
+        if job.done:
             self.listener.on_done(job)

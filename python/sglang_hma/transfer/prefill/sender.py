@@ -8,12 +8,15 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from operator import attrgetter
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.base import PrefillManager
 from sglang_hma.transfer.claims import Claims
+from sglang_hma.transfer.drain import NETWORK_S, Drain
 from sglang_hma.transfer.integrity import HostMemory, digests
 from sglang_hma.transfer.metrics import PrefillMetrics
 from sglang_hma.transfer.page_slices import Pages
@@ -23,18 +26,16 @@ from sglang_hma.transfer.prefill.link_model import GroupSizer
 from sglang_hma.transfer.prefill.outgoing import Destination, OutgoingRequest
 from sglang_hma.transfer.prefill.send_thread import SendThread
 from sglang_hma.transfer.prefill.trace import Trace
+from sglang_hma.transfer.tcp_table import addresses_of, connections
 
 logger = logging.getLogger(__name__)
 
 VERIFY_TIMEOUT_S = 60.0
-# After a failed write the operating system may still hold bytes of it. Decode keeps the pages
-# until this side confirms that they have drained, which it does this much later.
-QUARANTINE_S = 10.0
 
 
 class PrefillSender:
     """The send thread's listener. `rank` is this prefill rank's number in messages to decode,
-    `layers` the number of layers of a request."""
+    `layers` the number of layers of a request, `hashing` what makes checksums, else a thread."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class PrefillSender:
         *,
         layers: int,
         rank: int,
+        hashing: Executor | None = None,
     ) -> None:
         self.manager = manager
         self.memory = memory
@@ -55,7 +57,8 @@ class PrefillSender:
         self.requests: dict[int, OutgoingRequest] = {}
         self.metrics = PrefillMetrics()
         self.claims = Claims(expected=HmaConfig.require().packs_kv)
-        self._drained_s: dict[int, float] = {}  # when a room's failed writes will have ended
+        self._draining: dict[int, Drain] = {}  # rooms with failed writes
+        self._hashing = hashing or ThreadPoolExecutor(1, thread_name_prefix="hma-hash")
         self._lock = threading.Lock()
         self.thread = SendThread(link, self, sizer)
 
@@ -145,8 +148,8 @@ class PrefillSender:
     def is_cancelled(self, room: int) -> bool:
         return self.manager.is_failed(room)
 
-    def on_submitted(self, layers: LayerRange) -> messages.Landed | None:
-        """Makes the checksums while the bytes are in the CPU's cache and on the wire."""
+    def on_submitted(self, layers: LayerRange) -> Future[messages.Landed] | None:
+        """Checksums are made in a thread of their own, while the bytes are on the wire."""
         job = layers.job
         request = self.requests.get(job.room)
         if request is None:
@@ -155,37 +158,59 @@ class PrefillSender:
         destination = request.destinations.get(job.session)
         if destination is None or destination.generation is None or not job.runs:
             return None
-        began = time.thread_time()
-        slices = [pair.source for pair in layers.slices]
         pages = request.source[job.first_page : job.first_page + job.pages]
-        made = digests(self.memory, slices, pages)
+        return self._hashing.submit(self._announcement, layers, destination.generation, pages)
+
+    def _announcement(self, layers: LayerRange, generation: int, pages: Pages) -> messages.Landed:
+        began = time.thread_time()
+        made = digests(self.memory, [pair.source for pair in layers.slices], pages)
         self.metrics.checksum_seconds.inc(time.thread_time() - began)
         return messages.Landed(
-            room=job.room,
-            generation=destination.generation,
+            room=layers.job.room,
+            generation=generation,
             rank=self.rank,
             first_layer=layers.first_layer,
             layers=layers.layers,
-            first_page=job.first_page,
-            pages=job.pages,
+            first_page=layers.job.first_page,
+            pages=layers.job.pages,
             digests=made,
         )
 
     def on_group_done(self, group: Group, now_s: float) -> None:
-        if not group.failed:
-            self.metrics.sent(group.bytes, now_s - group.started_s, group.retries)
+        if group.failed:
+            self._drain(group)
+        else:
+            self.metrics.sent(group.bytes, now_s - group.started_s)
         self.trace.group(group, now_s)
 
+    def _drain(self, group: Group) -> None:
+        """Rooms of a failed group are not drained before this host holds nothing of it."""
+        host = group.ranges[0].job.session.rpartition(":")[0]
+        peer, rows = addresses_of(host), connections()
+        theirs = [each for each in rows if not peer or each.remote[0] in peer]
+        for layers in group.ranges:
+            drain = Drain(theirs, attrgetter("sending"), least_s=NETWORK_S)
+            self._draining[layers.job.room] = drain
+
     def on_acked(self, layers: LayerRange) -> None:
+        if layers.announcement is not None:
+            layers.announcement.add_done_callback(lambda made: self._announce(layers, made))
+
+    def _announce(self, layers: LayerRange, made: Future[messages.Landed]) -> None:
+        """In the thread that makes checksums, or the send thread if they were made sooner."""
         request = self.requests.get(layers.job.room)
         destination = request.destinations.get(layers.job.session) if request else None
-        if destination is not None and layers.announcement is not None:
-            self.manager.tell(destination.address, layers.announcement)
+        if destination is None:
+            return
+        if (error := made.exception()) is not None:
+            logger.error("No checksums for room %s", layers.job.room, exc_info=error)
+            self._fail(layers.job.room, f"checksums could not be made: {error}")
+        else:
+            self.manager.tell(destination.address, made.result())
 
     def on_failed(self, job: Job, reason: str, *, by_peer: bool) -> None:
         if by_peer:
             self.metrics.failures.inc()
-            self._drained_s[job.room] = time.monotonic() + QUARANTINE_S
             self.manager.suspect(job.session)
         self._fail(job.room, reason)
 
@@ -205,10 +230,7 @@ class PrefillSender:
 
     def on_tick(self) -> None:
         now = time.monotonic()
-        for room, drained_s in list(self._drained_s.items()):
-            if now >= drained_s:
-                self._drained_s.pop(room, None)
-                self.manager.confirm_drained(room)
+        self._look_at_drains()
         for room, request in list(self.requests.items()):
             sent_s = request.all_sent_s
             if self.is_cancelled(room):
@@ -223,8 +245,17 @@ class PrefillSender:
             reason = f"the prefill server got no request for it in {self.claims.UNOPENED_S:g} s"
             logger.error("Room %s is waited for by %s, but %s", room, ranks, reason)
             self.manager.report_unopened(room, ranks, reason)
-        self.metrics.unsettled_rooms.set(len(self._drained_s))
+        self.metrics.unsettled_rooms.set(len(self._draining))
         self.trace.flush()
+
+    def _look_at_drains(self) -> None:
+        if not self._draining:
+            return
+        rows = connections()
+        for room, drain in list(self._draining.items()):
+            if drain.update(rows):
+                del self._draining[room]
+                self.manager.confirm_drained(room)
 
     # -- any of these threads --
 
@@ -251,5 +282,5 @@ class PrefillSender:
             self.manager.close_room(room)
 
     def is_drained(self, room: int) -> bool:
-        """Whether no failed write of this room can still reach decode's pages."""
-        return self._drained_s.get(room, 0.0) <= time.monotonic()
+        """Whether no failed write of this room can still leave this host."""
+        return room not in self._draining
