@@ -1,6 +1,10 @@
 """A port that refuses belongs to a process that has ended; one that is silent does not."""
 
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -50,3 +54,14 @@ def test_silence_is_no_refusal() -> None:
         for one in waiting:
             one.close()
     assert refuses(refusing_address())
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/net/tun") or shutil.which("unshare") is None,
+    reason="a network namespace and a tunnel need root, /dev/net/tun and util-linux",
+)
+def test_a_firewall_that_rejects_is_no_proof_of_death() -> None:
+    """To a plain connect() it is ECONNREFUSED, as a closed port is."""
+    command = ["unshare", "--net", sys.executable, "-m", "test.transfer.rejecting_firewall"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "looks refused, False True", done.stdout + done.stderr
