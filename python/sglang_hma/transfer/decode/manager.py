@@ -11,8 +11,9 @@ from typing_extensions import override
 from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.claims import ClaimRenewer
+from sglang_hma.transfer.decode import routes
 from sglang_hma.transfer.decode.receiver import DecodeReceiver
-from sglang_hma.transfer.decode.refusal import abort_at_prefill, fetch_route
+from sglang_hma.transfer.decode.refusal import abort_at_prefill
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
@@ -28,6 +29,8 @@ class HmaDecodeManager(HmaKVManager):
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._hma_prefill_servers: set[str] = set()
+        self._boots: dict[str, str | None] = {}  # of the prefill servers whose ports are known
+        self.refused: dict[int, str] = {}  # rooms whose prefill server was refused, and why
         self.receiver: DecodeReceiver | None = None
         super().__init__(*args, **kwargs)
         config = HmaConfig.require()
@@ -45,31 +48,87 @@ class HmaDecodeManager(HmaKVManager):
 
     @override
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
-        """As SGLang's, but a mismatch fails the waiting requests, not the server."""
+        """As SGLang's, but a mismatch or a nonsensical answer fails the waiting requests, not the
+        server."""
         if bootstrap_addr in self.prefill_info_table:
             return True
-        route = fetch_route(bootstrap_addr)
-        if route is None:
+        answer = routes.fetch(bootstrap_addr)
+        if answer is None:
             return False
-        reason = self.handshake.refuse_prefill(route)
-        if reason is None:
-            if route.get("kv_layout") is not None:
+        try:
+            route = routes.parse(answer.route)
+            # Of the formats first: that line says most.
+            reason = self.handshake.refuse_prefill(answer.route) or self._unsuitable(route)
+            if reason is not None:
+                raise ValueError(reason)
+            self._boots[bootstrap_addr] = answer.boot
+            if route.kv_layout is not None:
                 self._hma_prefill_servers.add(bootstrap_addr)
-            return bool(super().try_ensure_parallel_info(bootstrap_addr))
-        self._refuse(bootstrap_addr, route, reason)
-        return False
+            return self._ask_again(bootstrap_addr, route)
+        except ValueError as error:
+            self._refuse(bootstrap_addr, answer.route, str(error))
+            return False
+
+    def _unsuitable(self, route: routes.Route) -> str | None:
+        return routes.unsuitable(
+            route,
+            page_size=self.kv_args.page_size,
+            kv_cache_dtype=self.kv_cache_dtype_str,
+            pp_size=self.pp_size,
+            packs_kv=HmaConfig.require().packs_kv,
+        )
+
+    def _ask_again(self, bootstrap_addr: str, checked: routes.Route) -> bool:
+        """SGLang's own method, which asks for itself: whether it has got an answer.
+
+        Raises ValueError if SGLang refuses that, or if it is not the one that was checked.
+        """
+        try:
+            if not super().try_ensure_parallel_info(bootstrap_addr):
+                return False
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        info = self.prefill_info_table[bootstrap_addr]
+        if any(getattr(info, name) != getattr(checked, name) for name in routes.CHECKED):
+            del self.prefill_info_table[bootstrap_addr]
+            raise ValueError("its bootstrap server gave two different answers in a row")
+        return True
 
     def _refuse(self, bootstrap_addr: str, route: dict[str, Any], reason: str) -> None:
-        rooms = [
-            room
-            for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ()))
-            if self.request_status.get(room) != KVPoll.Failed
-        ]
+        rooms = self._waiting(bootstrap_addr)
         logger.error("Refusing prefill server %s: %s", bootstrap_addr, reason)
         for room in rooms:
+            self.refused[room] = f"prefill server {bootstrap_addr} is refused: {reason}"
             self.reject(room, reason)
+        self._abort_there(bootstrap_addr, route, rooms)
+
+    def _waiting(self, bootstrap_addr: str) -> list[int]:
+        """Rooms that wait for a prefill server."""
+        return [
+            room
+            for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ()))
+            if self.request_status.get(room) not in (None, KVPoll.Failed, KVPoll.Success)
+        ]
+
+    def _abort_there(self, bootstrap_addr: str, route: dict[str, Any], rooms: list[int]) -> None:
+        """Their other halves would wait, and the router with them."""
         args = (self._send_multipart_locked, bootstrap_addr, route, rooms)
         threading.Thread(target=abort_at_prefill, args=args, daemon=True).start()
+
+    @override
+    def _on_heartbeat_success(self, bootstrap_addr: str) -> None:
+        """A prefill server that was restarted between two heartbeats answers on its bootstrap port
+        as before, but its control ports are others: SGLang would wait there for minutes."""
+        super()._on_heartbeat_success(bootstrap_addr)
+        answer = routes.fetch(bootstrap_addr)
+        if answer is None or bootstrap_addr not in self.prefill_info_table:
+            return
+        if answer.boot == self._boots.get(bootstrap_addr):
+            return
+        rooms = self._waiting(bootstrap_addr)
+        logger.error("Prefill server %s was restarted", bootstrap_addr)
+        self._handle_node_failure(bootstrap_addr)
+        self._abort_there(bootstrap_addr, answer.route, rooms)
 
     @override
     def build_receiver_registration_message(self) -> list[bytes]:
@@ -94,6 +153,7 @@ class HmaDecodeManager(HmaKVManager):
 
     def forget(self, room: int) -> None:
         super().forget(room)
+        self.refused.pop(room, None)
         self._claim_renewer.drop(room)
         if self.receiver is not None:
             self.receiver.forget(room)

@@ -9,6 +9,7 @@ from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, Transfer
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
+from sglang_hma.transfer.bootstrap import registration
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
@@ -50,6 +51,10 @@ class HmaPrefillManager(HmaKVManager):
         )
 
     # -- what SGLang asks for --
+
+    @override
+    def _register_topology_row(self, url: str, payload: dict[str, Any]) -> None:
+        super()._register_topology_row(url, registration(payload))
 
     @override
     def _validate_peer_state_layout(
