@@ -96,6 +96,7 @@ class Claims:
     UNOPENED_S = 45.0
     LEASE_S = 30.0
     MAX_CLAIMANTS = 1024  # ranks of one request, and ranks that are remembered without one
+    MAX_PROBED = 64  # ranks that have claimed nothing that was here
 
     def __init__(self, *, expected: bool) -> None:
         self.expected = expected  # False with stock decode servers, which claim nothing
@@ -171,12 +172,13 @@ class Claims:
         """(room, reason) of each open request whose decode server cannot answer any more."""
         found = []
         with self._lock:
+            nobody_left = self._nobody_left()
             for room, since in self._opened_s.items():
                 claimants = self._claimants.get(room, {})
                 reasons = (self._loss(address, wants) for address, wants in claimants.items())
                 reason = next(filter(None, reasons), None)
                 if self.expected and not claimants:
-                    reason = self._unclaimed(time.monotonic() - since)
+                    reason = self._unclaimed(time.monotonic() - since, nobody_left)
                 if reason is not None:
                     found.append((room, reason))
         return found
@@ -189,13 +191,24 @@ class Claims:
         with self._lock:
             return list(self._early.overdue(time.monotonic(), self.UNOPENED_S).items())
 
-    def _unclaimed(self, waited_s: float) -> str | None:
+    def _nobody_left(self) -> bool:
+        """Whether there were decode servers, and all of them are gone. Asked only while a request
+        waits for one."""
+        waiting_since = time.monotonic() - self.ORPHANED_S
+        if not any(
+            since < waiting_since and room not in self._claimants
+            for room, since in self._opened_s.items()
+        ):
+            return False
+        known = [rank for rank in self._heard_s if self._early.is_known(rank)]
+        servers = known or list(self._heard_s)[-self.MAX_PROBED :]
+        return bool(servers) and all([self._liveness.is_gone(rank) for rank in servers])
+
+    def _unclaimed(self, waited_s: float, nobody_left: bool) -> str | None:
         if waited_s > self.UNCLAIMED_S:
             return f"no decode server claimed it for {self.UNCLAIMED_S:g} s"
-        if waited_s > self.ORPHANED_S and self._heard_s:
-            gone = [self._liveness.is_gone(address) for address in self._heard_s]
-            if all(gone):
-                return "no decode server claimed it, and all that were known are gone"
+        if waited_s > self.ORPHANED_S and nobody_left:
+            return "no decode server claimed it, and all that were known are gone"
         return None
 
     def _loss(self, address: Address, wants: bool) -> str | None:
