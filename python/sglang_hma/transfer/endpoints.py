@@ -124,11 +124,13 @@ class HmaKVReceiver(MooncakeKVReceiver):
         return int(ranks[index])
 
     @override
-    def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
+    def send_metadata(
+        self, kv_indices: Pages, aux_index: int | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         if getattr(self, "bootstrap_infos", None):
-            infos = self.bootstrap_infos
-            self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
-        super().send_metadata(kv_indices, *args, **kwargs)
+            place = self.bootstrap_room, self.bootstrap_addr
+            self.kv_mgr.expect(*place, kv_indices, self.bootstrap_infos, aux_index)
+        super().send_metadata(kv_indices, aux_index, *args, **kwargs)
 
     @override
     def _clear(self) -> None:

@@ -17,7 +17,7 @@ from sglang_hma.transfer.decode.refusal import abort_at_prefill
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
-from sglang_hma.transfer.page_slices import Pages
+from sglang_hma.transfer.page_slices import Pages, PageSlice
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,16 @@ class HmaDecodeManager(HmaKVManager):
         self.receiver: DecodeReceiver | None = None
         super().__init__(*args, **kwargs)
         config = HmaConfig.require()
+        if config.prefill_peers is None:
+            logger.warning(
+                "Pages are taken from any prefill server that a request names: give "
+                "--hma-prefill-peers, or let nobody but the router reach this server"
+            )
         if self.plain_pages and config.kv_checksum:
             memory, session = memory_of(config.device), self.get_session_id()
-            self.receiver = DecodeReceiver(self, self.buffers, memory, session)
+            sizes = zip(self.kv_args.aux_data_ptrs, self.kv_args.aux_item_lens, strict=True)
+            rows = [PageSlice.part(buffer, size) for buffer, size in sizes]
+            self.receiver = DecodeReceiver(self, self.buffers, memory, session, rows)
             self.intake.handler = self.receiver.on_message
         me = str(self.local_ip), int(self.rank_port)
         self._claim_renewer = ClaimRenewer(
@@ -145,11 +152,17 @@ class HmaDecodeManager(HmaKVManager):
         self._claim_renewer.claim(room, _addresses(infos))
 
     def expect(
-        self, room: int, bootstrap_addr: str, pages: Pages, infos: Sequence[dict[str, Any]]
+        self,
+        room: int,
+        bootstrap_addr: str,
+        pages: Pages,
+        infos: Sequence[dict[str, Any]],
+        row: int | None,
     ) -> None:
-        """Pages are about to be published: verify what arrives, if that server makes checksums."""
+        """Pages and a row for the metadata are about to be published: verify what arrives, if that
+        server makes checksums."""
         if self.receiver is not None and self.is_hma_prefill(bootstrap_addr):
-            self.receiver.expect(room, pages, _addresses(infos))
+            self.receiver.expect(room, pages, _addresses(infos), row)
 
     def forget(self, room: int) -> None:
         super().forget(room)

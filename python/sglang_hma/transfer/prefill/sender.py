@@ -14,7 +14,7 @@ from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.base import PrefillManager
 from sglang_hma.transfer.claims import Claims
-from sglang_hma.transfer.integrity import HostMemory, digests
+from sglang_hma.transfer.integrity import HostMemory, digests, row_digest
 from sglang_hma.transfer.metrics import PrefillMetrics
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend, Group, Job, LayerRange
@@ -30,6 +30,7 @@ VERIFY_TIMEOUT_S = 60.0
 # After a failed write the operating system may still hold bytes of it. Decode keeps the pages
 # until this side confirms that they have drained, which it does this much later.
 QUARANTINE_S = 10.0
+STRAYS_S = 5.0
 
 
 class PrefillSender:
@@ -56,6 +57,7 @@ class PrefillSender:
         self.metrics = PrefillMetrics()
         self.claims = Claims(expected=HmaConfig.require().packs_kv)
         self._drained_s: dict[int, float] = {}  # when a room's failed writes will have ended
+        self._strays_s = 0.0  # when it was last looked for them
         self._lock = threading.Lock()
         self.thread = SendThread(link, self, sizer)
 
@@ -198,7 +200,21 @@ class PrefillSender:
 
     def _on_all_acked(self, job: Job) -> None:
         request = self.requests.get(job.room)
-        if request is not None and request.note_sent(job.session):
+        if request is None:
+            return
+        destination = request.destinations.get(job.session)
+        if destination is not None and destination.generation is not None and job.metadata:
+            self.manager.tell(
+                destination.address,
+                messages.Metadata(
+                    room=job.room,
+                    generation=destination.generation,
+                    rank=self.rank,
+                    buffers=len(job.metadata),
+                    digest=row_digest((source, length) for source, _, length in job.metadata),
+                ),
+            )
+        if request.note_sent(job.session):
             self.metrics.request(*request.overlap())
             self.manager.report_sent(job.room)
             self._maybe_conclude(request)
@@ -223,6 +239,9 @@ class PrefillSender:
             reason = f"the prefill server got no request for it in {self.claims.UNOPENED_S:g} s"
             logger.error("Room %s is waited for by %s, but %s", room, ranks, reason)
             self.manager.report_unopened(room, ranks, reason)
+        if now - self._strays_s > STRAYS_S:
+            self._strays_s = now
+            self.manager.forget_strays()
         self.metrics.unsettled_rooms.set(len(self._drained_s))
         self.trace.flush()
 
