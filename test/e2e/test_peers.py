@@ -19,7 +19,7 @@ from sglang_hma.transfer.decode import routes
 
 from .client import Greedy, assert_drained, greedy, output_ids, payload
 from .conftest import COMMON, FAULTY_LINK, POOL_TOKENS, Faults
-from .harness import Pair, launch, launch_router, running, until
+from .harness import Pair, Server, launch, launch_router, running, until
 
 pytestmark = pytest.mark.e2e
 
@@ -38,24 +38,28 @@ class Liar(ThreadingHTTPServer):
     daemon_threads = True
     answer: Any = None
     rank: Any = None
+    slow: threading.Event | None = None  # a byte a second, until it is set
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), LiarHandler)
-        self.asked = 0
+        self.asked_slowly = 0
 
 
 class LiarHandler(BaseHTTPRequestHandler):
     server: Liar
 
     def do_GET(self) -> None:
-        self.server.asked += 1
+        self.server.asked_slowly += self.server.slow is not None
         whole = "target_tp_rank=-1" in self.path
         body = self.server.answer if whole else self.server.rank
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(200)
-        self.send_header("Content-Length", str(len(raw)))
+        if self.server.slow is None:
+            self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
         with contextlib.suppress(OSError):
+            while self.server.slow is not None and not self.server.slow.wait(1):
+                self.wfile.write(b" ")
             self.wfile.write(raw)
 
     def log_message(self, *_: Any) -> None: ...
@@ -67,11 +71,12 @@ class Attacked:
     liar: Liar
     quiet: Greedy
 
-    def straight(self, **fields: Any) -> requests.Response:
-        """A request that goes to the decode server itself."""
+    def straight(self, to: Server | None = None, **fields: Any) -> requests.Response:
+        """A request that goes to a server itself, to decode if not said."""
         good = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.pair.prefill.bootstrap_port}
         body = payload(PROMPT, 4) | good | {"bootstrap_room": 5} | fields
-        return requests.post(f"{self.pair.decode.url}/generate", json=body, timeout=PATIENCE_S)
+        url = (to or self.pair.decode).url
+        return requests.post(f"{url}/generate", json=body, timeout=PATIENCE_S)
 
     def unharmed(self) -> None:
         assert output_ids(self.pair.url, PROMPT) == self.quiet
@@ -146,6 +151,19 @@ def test_what_a_client_may_not_ask_of_decode(attacked: Attacked, fields: dict[st
     assert len(answer.text.splitlines()) == 1, answer.text
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"bootstrap_room": room} for room in ([5], [], -5, 0, 1 << 63, None)),
+        *({"bootstrap_host": host} for host in ("2.2.2.2", ["127.0.0.1"], None)),
+        {"input_ids": [PROMPT, PROMPT], "bootstrap_room": [5, 5]},
+    ],
+)
+def test_what_a_client_may_not_ask_of_prefill(attacked: Attacked, fields: dict[str, Any]) -> None:
+    answer = attacked.straight(attacked.pair.prefill, **fields)
+    assert answer.status_code == 400, (answer.status_code, answer.text[:300])
+
+
 def test_other_ways_to_ask_for_pages_that_nobody_fills(attacked: Attacked) -> None:
     url, fake = attacked.pair.decode.url, {"bootstrap_host": "2.2.2.2", "bootstrap_room": 3}
     completion = {"model": "default", "prompt": "Hello", "max_tokens": 4} | fake
@@ -171,7 +189,7 @@ def test_other_ways_to_ask_for_pages_that_nobody_fills(attacked: Attacked) -> No
         ({"attn_tp_size": "two"}, "TP|SGLang's"),
         ({"kv_layout": None}, "KV format mismatch"),
         ({"kv_layout": "hma-kv/9"}, "KV format mismatch"),
-        ({"dsv41_spec_layout": {"x": 1}}, "DeepSeek"),
+        ({"dsv41_spec_layout": {"x": 1}}, "speculates"),
         ({"decode_allocation_policy": 3}, "does not answer as SGLang's"),
         ({"surprise": 1}, "surprise"),
     ],
@@ -207,6 +225,21 @@ def test_a_rank_at_no_address(attacked: Attacked, rank: Any) -> None:
     assert reply.status_code >= 400, reply.text
     if isinstance(rank, dict):
         assert reply.status_code == 400 and "no address of a rank" in reply.text, reply.text
+
+
+def test_a_bootstrap_server_that_answers_a_byte_a_second(attacked: Attacked) -> None:
+    """Others do not wait for it: it is not asked in the thread that generates."""
+    attacked.liar.slow = threading.Event()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(attacked.straight, bootstrap_port=attacked.liar.server_port)
+            until(lambda: attacked.liar.asked_slowly, attacked.pair.decode)
+            attacked.unharmed()
+            attacked.liar.answer = {}
+            attacked.liar.slow.set()
+            assert waiting.result().status_code >= 400
+    finally:
+        attacked.liar.slow = None
 
 
 def test_nobody_registers_as_this_prefill_server(attacked: Attacked) -> None:

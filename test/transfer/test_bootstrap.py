@@ -60,7 +60,7 @@ def test_only_its_own_processes_register(port: int) -> None:
         assert routes.fetch(address) is None, "nobody has registered"
         assert put(address, registration(ROW)) == 200
         assert put(address, forged) == 403
-        found = routes.fetch(address, dp=0, tp=0)
+        found = routes.fetch(address, (0, 0, 0, 0))
         assert found is not None and routes.parse_rank(found.route).rank_port == 4321
         answer = routes.fetch(address)
         assert answer is not None and routes.parse(answer.route).page_size == 32

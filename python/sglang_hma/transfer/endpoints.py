@@ -87,7 +87,7 @@ class HmaKVSender(MooncakeKVSender):
 
 class HmaKVReceiver(MooncakeKVReceiver):
     """Tells the manager which pages a request expects, from when until when; takes no address of a
-    prefill rank that is none."""
+    prefill rank that is none, and the ranks' addresses from where they were asked for before."""
 
     @override
     def init(self, *args: Any, **kwargs: Any) -> None:
@@ -101,9 +101,11 @@ class HmaKVReceiver(MooncakeKVReceiver):
         self, prefill_dp_rank: int, prefill_cp_rank: int, target_tp_rank: int, target_pp_rank: int
     ) -> dict[str, Any] | None:
         place = prefill_dp_rank, prefill_cp_rank, target_tp_rank, target_pp_rank
-        info = super()._get_bootstrap_info_from_server(*place)
+        known = self.kv_mgr.rank_routes.get(self.bootstrap_addr, {}).get(place)
+        info = known or super()._get_bootstrap_info_from_server(*place)
         if info is None:
             return None
+        info = info | {"pp_rank": target_pp_rank}
         try:
             return msgspec.structs.asdict(parse_rank(info))
         except ValueError as error:

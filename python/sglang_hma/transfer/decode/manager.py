@@ -2,10 +2,12 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.common.conn import PrefillServerInfo
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
@@ -14,6 +16,7 @@ from sglang_hma.transfer.claims import ClaimRenewer
 from sglang_hma.transfer.decode import routes
 from sglang_hma.transfer.decode.receiver import DecodeReceiver
 from sglang_hma.transfer.decode.refusal import abort_at_prefill
+from sglang_hma.transfer.decode.route_asker import RouteAsker
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
@@ -30,6 +33,8 @@ class HmaDecodeManager(HmaKVManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._hma_prefill_servers: set[str] = set()
         self._boots: dict[str, str | None] = {}  # of the prefill servers whose ports are known
+        self._asker = RouteAsker()
+        self.rank_routes: dict[str, Mapping[routes.Place, dict[str, Any]]] = {}
         self.refused: dict[int, str] = {}  # rooms whose prefill server was refused, and why
         self.receiver: DecodeReceiver | None = None
         super().__init__(*args, **kwargs)
@@ -55,13 +60,14 @@ class HmaDecodeManager(HmaKVManager):
 
     @override
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
-        """As SGLang's, but a mismatch or a nonsensical answer fails the waiting requests, not the
-        server."""
+        """As SGLang's, but asks in another thread, and a mismatch or a nonsensical answer fails the
+        waiting requests, not the server."""
         if bootstrap_addr in self.prefill_info_table:
             return True
-        answer = routes.fetch(bootstrap_addr)
-        if answer is None:
+        found = self._asker.look(bootstrap_addr)
+        if found is None:
             return False
+        answer = found.answer
         try:
             route = routes.parse(answer.route)
             # Of the formats first: that line says most.
@@ -69,12 +75,27 @@ class HmaDecodeManager(HmaKVManager):
             if reason is not None:
                 raise ValueError(reason)
             self._boots[bootstrap_addr] = answer.boot
-            if route.kv_layout is not None:
+            self.rank_routes[bootstrap_addr] = found.ranks
+            if route.kv_layout is None:
+                self._hma_prefill_servers.discard(bootstrap_addr)
+            else:
                 self._hma_prefill_servers.add(bootstrap_addr)
+            if self.plain_pages and self.dcp_size == 1:
+                self._take(bootstrap_addr, route)
+                return True
             return self._ask_again(bootstrap_addr, route)
         except ValueError as error:
             self._refuse(bootstrap_addr, answer.route, str(error))
             return False
+
+    def _take(self, bootstrap_addr: str, route: routes.Route) -> None:
+        """Which of the prefill server's ranks are this rank's, as SGLang has it."""
+        info = PrefillServerInfo(**msgspec.structs.asdict(route))
+        try:
+            self._resolve_rank_mapping(info)
+        except AssertionError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        self.prefill_info_table[bootstrap_addr] = info
 
     def _unsuitable(self, route: routes.Route) -> str | None:
         return routes.unsuitable(
@@ -86,7 +107,8 @@ class HmaDecodeManager(HmaKVManager):
         )
 
     def _ask_again(self, bootstrap_addr: str, checked: routes.Route) -> bool:
-        """SGLang's own method, which asks for itself: whether it has got an answer.
+        """SGLang's own method, which asks for itself and knows pools that are not plain: whether it
+        has got an answer.
 
         Raises ValueError if SGLang refuses that, or if it is not the one that was checked.
         """

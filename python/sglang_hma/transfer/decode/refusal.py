@@ -27,7 +27,7 @@ def rank_endpoints(bootstrap_addr: str, route: dict[str, Any]) -> list[NetworkAd
     endpoints: list[NetworkAddress] = []
     for dp in range(dp_size):
         for tp in range(tp_size):
-            answer = routes.fetch(bootstrap_addr, dp=dp, tp=tp)
+            answer = routes.fetch(bootstrap_addr, (dp, 0, tp, 0))
             if answer is None:
                 return endpoints
             try:

@@ -4,19 +4,24 @@ SGLang reads the answer in its scheduler's thread, and an answer that does not s
 process. A decode server must outlive any.
 """
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import aiohttp
 import msgspec
-import requests
 
 from sglang_hma.transfer.bootstrap import BOOT_HEADER
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5
+MAX_BYTES = 1 << 16
 MAX_RANKS = 1024
+
+Place = tuple[int, int, int, int]  # a rank by its data, context, tensor and pipeline ranks
+SERVER: Place = (-1, -1, -1, -1)
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
 Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
@@ -72,21 +77,37 @@ class Answer:
     boot: str | None
 
 
-def fetch(bootstrap_addr: str, *, dp: int = -1, tp: int = -1) -> Answer | None:
-    """What a bootstrap server says of its prefill server (ranks -1) or of one of its ranks.
+def fetch(bootstrap_addr: str, place: Place = SERVER) -> Answer | None:
+    """What a bootstrap server says of its prefill server or of one of its ranks. Blocks for
+    TIMEOUT_S at most.
 
     None if it cannot be reached or does not answer with a JSON object.
     """
-    query = f"prefill_dp_rank={dp}&prefill_cp_rank={min(dp, 0)}&target_tp_rank={tp}"
-    url = f"http://{bootstrap_addr}/route?{query}&target_pp_rank={min(dp, 0)}"
     try:
-        reply = requests.get(url, timeout=TIMEOUT_S, allow_redirects=False)
-        reply.raise_for_status()
-        route = reply.json()
-    except (requests.RequestException, ValueError) as error:
-        logger.debug("No route from %s yet: %s", bootstrap_addr, error)
+        return asyncio.run(_fetch(bootstrap_addr, place))
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        logger.debug("No route from %s yet: %r", bootstrap_addr, error)
         return None
-    return Answer(route, reply.headers.get(BOOT_HEADER)) if isinstance(route, dict) else None
+
+
+async def _fetch(bootstrap_addr: str, place: Place) -> Answer | None:
+    names = "prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"
+    query = "&".join(f"{name}={rank}" for name, rank in zip(names, place, strict=True))
+    # In all: a server may also send a byte now and then.
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.get(f"http://{bootstrap_addr}/route?{query}", allow_redirects=False) as reply,
+    ):
+        if reply.status != 200:
+            return None
+        raw = b""
+        async for part in reply.content.iter_any():
+            raw += part
+            if len(raw) > MAX_BYTES:
+                return None
+        route = msgspec.json.decode(raw)
+        return Answer(route, reply.headers.get(BOOT_HEADER)) if isinstance(route, dict) else None
 
 
 def parse(route: dict[str, Any]) -> Route:
@@ -129,6 +150,8 @@ def unsuitable(
             f"pipeline parallelism is {route.pp_size} on prefill and {pp_size} on decode, which "
             "must be equal, or 1 on decode"
         )
+    if packs_kv and route.dsv41_spec_layout is not None:
+        return "the prefill server speculates, which BFP8 pages do not allow"
     if packs_kv and (route.enable_kv_cache_sharding or route.enable_dsa_cache_layer_split):
         return "the prefill server splits its pages or layers between ranks"
     return None
