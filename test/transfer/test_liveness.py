@@ -42,6 +42,18 @@ def test_refusing_ports_are_gone_and_listening_ones_are_not(
         time.sleep(0.001)
 
 
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a\0b", "\ud800"])
+def test_odd_hosts_end_no_thread(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer says of itself where it is."""
+    monkeypatch.setattr(liveness, "INTERVAL_S", 0.01)
+    watched, dead = PeerLiveness(), refusing_address()
+    assert not watched.is_gone((host, 1))
+    deadline = time.monotonic() + 600
+    while not watched.is_gone(dead):
+        assert time.monotonic() < deadline and not watched.is_gone((host, 1))
+        time.sleep(0.001)
+
+
 def test_silence_is_no_refusal() -> None:
     """As of a stopped process: its backlog is full, and nothing answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:

@@ -73,7 +73,7 @@ def refuses(address: Address) -> bool:
                 sock.connect(place)
             except ConnectionRefusedError:
                 return not _has_icmp_error(sock)
-    except OSError:
+    except (OSError, ValueError):  # a host name may be one that cannot be encoded
         return False
     return False
 
