@@ -48,7 +48,7 @@ def overriding_classes() -> Iterator[tuple[str, str, str, str]]:
             methods = [
                 f"`{method.name}`"
                 for method in node.body
-                if isinstance(method, ast.FunctionDef)
+                if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef)
                 and any(ast.unparse(mark) == "override" for mark in method.decorator_list)
             ]
             if methods:

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 import msgspec
 
+from sglang_hma import addresses
+
 KVFormatName = Literal["bfp8", "native"]
 WeightFormatName = Literal["bfp8", "native"]
 WeightGroup = Literal["attention", "mlp", "head"]
@@ -72,6 +74,8 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     device_ids: tuple[int, ...] = (0,)  # of the Tenstorrent cards
     chips: int = 1  # of those cards, in one mesh
     torch_ops: bool = False  # on a GPU: SGLang's layers do without sgl_kernel
+    # Bootstrap addresses that a decode server takes pages from (addresses.canonical); None: any.
+    prefill_peers: tuple[str, ...] | None = None
 
     @property
     def platform_class(self) -> str:
@@ -170,6 +174,14 @@ def mesh_chips(text: str) -> int:
     return MESHES[text]
 
 
+def peer_address(text: str) -> str:
+    """A value of --hma-prefill-peers; raises argparse.ArgumentTypeError."""
+    try:
+        return addresses.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 def on_off(text: str) -> str:
     """The value of --hma-kv-checksum; raises argparse.ArgumentTypeError.
 
@@ -244,6 +256,17 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="On a decode server: compare every page that arrives with a checksum made by the "
         "prefill server before anything reads it; what differs is sent again, then the request "
         "fails. Default: on.",
+    )
+    group.add_argument(
+        "--hma-prefill-peers",
+        type=peer_address,
+        nargs="+",
+        default=None,
+        metavar="HOST:PORT",
+        help="On a decode server: the prefill servers that it takes KV pages from, each by the "
+        "host in the router's --prefill URL and its --disaggregation-bootstrap-port. A request "
+        "that names another is refused. launch_pd fills it in. Default: any address that a "
+        "request names is asked for pages, so let nobody but the router reach this server's port.",
     )
     group.add_argument(
         "--hma-trace",

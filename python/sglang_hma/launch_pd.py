@@ -76,6 +76,7 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     share = env | {SHARE_ENV: str(sum(options.counts.values()))}
     servers: list[Program] = []
     routes: list[str] = []
+    peers: list[str] = []  # prefill servers come first
     for role, number in options.counts.items():
         flags = [*options.shared, *options.role_args[role]]
         for i in range(number):
@@ -88,6 +89,9 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 bootstrap = str(ports.take())
                 command += ["--disaggregation-bootstrap-port", bootstrap]
                 routes.append(bootstrap)
+                peers.append(f"{LOOPBACK}:{bootstrap}")
+            else:
+                command += ["--hma-prefill-peers", *peers]
             # Data-parallel groups need a port each and pick them themselves.
             asked = options.asked[role]
             if asked.dp_size is None:

@@ -16,6 +16,7 @@ from sglang_hma.config import HmaConfig
 from sglang_hma.launch import arguments, checks, defaults, environment
 from sglang_hma.launch.flags import Refusal
 from sglang_hma.launch.model import check_model
+from sglang_hma.transfer import own_processes
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -27,6 +28,7 @@ def prepare(argv: Sequence[str]) -> "ServerArgs":
     What can be refused is refused as early as it can be known.
     """
     environment.prepare_early()
+    own_processes.prepare()
     config = arguments.assume(argv)
     environment.prepare(
         config,

@@ -114,9 +114,19 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_kv_class",
-        "hands out our Mooncake manager, sender and receiver: format handshake in both "
-        "directions, layer-wise sending, checksums, no CUDA event on CPU",
+        "hands out our Mooncake manager, sender, receiver and bootstrap server: format handshake "
+        "in both directions, layer-wise sending, checksums, no CUDA event on CPU, registrations "
+        "by the server's own processes only",
         _from("transfer.classes", "get_kv_class"),
+        lambda config: config.role != "null",
+        "prefill, decode",
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state",
+        "checks a request's bootstrap fields before it is sent to the scheduler, which ends on a "
+        "value that it cannot work with, asks any address that is named for pages, and with the "
+        "fake host generates from pages that nobody filled",
+        _from("transfer.request_fields", "init_req_state"),
         lambda config: config.role != "null",
         "prefill, decode",
     ),
@@ -236,7 +246,8 @@ def _load_what_sglang_asks_for(config: HmaConfig) -> None:
     if config.role != "null":
         from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
 
-        get_kv_class(TransferBackend.MOONCAKE, KVClassType.MANAGER)
+        for kind in (KVClassType.MANAGER, KVClassType.BOOTSTRAP_SERVER):
+            get_kv_class(TransferBackend.MOONCAKE, kind)
 
 
 def _changed_hooks(config: HmaConfig) -> list[str]:

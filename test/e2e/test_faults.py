@@ -164,6 +164,14 @@ def test_hopeless_bytes_fail_in_words(faulty: Faulty) -> None:
     assert_drained(faulty.pair.prefill, faulty.pair.decode)
 
 
+def test_a_wrong_first_token_fails_in_words(faulty: Faulty) -> None:
+    faulty.faults.set(flip_rows=1.0)
+    reply = requests.post(f"{faulty.pair.url}/generate", json=payload(*faulty.jobs[0]))
+    assert "the first token arrived with wrong bytes" in reply.text, reply.text
+    faulty.works_again()
+    assert_drained(faulty.pair.prefill, faulty.pair.decode)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_stopped_server(faulty: Faulty, role: str, seed: int) -> None:
     """SIGSTOP of all its processes in the middle of transfers."""

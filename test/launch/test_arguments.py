@@ -96,6 +96,9 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
         (["--hma-mesh", "2x2"], ["--hma-mesh", "'2x2'", "1x1, 1x2, 1x4"]),
         (["--hma-weight-format", "bf16"], ["--hma-weight-format", "'bf16'", "attention="]),
         (["--hma-weight-format", "tail=bfp8"], ["--hma-weight-format", "'tail=bfp8'"]),
+        (["--hma-prefill-peers", "10.0.0.1", *DECODE], ["--hma-prefill-peers", "HOST:PORT"]),
+        (["--hma-prefill-peers", "a:1", "::1:5"], ["'::1:5'", "brackets"]),
+        (["--hma-prefill-peers", "a b:1"], ["'a b:1'", "host name"]),
         (["--hma-trace", "/no/such/folder/t.json"], ["--hma-trace", "/no/such/folder", "folder"]),
     ],
 )
@@ -195,6 +198,15 @@ def test_the_two_readings_must_agree() -> None:
     config = msgspec.structs.replace(arguments.assume(argv), role="decode")
     with pytest.raises(Refusal, match="--disaggregation-mode is prefill for SGLang"):
         arguments.parse(config, argv)
+
+
+def test_prefill_peers_have_one_spelling(tmp_path: Path) -> None:
+    given = ["Prefill-0.example:8998", "[FD00:0::1]:8999"]
+    found = ("prefill-0.example:8998", "[fd00::1]:8999")
+    assert start(*CPU, *DECODE, "--hma-prefill-peers", *given)[0].prefill_peers == found
+    config, _ = start(*CPU, *DECODE, *yaml(tmp_path, hma_prefill_peers=given))
+    assert config.prefill_peers == found
+    assert start(*CPU, *DECODE)[0].prefill_peers is None
 
 
 @pytest.mark.usefixtures("cards")

@@ -145,7 +145,7 @@ def test_sglang_and_the_router_take_the_flags(tmp_path: Path) -> None:
     servers, router = plan(options, Commands())
     parser = full_parser()
     ports: list[int] = []
-    traces = []
+    traces, bootstraps = [], []
     for server in servers:
         flags = server_flags(server.command)
         config, args = assume(flags), parser.parse_args(flags)
@@ -156,7 +156,10 @@ def test_sglang_and_the_router_take_the_flags(tmp_path: Path) -> None:
         ports += [args.port, args.nccl_port]
         if config.role == "prefill":
             ports.append(args.disaggregation_bootstrap_port)
+            bootstraps.append(f"127.0.0.1:{args.disaggregation_bootstrap_port}")
             traces.append(config.trace)
+        else:
+            assert config.prefill_peers == tuple(bootstraps) and len(bootstraps) == 2
     assert traces == [f"{tmp_path}/trace.json", f"{tmp_path}/trace.prefill-1.json"]
     assert len(set(ports)) == len(ports) == 10 and set(ports) <= set(PORT_POOL)
     routes = parse_router_args(list(router.command[len(Commands().router) :]))

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from sglang_hma.transfer import claims as claims_module
 from sglang_hma.transfer import liveness
 from sglang_hma.transfer.claims import EMPTY_LISTS_S, RENEW_S, ClaimRenewer, Claims
+from sglang_hma.transfer.early_claims import MAX_EARLY
 from sglang_hma.transfer.liveness import Address
+from sglang_hma.transfer.messages import MAX_ROOMS
 
 A, B = ("10.0.0.1", 5001), ("10.0.0.2", 5002)
 
@@ -126,7 +128,7 @@ def test_requests_that_never_came_are_told_of_while_they_are_wanted(clock: Clock
     claims.renewed([], A)
     claims.renewed([], B)
     assert claims.unopened() == []
-    assert not claims._claimants.keys() - {2}, "claims of requests that never came are forgotten"
+    assert len(claims._early) == 0, "claims of requests that never came are forgotten"
 
 
 def given_up(claims: Claims) -> set[int]:
@@ -153,8 +155,10 @@ def test_the_next_list_that_arrives_settles_everything(seed: int) -> None:
             held[rank].discard(room)
         if rng.random() < 0.2:
             claims.renewed(sorted(held[rank]), rank)
+            heard[rank] |= held[rank]  # a list claims what it names
     for rank in (A, B):
         claims.renewed(sorted(held[rank]), rank)
+    heard = {rank: heard[rank] | held[rank] for rank in heard}
     expected = {room for rank in (A, B) for room in heard[rank] - held[rank]}
     assert given_up(claims) == expected
 
@@ -189,6 +193,78 @@ def test_claims_are_renewed_until_nobody_needs_them(clock: Clock) -> None:
     assert next_lists() == {B: [9]}
     renewer.drop(9)
     assert next_lists(EMPTY_LISTS_S + 1) == {}
+
+
+def test_a_list_repairs_a_lost_claim(clock: Clock, servers: list[socket.socket]) -> None:
+    claims = Claims(expected=True)
+    address = servers[0].getsockname()[:2]
+    claims.opened(1)
+    clock.now_s += RENEW_S
+    claims.renewed([1], address)
+    clock.now_s += Claims.UNCLAIMED_S + 1
+    claims.renewed([1], address)
+    assert claims.lost() == []
+    claims.renewed([], address)
+    assert given_up(claims) == {1}
+
+
+def forge(claims: Claims, number: int, address: Callable[[int], Address]) -> None:
+    """Claims of rooms that nobody has, some of them by lists."""
+    for i in range(number):
+        claims.claimed(10**9 + i, address(i))
+    claims.renewed([2 * 10**9 + i for i in range(MAX_ROOMS)], address(0))
+
+
+@pytest.mark.parametrize("addresses", [1, 2 * MAX_ROOMS])
+def test_a_flood_of_forged_claims_changes_nothing_for_others(
+    clock: Clock, servers: list[socket.socket], addresses: int
+) -> None:
+    claims = Claims(expected=True)
+    decode = servers[0].getsockname()[:2]
+    claims.claimed(1, decode)
+    claims.opened(1)
+    claims.opened(2)
+    claims.claimed(2, decode)
+    claims.claimed(3, decode)  # its other half never comes
+    claims.claimed(4, decode)  # its other half comes late
+
+    forge(claims, 2 * MAX_ROOMS, lambda i: (f"10.1.{i % addresses}", 1 + i % 7))
+    assert len(claims._early) <= MAX_EARLY
+    assert len(claims._heard_s) <= 4 * Claims.MAX_CLAIMANTS
+    claims.opened(4)
+    claims.opened(5)  # while the flood goes on
+    claims.claimed(5, decode)
+    clock.now_s += Claims.UNOPENED_S + 1
+    claims.renewed([1, 2, 3, 4, 5], decode)
+    assert claims.lost() == []
+    assert (3, [decode]) in claims.unopened()
+    claims.renewed([3], decode)
+    assert given_up(claims) == {1, 2, 4, 5}
+
+
+def test_a_flood_in_a_decode_servers_name_is_repaired_by_its_next_list(
+    clock: Clock, servers: list[socket.socket]
+) -> None:
+    claims = Claims(expected=True)
+    decode = servers[0].getsockname()[:2]
+    claims.claimed(1, decode)
+    claims.opened(2)
+    claims.claimed(2, decode)
+    for i in range(MAX_EARLY):
+        claims.claimed(10**9 + i, decode)
+    claims.opened(1)
+    claims.renewed([1, 2], decode)
+    clock.now_s += Claims.UNCLAIMED_S + 1
+    claims.renewed([1, 2], decode)
+    assert claims.lost() == [] and len(claims._early) <= MAX_EARLY
+
+
+def test_one_request_has_no_more_claimants_than_a_server_has_ranks(clock: Clock) -> None:
+    claims = Claims(expected=True)
+    claims.opened(1)
+    for i in range(2 * Claims.MAX_CLAIMANTS):
+        claims.claimed(1, (f"10.1.{i}", 1))
+    assert len(claims._claimants[1]) == Claims.MAX_CLAIMANTS
 
 
 def test_silence_ends_the_lease(clock: Clock, servers: list[socket.socket]) -> None:

@@ -137,6 +137,31 @@ def test_slices_of_pages_from_several_ranks(ranks: int, seed: int) -> None:
     assert decode.verifier.complete(9)
 
 
+def test_metadata_of_several_ranks_is_what_the_last_of_them_wrote() -> None:
+    """All write the same row. They need not agree on the last bit of a logprob."""
+    rows = np.arange(64, dtype=np.uint8).reshape(4, 16)
+    made = Verifier(
+        Decode(1).verifier.buffers, HostMemory(), [PageSlice.part(int(rows.ctypes.data), 16)]
+    )
+    made.expect(9, 5, np.empty(0, dtype=np.int32), 2, row=2)
+    right = xxhash.xxh3_64_intdigest(rows[2].tobytes())
+    made.note_metadata(messages.Metadata(9, 4, 0, 1, right))
+    made.note_metadata(messages.Metadata(9, 5, 0, 1, right))
+    made.note_metadata(messages.Metadata(9, 5, 0, 1, right))
+    assert not made.complete(9), "one rank of two has told"
+    made.note_metadata(messages.Metadata(9, 5, 1, 1, right ^ 1))
+    assert made.complete(9)
+    made.check_metadata(9)
+    for change in (lambda: rows[2].__setitem__(3, 0), lambda: rows[2].__setitem__(3, 99)):
+        change()
+        with pytest.raises(CorruptPages, match="first token"):
+            made.check_metadata(9)
+    made.expect(9, 6, np.empty(0, dtype=np.int32), 1, row=2)
+    made.note_metadata(messages.Metadata(9, 6, 0, 2, right))
+    with pytest.raises(CorruptPages, match="first token"):
+        made.check_metadata(9)
+
+
 @given(st.integers(1, 400), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_slices_of_any_length_hash_as_the_library_does(length: int, count: int, seed: int) -> None:
     """Lengths that the kernels take and lengths that they do not, in one call."""

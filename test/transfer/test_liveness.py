@@ -1,6 +1,10 @@
 """A port that refuses belongs to a process that has ended; one that is silent does not."""
 
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -38,6 +42,18 @@ def test_refusing_ports_are_gone_and_listening_ones_are_not(
         time.sleep(0.001)
 
 
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a\0b", "\ud800"])
+def test_odd_hosts_end_no_thread(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer says of itself where it is."""
+    monkeypatch.setattr(liveness, "INTERVAL_S", 0.01)
+    watched, dead = PeerLiveness(), refusing_address()
+    assert not watched.is_gone((host, 1))
+    deadline = time.monotonic() + 600
+    while not watched.is_gone(dead):
+        assert time.monotonic() < deadline and not watched.is_gone((host, 1))
+        time.sleep(0.001)
+
+
 def test_silence_is_no_refusal() -> None:
     """As of a stopped process: its backlog is full, and nothing answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
@@ -50,3 +66,14 @@ def test_silence_is_no_refusal() -> None:
         for one in waiting:
             one.close()
     assert refuses(refusing_address())
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/net/tun") or shutil.which("unshare") is None,
+    reason="a network namespace and a tunnel need root, /dev/net/tun and util-linux",
+)
+def test_a_firewall_that_rejects_is_no_proof_of_death() -> None:
+    """To a plain connect() it is ECONNREFUSED, as a closed port is."""
+    command = ["unshare", "--net", sys.executable, "-m", "test.transfer.rejecting_firewall"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "looks refused, False True", done.stdout + done.stderr

@@ -159,6 +159,18 @@ def test_wrong_bytes_are_sent_again_but_not_for_ever(seed: int, lasting: bool) -
     assert_settled(servers)
 
 
+def test_a_wrong_first_token_fails_its_request(seed: int) -> None:
+    """It and its logprobs travel beside the pages, in rows of their own."""
+    servers = Servers(seed)
+    (one,) = requests(servers, 1)
+    servers.link.flips_rows = True
+    servers.run(one.events())
+    assert servers.got_status[0] == "failed"
+    assert servers.reasons[0] == "the first token arrived with wrong bytes"
+    servers.sender.on_tick()
+    assert_settled(servers)
+
+
 @pytest.mark.parametrize("aborted", [False, True])
 def test_a_failed_write_fails_its_request_and_decode_keeps_the_pages(
     seed: int, monkeypatch: pytest.MonkeyPatch, aborted: bool

@@ -47,11 +47,12 @@ class Memory:
 
 
 class Link:
-    """Ends writes at random times; changes a byte of every one while `flips` is set."""
+    """Ends writes at random times; changes a byte of every one of pages while `flips` is set, of
+    metadata while `flips_rows` is."""
 
     def __init__(self, source: Memory, target: Memory, rng: random.Random) -> None:
         self.source, self.target, self.rng = source, target, rng
-        self.flips = self.fails = False
+        self.flips = self.fails = self.flips_rows = False
         self.running: dict[int, tuple[int, int, int]] = {}
         self.handles = 0
 
@@ -69,7 +70,7 @@ class Link:
             return -1
         landed = self.target.at(target, length)
         landed[:] = self.source.at(source, length)
-        if self.flips and length >= PAGE_BYTES:
+        if self.flips if length >= PAGE_BYTES else self.flips_rows:
             landed[self.rng.randrange(length)] ^= self.rng.randrange(1, 256)
         return 1
 
@@ -105,7 +106,8 @@ class Servers:
             rank=0,
             hashing=AtOnce(),
         )
-        self.receiver = DecodeReceiver(self, self.decode.buffers, HostMemory(), SESSION)
+        rows = [self.decode.metadata]
+        self.receiver = DecodeReceiver(self, self.decode.buffers, HostMemory(), SESSION, rows)
 
     # -- both protocols --
 
@@ -136,6 +138,9 @@ class Servers:
                 self.accept(room, 0)
 
         self.wire.append(arrive)
+
+    def forget_strays(self) -> None:
+        """Nothing arrives here that was not started."""
 
     def report_unopened(self, room: int, ranks: Sequence[Address], reason: str) -> None:
         self.wire.append(lambda: self.reject(room, reason))
@@ -180,7 +185,7 @@ class Servers:
         pages = np.array(target, dtype=np.int32)
         self.sent_status[room], self.got_status[room] = "sending", "waiting"
         if self.checksums:
-            self.receiver.expect(room, pages, [PREFILL])
+            self.receiver.expect(room, pages, [PREFILL], (room + 3) % ROWS)
         addresses = self.decode.buffers.addresses
         return Destination(
             session=SESSION,

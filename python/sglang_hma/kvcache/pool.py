@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sglang.srt.mem_cache.memory_pool import KvBufferDesc, MHATokenToKVPool, unwrap_write_loc
 from sglang.srt.runtime_context import get_parallel
@@ -218,6 +219,12 @@ class MixedKVPool(Bfp8KVPool):
         for layer in range(self.layer_num):
             self.kv.k_bf16[layer][index] = bfp8_unpack(self.k_buffer[layer][source, :, None])
             self.kv.v_bf16[layer][index] = bfp8_unpack(self.v_buffer[layer][source, :, None])
+
+    def empty_pages(self, pages: npt.NDArray[np.int32]) -> None:
+        """Zeros in these BFP8 pages, in every layer."""
+        index = torch.from_numpy(pages).long().to(self.device)
+        for buffer in self.k_buffer + self.v_buffer:
+            buffer[index] = 0
 
     @override
     def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> list[Any]:

@@ -84,6 +84,7 @@ def configure(given: argparse.Namespace) -> HmaConfig:
         device_ids=ids,
         chips=chips,
         torch_ops=torch_ops.needed(device),
+        prefill_peers=tuple(given.hma_prefill_peers) if given.hma_prefill_peers else None,
     )
 
 

@@ -46,6 +46,9 @@ class PrefillManager(Protocol):
     def close_room(self, room: int) -> None:
         """Forget where a concluded room's pages go. Called under the sender's lock."""
 
+    def forget_strays(self) -> None:
+        """Forget what decode has said of rooms which never began here; called now and then."""
+
     def tell(self, address: Address, message: Message) -> None:
         """Send a message to a peer's control port; a peer that is gone is noticed elsewhere."""
 

@@ -3,7 +3,7 @@
 A request may wait on decode for pages long before SGLang tells prefill of it, and SGLang never
 tells prefill that decode has given up such a request. So decode claims each request when it
 arrives, and every RENEW_S sends the list of all requests that it still has. Each list is complete
-in itself: a lost message delays the news by one period and loses nothing.
+in itself, and claims what it names: a lost message delays the news by one period and loses nothing.
 """
 
 import logging
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 
+from sglang_hma.transfer.early_claims import EarlyClaims
 from sglang_hma.transfer.liveness import Address, PeerLiveness
 from sglang_hma.transfer.messages import MAX_ROOMS
 
@@ -94,51 +95,92 @@ class Claims:
     ORPHANED_S = 10.0
     UNOPENED_S = 45.0
     LEASE_S = 30.0
+    MAX_CLAIMANTS = 1024  # ranks of one request, and ranks that are remembered without one
+    MAX_PROBED = 64  # ranks that have claimed nothing that was here
 
     def __init__(self, *, expected: bool) -> None:
         self.expected = expected  # False with stock decode servers, which claim nothing
         self._opened_s: dict[int, float] = {}
-        self._claimants: dict[int, dict[Address, bool]] = {}  # whether each still wants the room
-        self._claimed_s: dict[int, float] = {}
-        self._heard_s: dict[Address, float] = {}
+        # Of open requests: whether each claimant still wants it.
+        self._claimants: dict[int, dict[Address, bool]] = {}
+        self._early = EarlyClaims()
+        self._heard_s: dict[Address, float] = {}  # the one heard last stands last
         self._liveness = PeerLiveness()
+        self._lock = threading.Lock()
 
     def opened(self, room: int) -> None:
         """The request has arrived here."""
-        self._opened_s[room] = time.monotonic()
+        with self._lock:
+            self._opened_s[room] = time.monotonic()
+            if claimants := self._early.take(room):
+                self._claimants[room] = claimants
+                for address in claimants:
+                    self._early.know(address)
+                    self._heard_s.setdefault(address, time.monotonic())
+
+    def is_open(self, room: int) -> bool:
+        return room in self._opened_s
 
     def closed(self, room: int) -> None:
         """The request has ended here."""
-        self._opened_s.pop(room, None)
-        self._forget(room)
+        with self._lock:
+            self._opened_s.pop(room, None)
+            self._claimants.pop(room, None)
+            self._early.take(room)
 
     def claimed(self, room: int, address: Address) -> None:
         """May come before `opened`: the router sends to both servers at once."""
-        self._heard_s[address] = time.monotonic()
-        self._claimed_s.setdefault(room, time.monotonic())
-        self._claimants.setdefault(room, {})[address] = True
-        while len(self._claimants) > MAX_ROOMS:  # claims of requests that never arrived here
-            self._forget(next(iter(self._claimants)))
+        with self._lock:
+            self._heard(address)
+            self._claim(room, address)
 
     def renewed(self, rooms: Collection[int], address: Address) -> None:
-        """A decode rank has sent the list of all requests that it still has."""
+        """A decode rank has sent the list of all requests that it still has. It claims them, too:
+        the claim itself may have been lost."""
+        wanted = set(rooms)
+        with self._lock:
+            self._heard(address)
+            for room, claimants in self._claimants.items():
+                if address in claimants and room not in wanted:
+                    claimants[address] = False
+            self._early.renew(wanted, address)
+            for room in rooms:
+                self._claim(room, address)
+
+    def _claim(self, room: int, address: Address) -> None:
+        if room not in self._opened_s:
+            self._early.add(room, address, time.monotonic())
+            return
+        claimants = self._claimants.setdefault(room, {})
+        if address in claimants or len(claimants) < self.MAX_CLAIMANTS:
+            claimants[address] = True
+            self._early.know(address)
+
+    def _heard(self, address: Address) -> None:
+        self._heard_s.pop(address, None)
         self._heard_s[address] = time.monotonic()
-        kept = set(rooms)
-        for room, claimants in list(self._claimants.items()):
-            if address in claimants:
-                claimants[address] = room in kept
+        if len(self._heard_s) <= 2 * self.MAX_CLAIMANTS:
+            return
+        needed = {claimant for claimants in self._claimants.values() for claimant in claimants}
+        strangers = [
+            rank for rank in self._heard_s if rank not in needed and not self._early.is_known(rank)
+        ]
+        for rank in strangers[: -self.MAX_CLAIMANTS]:
+            del self._heard_s[rank]
 
     def lost(self) -> list[tuple[int, str]]:
         """(room, reason) of each open request whose decode server cannot answer any more."""
         found = []
-        for room, since in list(self._opened_s.items()):
-            claimants = self._claimants.get(room, {})
-            reasons = (self._loss(address, wants) for address, wants in claimants.items())
-            reason = next(filter(None, reasons), None)
-            if self.expected and not claimants:
-                reason = self._unclaimed(time.monotonic() - since)
-            if reason is not None:
-                found.append((room, reason))
+        with self._lock:
+            nobody_left = self._nobody_left()
+            for room, since in self._opened_s.items():
+                claimants = self._claimants.get(room, {})
+                reasons = (self._loss(address, wants) for address, wants in claimants.items())
+                reason = next(filter(None, reasons), None)
+                if self.expected and not claimants:
+                    reason = self._unclaimed(time.monotonic() - since, nobody_left)
+                if reason is not None:
+                    found.append((room, reason))
         return found
 
     def unopened(self) -> list[tuple[int, list[Address]]]:
@@ -146,29 +188,27 @@ class Claims:
 
         A room is returned once every UNOPENED_S as long as a rank wants it.
         """
-        found = []
-        now = time.monotonic()
-        for room, claimants in list(self._claimants.items()):
-            if room in self._opened_s or now - self._claimed_s.get(room, now) <= self.UNOPENED_S:
-                continue
-            if waiting := [address for address, wants in claimants.items() if wants]:
-                self._claimed_s[room] = now
-                found.append((room, waiting))
-            else:
-                self._forget(room)
-        return found
+        with self._lock:
+            return list(self._early.overdue(time.monotonic(), self.UNOPENED_S).items())
 
-    def _forget(self, room: int) -> None:
-        self._claimants.pop(room, None)
-        self._claimed_s.pop(room, None)
+    def _nobody_left(self) -> bool:
+        """Whether there were decode servers, and all of them are gone. Asked only while a request
+        waits for one."""
+        waiting_since = time.monotonic() - self.ORPHANED_S
+        if not any(
+            since < waiting_since and room not in self._claimants
+            for room, since in self._opened_s.items()
+        ):
+            return False
+        known = [rank for rank in self._heard_s if self._early.is_known(rank)]
+        servers = known or list(self._heard_s)[-self.MAX_PROBED :]
+        return bool(servers) and all([self._liveness.is_gone(rank) for rank in servers])
 
-    def _unclaimed(self, waited_s: float) -> str | None:
+    def _unclaimed(self, waited_s: float, nobody_left: bool) -> str | None:
         if waited_s > self.UNCLAIMED_S:
             return f"no decode server claimed it for {self.UNCLAIMED_S:g} s"
-        if waited_s > self.ORPHANED_S and self._heard_s:
-            gone = [self._liveness.is_gone(address) for address in list(self._heard_s)]
-            if all(gone):
-                return "no decode server claimed it, and all that were known are gone"
+        if waited_s > self.ORPHANED_S and nobody_left:
+            return "no decode server claimed it, and all that were known are gone"
         return None
 
     def _loss(self, address: Address, wants: bool) -> str | None:

@@ -10,10 +10,14 @@ from sglang_hma.kvcache.format import KVFormat
 
 
 def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
-    """Our manager, sender and receiver for Mooncake, SGLang's classes for all else."""
+    """Our classes for Mooncake, SGLang's for all else."""
     if transfer_backend == TransferBackend.MOONCAKE:
         if class_type == KVClassType.MANAGER:
             return _manager_class()
+        if class_type == KVClassType.BOOTSTRAP_SERVER:
+            from sglang_hma.transfer.bootstrap import HmaBootstrapServer
+
+            return HmaBootstrapServer
         from sglang_hma.transfer.endpoints import HmaKVReceiver, HmaKVSender
 
         ours = {KVClassType.SENDER: HmaKVSender, KVClassType.RECEIVER: HmaKVReceiver}

@@ -1,13 +1,18 @@
 """The two ends of one request: SGLang's sender on prefill and its receiver on decode."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
 from typing_extensions import override
 
+from sglang_hma.transfer.decode.routes import parse_rank
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
+
+logger = logging.getLogger(__name__)
 
 Hold = Callable[[Pages], Callable[[], None]]
 
@@ -81,7 +86,8 @@ class HmaKVSender(MooncakeKVSender):
 
 
 class HmaKVReceiver(MooncakeKVReceiver):
-    """Tells the manager which pages a request expects, from when until when."""
+    """Tells the manager which pages a request expects, from when until when; takes no address of a
+    prefill rank that is none, and the ranks' addresses from where they were asked for before."""
 
     @override
     def init(self, *args: Any, **kwargs: Any) -> None:
@@ -91,11 +97,42 @@ class HmaKVReceiver(MooncakeKVReceiver):
             self.kv_mgr.claim(self.bootstrap_room, infos)
 
     @override
-    def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
+    def _get_bootstrap_info_from_server(
+        self, prefill_dp_rank: int, prefill_cp_rank: int, target_tp_rank: int, target_pp_rank: int
+    ) -> dict[str, Any] | None:
+        place = prefill_dp_rank, prefill_cp_rank, target_tp_rank, target_pp_rank
+        known = self.kv_mgr.rank_routes.get(self.bootstrap_addr, {}).get(place)
+        info = known or super()._get_bootstrap_info_from_server(*place)
+        if info is None:
+            return None
+        info = info | {"pp_rank": target_pp_rank}
+        try:
+            return msgspec.structs.asdict(parse_rank(info))
+        except ValueError as error:
+            reason = f"prefill server {self.bootstrap_addr} is refused: {error}"
+            logger.error("Room %s: %s", self.bootstrap_room, reason)
+            self.kv_mgr.refused[self.bootstrap_room] = reason
+            return None
+
+    def prefill_rank(self, index: int) -> int:
+        """By which the prefill rank of `bootstrap_infos[index]` calls itself in its messages."""
+        info = self.prefill_info
+        ranks = [
+            tp * info.pp_size * info.attn_cp_size + pp * info.attn_cp_size + cp
+            for cp in self.target_cp_ranks
+            for tp in self.target_tp_ranks
+            for pp in reversed(self.target_pp_ranks)
+        ]
+        return int(ranks[index])
+
+    @override
+    def send_metadata(
+        self, kv_indices: Pages, aux_index: int | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         if getattr(self, "bootstrap_infos", None):
-            infos = self.bootstrap_infos
-            self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
-        super().send_metadata(kv_indices, *args, **kwargs)
+            place = self.bootstrap_room, self.bootstrap_addr
+            self.kv_mgr.expect(*place, kv_indices, self.bootstrap_infos, aux_index)
+        super().send_metadata(kv_indices, aux_index, *args, **kwargs)
 
     @override
     def _clear(self) -> None:

@@ -8,7 +8,7 @@ may read a request only when every page of every layer has been compared.
 
 import ctypes
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from hma_kernels.xxh3 import suits, xxh3_64
-from sglang_hma.transfer.messages import Landed, Resend
+from sglang_hma.transfer.messages import Landed, Metadata, Resend
 from sglang_hma.transfer.page_slices import Addresses, Buffers, Pages, PageSlice
 
 MAX_RESENDS = 2
@@ -90,6 +90,14 @@ def digests(memory: HostMemory, slices: Sequence[PageSlice], pages: Pages) -> li
     return found
 
 
+def row_digest(parts: Iterable[tuple[int, int]]) -> int:
+    """XXH3-64 of (address, bytes) of this process's memory, one after the other."""
+    memory, made = HostMemory(), xxhash.xxh3_64()
+    for address, length in parts:
+        made.update(memory.read(address, length))
+    return int(made.intdigest())
+
+
 @dataclass
 class Arrival:
     """One request's pages on decode while they arrive."""
@@ -97,40 +105,73 @@ class Arrival:
     generation: int
     pages: Pages
     ranks: int  # prefill ranks that fill these pages, each an equal part of every page
+    row: int | None = None  # of the metadata buffers; None: the metadata is not compared
     # Both by (part, first layer, first page) of a range: pages compared, and times asked again.
     verified: dict[tuple[int, int, int], int] = field(default_factory=dict)
     resends: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    # By prefill rank: (buffers, digest) of the request's metadata, which each of them writes.
+    metadata: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def complete(self, layers: int) -> bool:
-        return sum(self.verified.values()) == layers * len(self.pages) * self.ranks
+        pages = sum(self.verified.values())
+        told = self.row is None or len(self.metadata) == self.ranks
+        return told and pages == layers * len(self.pages) * self.ranks
 
 
 class CorruptPages(Exception):
-    """A range still differs after MAX_RESENDS more tries, or a message names pages that the
-    request does not have."""
+    """A range still differs after MAX_RESENDS more tries, the metadata differs, or a message names
+    pages that the request does not have."""
 
 
 class Verifier:
     """Decode's side: compares the bytes that arrived with the digests that prefill sent.
 
-    `compare` is called by the one thread that receives a server's messages.
+    `rows` are SGLang's metadata buffers, in this process's memory, with a row a request. All but
+    `expect` and `forget` is called by the one thread that receives a server's messages.
     """
 
-    def __init__(self, buffers: Buffers, memory: HostMemory) -> None:
+    def __init__(
+        self, buffers: Buffers, memory: HostMemory, rows: Sequence[PageSlice] = ()
+    ) -> None:
         self.buffers = buffers
         self.memory = memory
+        self.rows = rows
         self.arrivals: dict[int, Arrival] = {}
 
-    def expect(self, room: int, generation: int, pages: Pages, ranks: int) -> None:
-        self.arrivals[room] = Arrival(generation, np.array(pages, dtype=np.int32), ranks)
+    def expect(
+        self, room: int, generation: int, pages: Pages, ranks: int, row: int | None = None
+    ) -> None:
+        kept = np.array(pages, dtype=np.int32)
+        self.arrivals[room] = Arrival(generation, kept, ranks, row)
 
     def forget(self, room: int) -> None:
         self.arrivals.pop(room, None)
 
     def complete(self, room: int) -> bool:
-        """Whether every page of every layer was verified; True for a room that asked for none."""
+        """Whether every page of every layer was verified and every rank has told the digest of its
+        metadata; True for a room that asked for none."""
         arrival = self.arrivals.get(room)
         return arrival is None or arrival.complete(self.buffers.layers)
+
+    def note_metadata(self, told: Metadata) -> None:
+        arrival = self.arrivals.get(told.room)
+        if arrival is not None and arrival.generation == told.generation:
+            arrival.metadata[told.rank % arrival.ranks] = told.buffers, told.digest
+
+    def check_metadata(self, room: int) -> None:
+        """Compare the metadata of a complete room: the first token and what belongs to it.
+
+        Several prefill ranks write the same row, and whichever was last must have said so. Raises
+        CorruptPages if none did.
+        """
+        arrival = self.arrivals.get(room)
+        if arrival is None or arrival.row is None:
+            return
+        for buffers, digest in arrival.metadata.values():
+            row = [(part.base + arrival.row * part.stride, part.length) for part in self.rows]
+            if buffers <= len(row) and row_digest(row[:buffers]) == digest:
+                return
+        raise CorruptPages("the first token arrived with wrong bytes")
 
     def compare(self, landed: Landed, session: str) -> Resend | None:
         """Hash the range's pages. None if they match or the request has ended, else what to ask

@@ -10,13 +10,20 @@ REFUSALS = 3
 INTERVAL_S = 1.0
 FORGET_S = 30.0
 
+# linux/in.h, linux/in6.h: IP_RECVERR, IPV6_RECVERR; linux/errqueue.h: SO_EE_ORIGIN_ICMP, _ICMP6.
+RECEIVE_ERRORS = {
+    socket.AF_INET: (socket.IPPROTO_IP, 11),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 25),
+}
+ICMP_ORIGINS = (2, 3)
+
 
 class PeerLiveness:
     """Connects to the control ports of peers, as long as somebody asks about them.
 
     A peer is gone when its port has refused REFUSALS connections in a row, a second apart: no
-    process listens there any more. A peer that does not answer is not gone. It may be stopped or
-    cut off, and its writes may still arrive.
+    process listens there any more. A peer that does not answer, or which a firewall hides, is not
+    gone. It may be stopped or cut off, and its writes may still arrive.
     """
 
     def __init__(self) -> None:
@@ -52,10 +59,30 @@ class PeerLiveness:
 
 
 def refuses(address: Address) -> bool:
+    """Whether the peer's own system says that nothing listens there.
+
+    A firewall that rejects connections looks alike but for its ICMP message: the process behind it
+    may live.
+    """
     try:
-        socket.create_connection(address, timeout=1).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
+        family, kind, protocol, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as sock:
+            sock.settimeout(1)
+            sock.setsockopt(*RECEIVE_ERRORS[family], 1)
+            try:
+                sock.connect(place)
+            except ConnectionRefusedError:
+                return not _has_icmp_error(sock)
+    except (OSError, ValueError):  # a host name may be one that cannot be encoded
         return False
     return False
+
+
+def _has_icmp_error(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        _, found, _, _ = sock.recvmsg(512, 512, socket.MSG_ERRQUEUE)
+    except OSError:
+        return False
+    # struct sock_extended_err: its fifth byte is the origin.
+    return any(data[4] in ICMP_ORIGINS for *_, data in found if len(data) > 4)

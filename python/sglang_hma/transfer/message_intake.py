@@ -41,6 +41,10 @@ class MessageIntake:
         makes no checksums."""
         return self._generations.get(room, {}).get(session)
 
+    def rooms(self) -> list[int]:
+        """Rooms that a generation is kept for."""
+        return list(self._generations)
+
     def forget(self, room: int) -> None:
         self._generations.pop(room, None)
 

@@ -13,6 +13,7 @@ RENEWAL_TAG = b"HMA-RENEWAL"
 LANDED_TAG = b"HMA-LANDED"
 RESEND_TAG = b"HMA-RESEND"
 VERIFIED_TAG = b"HMA-VERIFIED"
+METADATA_TAG = b"HMA-METADATA"
 
 MAX_LAYERS = 4096
 MAX_PAGES = 1 << 20
@@ -61,6 +62,17 @@ class Landed(msgspec.Struct, frozen=True, array_like=True):
     digests: list[Word]
 
 
+class Metadata(msgspec.Struct, frozen=True, array_like=True):
+    """Prefill to decode, before it says that all is sent: the digest of the request's row in the
+    first `buffers` of SGLang's metadata buffers (integrity.row_digest)."""
+
+    room: Word
+    generation: Word
+    rank: Rank
+    buffers: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    digest: Word
+
+
 class Resend(msgspec.Struct, frozen=True, array_like=True):
     """Decode to prefill: send this range again, its digests differ."""
 
@@ -81,14 +93,15 @@ class Verified(msgspec.Struct, frozen=True, array_like=True):
     session: Annotated[str, msgspec.Meta(max_length=256)]
 
 
-Message = Claim | Renewal | Landed | Resend | Verified
+Message = Claim | Renewal | Landed | Metadata | Resend | Verified
 
-TYPES: dict[bytes, type[Claim | Renewal | Landed | Resend | Verified]] = {
+TYPES: dict[bytes, type[Message]] = {
     CLAIM_TAG: Claim,
     RENEWAL_TAG: Renewal,
     LANDED_TAG: Landed,
     RESEND_TAG: Resend,
     VERIFIED_TAG: Verified,
+    METADATA_TAG: Metadata,
 }
 TAGS = {kind: tag for tag, kind in TYPES.items()}
 

@@ -1,7 +1,9 @@
 """A Mooncake link with faults that a test switches on while the server runs.
 
 HMA_TEST_FAULTS names a JSON file, read again whenever it is replaced:
-  flip        probability that one byte of an acknowledged write is changed on the far side
+  flip        probability that one byte of an acknowledged write of pages is changed on the far
+              side
+  flip_rows   the same of metadata, whose writes are short
   slow_s      every write is reported done this much later
   hold_after  after so many writes none is reported done; the file FILE.held says that one waits,
               and lists the peers to which writes began since
@@ -89,8 +91,8 @@ class FaultyLink(MooncakeLink):
             if status <= 0:
                 return status
             write.done_s = time.monotonic() + (self.fault("slow_s") or 0)
-            # Not the metadata, whose writes are short: checksums are for pages.
-            if write.length >= 1088 and random.random() < (self.fault("flip") or 0):
+            kind = "flip" if write.length >= 1088 else "flip_rows"
+            if random.random() < (self.fault(kind) or 0):
                 self.flip(write)
         if self.holds(write) or time.monotonic() < write.done_s:
             return 0

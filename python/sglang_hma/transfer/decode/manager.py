@@ -3,23 +3,26 @@
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+import msgspec
 from sglang.srt.disaggregation.base import KVPoll
-from sglang.srt.disaggregation.common.conn import AbortNotification
+from sglang.srt.disaggregation.common.conn import AbortNotification, PrefillServerInfo
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.claims import ClaimRenewer
+from sglang_hma.transfer.decode import routes
 from sglang_hma.transfer.decode.quarantine import Quarantine
 from sglang_hma.transfer.decode.receiver import DecodeReceiver
-from sglang_hma.transfer.decode.refusal import abort_at_prefill, fetch_route
+from sglang_hma.transfer.decode.refusal import abort_at_prefill
+from sglang_hma.transfer.decode.route_asker import RouteAsker
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
-from sglang_hma.transfer.page_slices import Pages
+from sglang_hma.transfer.page_slices import Pages, PageSlice
 from sglang_hma.transfer.tcp_table import addresses_of, own_ports
 
 logger = logging.getLogger(__name__)
@@ -35,15 +38,26 @@ class HmaDecodeManager(HmaKVManager):
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._hma_prefill_servers: set[str] = set()
+        self._boots: dict[str, str | None] = {}  # of the prefill servers whose ports are known
+        self._asker = RouteAsker()
+        self.rank_routes: dict[str, Mapping[routes.Place, dict[str, Any]]] = {}
+        self.refused: dict[int, str] = {}  # rooms whose prefill server was refused, and why
         self.receiver: DecodeReceiver | None = None
         super().__init__(*args, **kwargs)
         config = HmaConfig.require()
+        if config.prefill_peers is None:
+            logger.warning(
+                "Pages are taken from any prefill server that a request names: give "
+                "--hma-prefill-peers, or let nobody but the router reach this server"
+            )
         if self.plain_pages and config.kv_checksum:
             memory, session = memory_of(config.device), self.get_session_id()
-            self.receiver = DecodeReceiver(self, self.buffers, memory, session)
+            sizes = zip(self.kv_args.aux_data_ptrs, self.kv_args.aux_item_lens, strict=True)
+            rows = [PageSlice.part(buffer, size) for buffer, size in sizes]
+            self.receiver = DecodeReceiver(self, self.buffers, memory, session, rows)
             self.intake.handler = self.receiver.on_message
         self.quarantine = Quarantine(self._mooncake_ports, self._prefill_addresses)
-        self._gone: dict[int, set[str]] = {}  # addresses of a room's prefill ranks, all ended
+        self._gone: dict[int, set[str]] = {}  # addresses of a failed room's ranks that have ended
         me = str(self.local_ip), int(self.rank_port)
         self._claim_renewer = ClaimRenewer(
             lambda rank, room: self.tell(rank, messages.Claim(room, *me)),
@@ -54,31 +68,104 @@ class HmaDecodeManager(HmaKVManager):
 
     @override
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
-        """As SGLang's, but a mismatch fails the waiting requests, not the server."""
+        """As SGLang's, but asks in another thread, and a mismatch or a nonsensical answer fails the
+        waiting requests, not the server."""
         if bootstrap_addr in self.prefill_info_table:
             return True
-        route = fetch_route(bootstrap_addr)
-        if route is None:
+        found = self._asker.look(bootstrap_addr)
+        if found is None:
             return False
-        reason = self.handshake.refuse_prefill(route)
-        if reason is None:
-            if route.get("kv_layout") is not None:
+        answer = found.answer
+        try:
+            route = routes.parse(answer.route)
+            # Of the formats first: that line says most.
+            reason = self.handshake.refuse_prefill(answer.route) or self._unsuitable(route)
+            if reason is not None:
+                raise ValueError(reason)
+            self._boots[bootstrap_addr] = answer.boot
+            self.rank_routes[bootstrap_addr] = found.ranks
+            if route.kv_layout is None:
+                self._hma_prefill_servers.discard(bootstrap_addr)
+            else:
                 self._hma_prefill_servers.add(bootstrap_addr)
-            return bool(super().try_ensure_parallel_info(bootstrap_addr))
-        self._refuse(bootstrap_addr, route, reason)
-        return False
+            if self.plain_pages and self.dcp_size == 1:
+                self._take(bootstrap_addr, route)
+                return True
+            return self._ask_again(bootstrap_addr, route)
+        except ValueError as error:
+            self._refuse(bootstrap_addr, answer.route, str(error))
+            return False
+
+    def _take(self, bootstrap_addr: str, route: routes.Route) -> None:
+        """Which of the prefill server's ranks are this rank's, as SGLang has it."""
+        info = PrefillServerInfo(**msgspec.structs.asdict(route))
+        try:
+            self._resolve_rank_mapping(info)
+        except AssertionError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        self.prefill_info_table[bootstrap_addr] = info
+
+    def _unsuitable(self, route: routes.Route) -> str | None:
+        return routes.unsuitable(
+            route,
+            page_size=self.kv_args.page_size,
+            kv_cache_dtype=self.kv_cache_dtype_str,
+            pp_size=self.pp_size,
+            packs_kv=HmaConfig.require().packs_kv,
+        )
+
+    def _ask_again(self, bootstrap_addr: str, checked: routes.Route) -> bool:
+        """SGLang's own method, which asks for itself and knows pools that are not plain: whether it
+        has got an answer.
+
+        Raises ValueError if SGLang refuses that, or if it is not the one that was checked.
+        """
+        try:
+            if not super().try_ensure_parallel_info(bootstrap_addr):
+                return False
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        info = self.prefill_info_table[bootstrap_addr]
+        if any(getattr(info, name) != getattr(checked, name) for name in routes.CHECKED):
+            del self.prefill_info_table[bootstrap_addr]
+            raise ValueError("its bootstrap server gave two different answers in a row")
+        return True
 
     def _refuse(self, bootstrap_addr: str, route: dict[str, Any], reason: str) -> None:
-        rooms = [
-            room
-            for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ()))
-            if self.request_status.get(room) != KVPoll.Failed
-        ]
+        rooms = self._waiting(bootstrap_addr)
         logger.error("Refusing prefill server %s: %s", bootstrap_addr, reason)
         for room in rooms:
+            self.refused[room] = f"prefill server {bootstrap_addr} is refused: {reason}"
             self.reject(room, reason)
+        self._abort_there(bootstrap_addr, route, rooms)
+
+    def _waiting(self, bootstrap_addr: str) -> list[int]:
+        """Rooms that wait for a prefill server."""
+        return [
+            room
+            for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ()))
+            if self.request_status.get(room) not in (None, KVPoll.Failed, KVPoll.Success)
+        ]
+
+    def _abort_there(self, bootstrap_addr: str, route: dict[str, Any], rooms: list[int]) -> None:
+        """Their other halves would wait, and the router with them."""
         args = (self._send_multipart_locked, bootstrap_addr, route, rooms)
         threading.Thread(target=abort_at_prefill, args=args, daemon=True).start()
+
+    @override
+    def _on_heartbeat_success(self, bootstrap_addr: str) -> None:
+        """A prefill server that was restarted between two heartbeats answers on its bootstrap port
+        as before, but its control ports are others: SGLang would wait there for minutes."""
+        super()._on_heartbeat_success(bootstrap_addr)
+        answer = routes.fetch(bootstrap_addr)
+        if answer is None or bootstrap_addr not in self.prefill_info_table:
+            return
+        if answer.boot == self._boots.get(bootstrap_addr):
+            return
+        rooms = self._waiting(bootstrap_addr)
+        logger.error("Prefill server %s was restarted", bootstrap_addr)
+        self._handle_node_failure(bootstrap_addr)
+        self._abort_there(bootstrap_addr, answer.route, rooms)
 
     @override
     def build_receiver_registration_message(self) -> list[bytes]:
@@ -95,14 +182,21 @@ class HmaDecodeManager(HmaKVManager):
         self._claim_renewer.claim(room, control_ports(infos))
 
     def expect(
-        self, room: int, bootstrap_addr: str, pages: Pages, infos: Sequence[dict[str, Any]]
+        self,
+        room: int,
+        bootstrap_addr: str,
+        pages: Pages,
+        infos: Sequence[dict[str, Any]],
+        row: int | None,
     ) -> None:
-        """Pages are about to be published: verify what arrives, if that server makes checksums."""
+        """Pages and a row for the metadata are about to be published: verify what arrives, if that
+        server makes checksums."""
         if self.receiver is not None and self.is_hma_prefill(bootstrap_addr):
-            self.receiver.expect(room, pages, control_ports(infos))
+            self.receiver.expect(room, pages, control_ports(infos), row)
 
     def forget(self, room: int) -> None:
         super().forget(room)
+        self.refused.pop(room, None)
         self._claim_renewer.drop(room)
         if self.receiver is not None:
             self.receiver.forget(room)
@@ -141,8 +235,13 @@ class HmaDecodeManager(HmaKVManager):
         self.quarantine.forget(bootstrap_room)
         self._gone.pop(bootstrap_room, None)
 
+    def confirmed_ranks(self, room: int) -> Set[int]:
+        """Prefill ranks, by their own numbers, that send nothing more for a failed request."""
+        state = self._deferred_abort_ack_tracker.get(room)
+        return state.prefill_ranks if state is not None else frozenset()
+
     def note_gone(self, room: int, ranks: Sequence[Address]) -> None:
-        """The processes of all prefill ranks of a failed request have ended."""
+        """The processes of these prefill ranks, all that have not confirmed, have ended."""
         self._gone[room] = set().union(*(addresses_of(host) for host, _ in ranks))
 
     def ask_again(self, room: int, generation: int | None, ranks: Sequence[Address]) -> None:

@@ -6,7 +6,7 @@ Here they are kept until one of these holds, however long it takes:
 
 confirmed   Every prefill rank has confirmed that its writes have ended and that its host holds
             nothing of those that failed (drain.py).
-gone        The processes of all ranks have ended. Their host may still hold bytes, so connections
+gone        The processes of the others have ended. Their host may still hold bytes, so connections
             that may be theirs have to end, or ORPHAN_S to pass: that is as long as Linux keeps a
             connection that no process holds (tcp_orphan_retries is 8: 102 s of retransmission,
             looked at after pauses that double).
@@ -59,7 +59,8 @@ class Quarantine:
     def is_safe(self, room: int, *, confirmed: bool, gone: Collection[str] | None = None) -> bool:
         """Whether nothing can be written to the pages of this room any more.
 
-        `gone` are the addresses of its prefill ranks if the processes of all have ended.
+        `gone` are the addresses of its prefill ranks that have not confirmed, if the processes of
+        all of them have ended.
         """
         now = time.monotonic()
         kept = self._kept.setdefault(room, Kept())

@@ -16,20 +16,27 @@ from sglang.srt.disaggregation.decode import (
     DecodeRequest,
     DecodeTransferQueue,
 )
-from sglang.srt.disaggregation.utils import is_aborted, prepare_abort
+from sglang.srt.disaggregation.utils import (
+    FAKE_BOOTSTRAP_HOST,
+    is_aborted,
+    prepare_abort,
+)
 from typing_extensions import override
 
 from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
+from sglang_hma.addresses import canonical_host
 from sglang_hma.kvcache.allocator import SlabPageAllocator
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
+from sglang_hma.transfer.request_fields import configured_peers, refuse_one
 
 IDLE_POLL_S = 0.5e-3
 ASK_AGAIN_S = 10.0
 
 
 class HmaDecodePreallocQueue(DecodePreallocQueue):
-    """Reserves pages by format; tells the peer the landing page, not the part-full last page."""
+    """Reserves pages by format; tells the peer the landing page, not the part-full last page; lets
+    no request in that names a prefill server which is not one of this server's."""
 
     token_to_kv_pool_allocator: SlabPageAllocator
     num_reserved_decode_tokens: int
@@ -42,6 +49,29 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         self.num_reserved_decode_tokens = -(-reserved // BF16_PAGES_PER_SLAB)
         self._candidate: Any = None
         self._room_to_go_on = 0  # tokens that must fit beside the request just priced
+        self._peers = configured_peers()
+
+    @override
+    def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
+        """The tokenizer's process has refused what a client may not ask for. This is for whatever
+        comes here another way: SGLang ends the scheduler on fields that it cannot work with."""
+        if not (is_retracted or is_rebootstrap or is_aborted(req)) and not is_fake(req):
+            fields = req.bootstrap_host, req.bootstrap_port, req.bootstrap_room
+            if reason := refuse_one(self._peers, *fields):
+                prepare_abort(req, reason, status_code=400)
+            else:
+                req.bootstrap_host = canonical_host(req.bootstrap_host)
+        super().add(req, is_retracted=is_retracted, is_rebootstrap=is_rebootstrap)
+
+    @override
+    def _update_handshake_waiters(self, *args: Any, **kwargs: Any) -> None:
+        """As SGLang's; a refused prefill server is the fault of the request that named it."""
+        refused = self.kv_manager.refused
+        reasons = [(entry.req, refused.get(entry.req.bootstrap_room)) for entry in self.queue]
+        super()._update_handshake_waiters(*args, **kwargs)
+        for req, reason in reasons:
+            if reason is not None and is_aborted(req):
+                prepare_abort(req, reason, status_code=400)
 
     @override
     def _check_if_req_exceed_kv_capacity(self, req: Any) -> bool:
@@ -116,8 +146,14 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         return self.token_to_kv_pool_allocator.transfer_pages(pages)
 
 
+def is_fake(req: Any) -> bool:
+    """Whether nothing is transferred for a request: SGLang's health checks and warm-up."""
+    return bool(req.bootstrap_host == FAKE_BOOTSTRAP_HOST)
+
+
 class HmaDecodeTransferQueue(DecodeTransferQueue):
-    """Unpacks the landed last page; frees a failed request's pages when nothing can land there."""
+    """Unpacks the landed last page; frees a failed request's pages when nothing can land there;
+    empties the pages of a request whose prompt nobody sends."""
 
     _liveness = PeerLiveness()
     _quarantined = 0  # pages, as the gauge has them
@@ -129,13 +165,23 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
 
     @override
     def _commit_transfer_to_req(self, decode_req: DecodeRequest) -> None:
-        super()._commit_transfer_to_req(decode_req)
         req = decode_req.req
+        if is_fake(req):
+            self._empty_pages(req)
+        super()._commit_transfer_to_req(decode_req)
         if is_aborted(req) or len(req.origin_input_ids) % PAGE == 0:
             return
         tail = len(req.origin_input_ids) // PAGE * PAGE
         slot = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, tail]
         self.scheduler.token_to_kv_pool_allocator.commit_landing(int(slot) // PAGE)
+
+    def _empty_pages(self, req: Any) -> None:
+        """They still hold the bytes of whoever had them before."""
+        tokens = len(req.origin_input_ids)
+        slots = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens:PAGE]
+        allocator = self.scheduler.token_to_kv_pool_allocator
+        pages = allocator.transfer_pages((slots // PAGE).cpu().numpy())
+        allocator.get_kvcache().empty_pages(pages)
 
     @override
     def pop_transferred(self, rids_to_check: list[str] | None = None) -> list[Any]:
@@ -151,7 +197,12 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         now = time.monotonic()
         for decode_req, *_ in self._deferred_releases:
             ended = decode_req.kv_receiver
-            ranks = control_ports(ended.bootstrap_infos or ())
+            confirmed = ended.kv_mgr.confirmed_ranks(ended.bootstrap_room)
+            ranks = [
+                rank
+                for index, rank in enumerate(control_ports(ended.bootstrap_infos or ()))
+                if ended.prefill_rank(index) not in confirmed
+            ]
             gone = [self._liveness.is_gone(rank) for rank in ranks]
             if ranks and all(gone):
                 ended.kv_mgr.note_gone(ended.bootstrap_room, ranks)

@@ -1,4 +1,4 @@
-"""Decode's side of a refused handshake: read the prefill server's route, abort its requests.
+"""Decode's side of a refused handshake, or of a restarted prefill server: abort the requests there.
 
 A prefill server would wait minutes for a decode server that has refused it, and the router waits
 for both. So decode sends SGLang's own ABORT for each room. It does so several times, because a
@@ -10,44 +10,31 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import requests
 from sglang.srt.disaggregation.common.conn import AbortNotification
 from sglang.srt.utils.network import NetworkAddress
 
+from sglang_hma.transfer.decode import routes
+
 logger = logging.getLogger(__name__)
 
-ROUTE_TIMEOUT_S = 5
 ABORT_PAUSES_S = (0.0, 0.3, 1.0, 3.0, 6.0)
-MAX_RANKS = 1024
-
-
-def fetch_route(bootstrap_addr: str, *, dp: int = -1, tp: int = -1) -> dict[str, Any] | None:
-    """What a bootstrap server says of its prefill server (ranks -1) or of one of its ranks.
-
-    None if it cannot be reached or does not answer with a JSON object.
-    """
-    query = f"prefill_dp_rank={dp}&prefill_cp_rank={min(dp, 0)}&target_tp_rank={tp}"
-    url = f"http://{bootstrap_addr}/route?{query}&target_pp_rank={min(dp, 0)}"
-    try:
-        reply = requests.get(url, timeout=ROUTE_TIMEOUT_S)
-        reply.raise_for_status()
-        route = reply.json()
-    except (requests.RequestException, ValueError) as error:
-        logger.debug("No route from %s yet: %s", bootstrap_addr, error)
-        return None
-    return route if isinstance(route, dict) else None
 
 
 def rank_endpoints(bootstrap_addr: str, route: dict[str, Any]) -> list[NetworkAddress]:
-    """The control ports of a prefill server's ranks."""
+    """The control ports of a prefill server's ranks, as far as it tells them."""
     sizes = [route.get(name) for name in ("dp_size", "attn_tp_size")]
-    dp_size, tp_size = (n if isinstance(n, int) and 0 < n <= MAX_RANKS else 1 for n in sizes)
-    endpoints = []
+    dp_size, tp_size = (n if type(n) is int and 0 < n <= routes.MAX_RANKS else 1 for n in sizes)
+    endpoints: list[NetworkAddress] = []
     for dp in range(dp_size):
         for tp in range(tp_size):
-            rank = fetch_route(bootstrap_addr, dp=dp, tp=tp) or {}
-            if "rank_ip" in rank and "rank_port" in rank:
-                endpoints.append(NetworkAddress(str(rank["rank_ip"]), int(rank["rank_port"])))
+            answer = routes.fetch(bootstrap_addr, (dp, 0, tp, 0))
+            if answer is None:
+                return endpoints
+            try:
+                rank = routes.parse_rank(answer.route)
+            except ValueError:
+                return endpoints
+            endpoints.append(NetworkAddress(rank.rank_ip, rank.rank_port))
     return endpoints
 
 

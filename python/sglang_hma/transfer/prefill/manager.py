@@ -1,5 +1,6 @@
 """The KV manager of a prefill server."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, Transfer
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
+from sglang_hma.transfer.bootstrap import registration
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
@@ -18,7 +20,10 @@ from sglang_hma.transfer.prefill.link import MooncakeLink
 from sglang_hma.transfer.prefill.link_model import GroupSizer
 from sglang_hma.transfer.prefill.outgoing import Destination
 from sglang_hma.transfer.prefill.sender import PrefillSender
+from sglang_hma.transfer.prefill.strays import Strays
 from sglang_hma.transfer.prefill.trace import Trace
+
+logger = logging.getLogger(__name__)
 
 # Mooncake's TCP transport fails a batch of more than about 2,100 entries with part of it written.
 MAX_BATCH_ENTRIES = 1000
@@ -31,6 +36,7 @@ class HmaPrefillManager(HmaKVManager):
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sender: PrefillSender | None = None
+        self._strays = Strays()
         super().__init__(*args, **kwargs)
         if self.plain_pages:
             self.sender = self._make_sender(HmaConfig.require())
@@ -50,6 +56,10 @@ class HmaPrefillManager(HmaKVManager):
         )
 
     # -- what SGLang asks for --
+
+    @override
+    def _register_topology_row(self, url: str, payload: dict[str, Any]) -> None:
+        super()._register_topology_row(url, registration(payload))
 
     @override
     def _validate_peer_state_layout(
@@ -176,6 +186,20 @@ class HmaPrefillManager(HmaKVManager):
         self.send_kv_status_message(
             targets=list(ranks), bootstrap_room=room, status=KVPoll.Failed, failure_reason=reason
         )
+
+    def forget_strays(self) -> None:
+        if self.sender is None:
+            return
+        is_open = self.sender.claims.is_open
+        told = {*list(self.transfer_infos), *self.intake.rooms()}
+        strays = {room for room in told if not is_open(room)}
+        for room in self._strays.overdue(strays, time.monotonic()):
+            if is_open(room):
+                continue
+            logger.error("Forgetting room %s: its other half never came", room)
+            self.close_room(room)
+            self.request_status.pop(room, None)
+            self.intake.forget(room)
 
     # SGLang's own count of what is being sent: it holds back a success while that is above zero.
 

@@ -17,7 +17,7 @@ from sglang_hma.transfer import messages
 from sglang_hma.transfer.base import PrefillManager
 from sglang_hma.transfer.claims import Claims
 from sglang_hma.transfer.drain import NETWORK_S, Drain
-from sglang_hma.transfer.integrity import HostMemory, digests
+from sglang_hma.transfer.integrity import HostMemory, digests, row_digest
 from sglang_hma.transfer.metrics import PrefillMetrics
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend, Group, Job, LayerRange
@@ -31,6 +31,7 @@ from sglang_hma.transfer.tcp_table import addresses_of, connections
 logger = logging.getLogger(__name__)
 
 VERIFY_TIMEOUT_S = 60.0
+STRAYS_S = 5.0
 
 
 class PrefillSender:
@@ -58,6 +59,7 @@ class PrefillSender:
         self.metrics = PrefillMetrics()
         self.claims = Claims(expected=HmaConfig.require().packs_kv)
         self._draining: dict[int, Drain] = {}  # rooms with failed writes
+        self._strays_s = 0.0  # when it was last looked for them
         self._hashing = hashing or ThreadPoolExecutor(1, thread_name_prefix="hma-hash")
         self._lock = threading.Lock()
         self.thread = SendThread(link, self, sizer)
@@ -223,7 +225,21 @@ class PrefillSender:
 
     def _on_all_acked(self, job: Job) -> None:
         request = self.requests.get(job.room)
-        if request is not None and request.note_sent(job.session):
+        if request is None:
+            return
+        destination = request.destinations.get(job.session)
+        if destination is not None and destination.generation is not None and job.metadata:
+            self.manager.tell(
+                destination.address,
+                messages.Metadata(
+                    room=job.room,
+                    generation=destination.generation,
+                    rank=self.rank,
+                    buffers=len(job.metadata),
+                    digest=row_digest((source, length) for source, _, length in job.metadata),
+                ),
+            )
+        if request.note_sent(job.session):
             self.metrics.request(*request.overlap())
             self.manager.report_sent(job.room)
             self._maybe_conclude(request)
@@ -245,6 +261,9 @@ class PrefillSender:
             reason = f"the prefill server got no request for it in {self.claims.UNOPENED_S:g} s"
             logger.error("Room %s is waited for by %s, but %s", room, ranks, reason)
             self.manager.report_unopened(room, ranks, reason)
+        if now - self._strays_s > STRAYS_S:
+            self._strays_s = now
+            self.manager.forget_strays()
         self.metrics.unsettled_rooms.set(len(self._draining))
         self.trace.flush()
 

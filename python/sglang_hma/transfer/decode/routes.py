@@ -1,0 +1,157 @@
+"""What a prefill server's bootstrap server answers, checked before SGLang acts on it.
+
+SGLang reads the answer in its scheduler's thread, and an answer that does not suit it ends the
+process. A decode server must outlive any.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import aiohttp
+import msgspec
+
+from sglang_hma.transfer.bootstrap import BOOT_HEADER
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 5
+MAX_BYTES = 1 << 16
+MAX_RANKS = 1024
+
+Place = tuple[int, int, int, int]  # a rank by its data, context, tensor and pipeline ranks
+SERVER: Place = (-1, -1, -1, -1)
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
+Text = Annotated[str, msgspec.Meta(max_length=1024)]
+RANK_HOST = r"[A-Za-z0-9._:%-]{1,253}"
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A prefill server, as SGLang 0.5.23's PrefillServerInfo describes it."""
+
+    attn_tp_size: Size
+    attn_cp_size: Size
+    dp_size: Size
+    pp_size: Size
+    page_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None
+    kv_cache_dtype: Text | None
+    follow_bootstrap_room: bool
+    enable_dsa_cache_layer_split: bool = False
+    dsv41_spec_layout: dict[str, Any] | None = None
+    kv_layout: Text | None = None
+    decode_allocation_policy: Text = "early"
+    enable_kv_cache_sharding: bool = False
+    prefill_http_port: Port | None = None
+    # Filled in by the reader.
+    target_tp_rank: None = None
+    target_tp_ranks: None = None
+    target_cp_ranks: None = None
+    target_pp_ranks: None = None
+    required_dst_info_num: None = None
+    required_prefill_response_num: None = None
+
+
+# What `unsuitable` and the handshake look at.
+CHECKED = (
+    *("attn_tp_size", "attn_cp_size", "dp_size", "pp_size", "page_size", "kv_cache_dtype"),
+    *("kv_layout", "enable_kv_cache_sharding", "enable_dsa_cache_layer_split"),
+)
+
+
+class RankRoute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The control port of one of its ranks; SGLang's receiver adds `pp_rank`."""
+
+    rank_ip: Annotated[str, msgspec.Meta(pattern=rf"\A{RANK_HOST}\Z")]
+    rank_port: Port
+    pp_rank: Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)] = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`boot` says which start of the server answered; None where it does not say."""
+
+    route: dict[str, Any]
+    boot: str | None
+
+
+def fetch(bootstrap_addr: str, place: Place = SERVER) -> Answer | None:
+    """What a bootstrap server says of its prefill server or of one of its ranks. Blocks for
+    TIMEOUT_S at most.
+
+    None if it cannot be reached or does not answer with a JSON object.
+    """
+    try:
+        return asyncio.run(_fetch(bootstrap_addr, place))
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        logger.debug("No route from %s yet: %r", bootstrap_addr, error)
+        return None
+
+
+async def _fetch(bootstrap_addr: str, place: Place) -> Answer | None:
+    names = "prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"
+    query = "&".join(f"{name}={rank}" for name, rank in zip(names, place, strict=True))
+    # In all: a server may also send a byte now and then.
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.get(f"http://{bootstrap_addr}/route?{query}", allow_redirects=False) as reply,
+    ):
+        if reply.status != 200:
+            return None
+        raw = b""
+        async for part in reply.content.iter_any():
+            raw += part
+            if len(raw) > MAX_BYTES:
+                return None
+        route = msgspec.json.decode(raw)
+        return Answer(route, reply.headers.get(BOOT_HEADER)) if isinstance(route, dict) else None
+
+
+def parse(route: dict[str, Any]) -> Route:
+    """Raises ValueError, in one line, for what no prefill server would answer."""
+    try:
+        return msgspec.convert(route, Route)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"its bootstrap server does not answer as SGLang's: {error}") from None
+
+
+def parse_rank(info: dict[str, Any]) -> RankRoute:
+    """As `parse`, of one rank."""
+    try:
+        return msgspec.convert(info, RankRoute)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"no address of a rank: {error}") from None
+
+
+def unsuitable(
+    route: Route, *, page_size: int, kv_cache_dtype: str | None, pp_size: int, packs_kv: bool
+) -> str | None:
+    """Why a decode server with these settings cannot take this server's pages, or None.
+
+    The KV formats and the sizes of attention TP are the handshake's.
+    """
+    for name, theirs, ours in (
+        ("page size", route.page_size, page_size),
+        ("KV cache dtype", route.kv_cache_dtype, kv_cache_dtype),
+    ):
+        if theirs != ours:
+            return f"{name} mismatch: the prefill server has {theirs}, the decode server {ours}"
+    for name, size, most in (
+        ("context", route.attn_cp_size, 1 if packs_kv else MAX_RANKS),
+        ("pipeline", route.pp_size, 1 if packs_kv else MAX_RANKS),
+    ):
+        if size > most:
+            return f"the prefill server is {name}-parallel ({size}), which BFP8 pages do not allow"
+    if pp_size not in (1, route.pp_size):
+        return (
+            f"pipeline parallelism is {route.pp_size} on prefill and {pp_size} on decode, which "
+            "must be equal, or 1 on decode"
+        )
+    if packs_kv and route.dsv41_spec_layout is not None:
+        return "the prefill server speculates, which BFP8 pages do not allow"
+    if packs_kv and (route.enable_kv_cache_sharding or route.enable_dsa_cache_layer_split):
+        return "the prefill server splits its pages or layers between ranks"
+    return None

@@ -1,0 +1,117 @@
+"""The bootstrap server, asked over HTTP: only its own processes register; each start has a
+number."""
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+from sglang_hma.transfer import own_processes
+from sglang_hma.transfer.bootstrap import BOOT_HEADER, KEY_FIELD, HmaBootstrapServer, registration
+from sglang_hma.transfer.decode import routes
+
+ROW = {
+    **{f"attn_{kind}_size": 1 for kind in ("tp", "cp", "dp")},
+    **{f"attn_{kind}_rank": 0 for kind in ("tp", "cp", "dp")},
+    **{"pp_size": 1, "pp_rank": 0, "system_dp_size": 1, "system_dp_rank": 0},
+    **{"rank_ip": "127.0.0.1", "rank_port": 4321, "page_size": 32, "kv_cache_dtype": "auto"},
+}
+
+
+@contextlib.contextmanager
+def serving(port: int) -> Iterator[str]:
+    server = HmaBootstrapServer("127.0.0.1", port)
+    address = f"127.0.0.1:{port}"
+    try:
+        for _ in range(6000):
+            with contextlib.suppress(requests.ConnectionError):
+                requests.get(f"http://{address}/health")
+                break
+            time.sleep(0.01)
+        yield address
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setenv(own_processes.KEY_ENV, "the key of this server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def put(address: str, row: Any, path: str = "route") -> int:
+    method = "PUT" if path == "route" else "POST"
+    return requests.request(method, f"http://{address}/{path}", json=row).status_code
+
+
+def test_only_its_own_processes_register(port: int) -> None:
+    with serving(port) as address:
+        forged = ROW | {"rank_port": 6666}
+        for row in (
+            *(forged, forged | {KEY_FIELD: ""}, forged | {KEY_FIELD: "another server's"}),
+            *(forged | {KEY_FIELD: None}, forged | {KEY_FIELD: ["x"]}, [forged], "text", None),
+        ):
+            assert put(address, row) == 403, row
+        assert routes.fetch(address) is None, "nobody has registered"
+        assert put(address, registration(ROW)) == 200
+        assert put(address, forged) == 403
+        found = routes.fetch(address, (0, 0, 0, 0))
+        assert found is not None and routes.parse_rank(found.route).rank_port == 4321
+        answer = routes.fetch(address)
+        assert answer is not None and routes.parse(answer.route).page_size == 32
+
+
+def test_a_restarted_server_has_another_number(port: int) -> None:
+    boots = []
+    for _ in range(2):
+        with serving(port) as address:
+            assert put(address, registration(ROW)) == 200
+            answer = routes.fetch(address)
+            assert answer is not None
+            again = requests.get(f"http://{address}/health").headers[BOOT_HEADER]
+            assert again == answer.boot
+            boots.append(answer.boot)
+    assert boots[0] != boots[1]
+
+
+def test_ranks_of_rooms(port: int) -> None:
+    with serving(port) as address:
+        assert put(address, registration(ROW)) == 200
+        path = "register_dp_rank"
+        for odd in (
+            *({"bootstrap_room": -1, "dp_rank": 0}, {"bootstrap_room": 1 << 63, "dp_rank": 0}),
+            *({"bootstrap_room": 5, "dp_rank": 1}, {"bootstrap_room": "5"}, {}, [5], None),
+        ):
+            assert put(address, odd, path) == 400, odd
+        assert put(address, {"bootstrap_room": 5, "dp_rank": 0}, path) == 200
+
+
+class Request:
+    """From an address that cannot be had in a test: what the server asks of aiohttp's request."""
+
+    def __init__(self, peer: str) -> None:
+        self.transport = self
+        self.names = {"peername": (peer, 40000), "sockname": ("10.0.0.1", 8998)}
+
+    def get_extra_info(self, name: str) -> Any:
+        return self.names[name]
+
+
+def test_ranks_are_known_by_their_address(port: int) -> None:
+    server = HmaBootstrapServer("127.0.0.1", port)
+    try:
+        assert server._from_a_rank(Request("10.0.0.1"))  # type: ignore[arg-type]
+        assert not server._from_a_rank(Request("10.0.0.2"))  # type: ignore[arg-type]
+        for _ in range(6000):
+            with contextlib.suppress(requests.ConnectionError):
+                assert put(f"127.0.0.1:{port}", registration(ROW | {"rank_ip": "10.0.0.2"})) == 200
+                break
+            time.sleep(0.01)
+        assert server._from_a_rank(Request("10.0.0.2"))  # type: ignore[arg-type]
+    finally:
+        server.close()
