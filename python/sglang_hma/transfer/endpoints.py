@@ -1,11 +1,20 @@
-"""The two ends of one request: SGLang's sender on prefill and its receiver on decode."""
+"""The two ends of one request: SGLang's sender on prefill and its receiver on decode.
 
+SGLang's tables are by room. A request whose room belongs to another one fails as soon as SGLang
+asks how it does, and never touches what is kept for the other.
+"""
+
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import KVTransferError
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
+from sglang.srt.utils.network import NetworkAddress
 from typing_extensions import override
 
+from sglang_hma.transfer import outbox
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
 
@@ -20,11 +29,18 @@ class HmaKVSender(MooncakeKVSender):
     supports_host_tensor_indices = False
 
     @override
-    def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, mgr: Any, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any
+    ) -> None:
         self._hold: Hold | None = None
         self._holds: list[Callable[[], None]] = []
-        super().__init__(mgr, *args, **kwargs)
-        if mgr.sender is not None:
+        self._refused = mgr.open_room(bootstrap_room)
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
+        if self._refused is not None:
+            self.conclude_state = KVPoll.Failed
+            if not mgr.rooms.is_open(bootstrap_room):
+                mgr.request_status.pop(bootstrap_room, None)
+        elif mgr.sender is not None:
             mgr.sender.claims.opened(self.bootstrap_room)
 
     def send_early(
@@ -55,6 +71,8 @@ class HmaKVSender(MooncakeKVSender):
 
     @override
     def clear(self) -> None:
+        if self._refused is not None:
+            return
         try:
             super().clear()
             self.kv_mgr.forget(self.bootstrap_room)
@@ -63,10 +81,19 @@ class HmaKVSender(MooncakeKVSender):
 
     @override
     def abort(self) -> None:
+        if self._refused is not None:
+            return
         try:
             super().abort()
+            self.kv_mgr.rooms.close(self.bootstrap_room)
         finally:
             self._let_go()
+
+    @override
+    def failure_exception(self) -> None:
+        if self._refused is not None:
+            raise KVTransferError(self.bootstrap_room, self._refused)
+        super().failure_exception()
 
     def _let_go(self) -> None:
         holds, self._holds = self._holds, []
@@ -81,17 +108,35 @@ class HmaKVSender(MooncakeKVSender):
 
 
 class HmaKVReceiver(MooncakeKVReceiver):
-    """Tells the manager which pages a request expects, from when until when."""
+    """Tells the manager which pages a request expects, from when until when. Sends without
+    waiting for the peer."""
+
+    @override
+    def __init__(self, mgr: Any, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
+        self._refused = mgr.open_room(bootstrap_room)
+        if self._refused is not None:
+            # SGLang's constructor writes into its tables. Its classes ask these two first.
+            self.bootstrap_room, self.kv_mgr = bootstrap_room, mgr
+            self.conclude_state, self._owns_bootstrap_room = KVPoll.Failed, False
+            self.abort_notified, self.init_time, self.require_staging = True, None, False
+            return
+        super().__init__(mgr, bootstrap_addr, bootstrap_room)
 
     @override
     def init(self, *args: Any, **kwargs: Any) -> None:
         super().init(*args, **kwargs)
-        if self.kv_mgr.is_hma_prefill(self.bootstrap_addr):
+        if self._refused is None and self.kv_mgr.is_hma_prefill(self.bootstrap_addr):
             infos = getattr(self, "bootstrap_infos", None) or []
             self.kv_mgr.claim(self.bootstrap_room, infos)
 
     @override
+    def _connect_to_bootstrap_server(self, bootstrap_info: dict[str, Any]) -> tuple[Any, Any]:
+        rank = NetworkAddress(str(bootstrap_info["rank_ip"]), int(bootstrap_info["rank_port"]))
+        return outbox.Socket(self.kv_mgr.outbox, rank.to_tcp()), contextlib.nullcontext()
+
+    @override
     def send_metadata(self, kv_indices: Pages, *args: Any, **kwargs: Any) -> None:
+        self.kv_mgr.rooms.publish(self.bootstrap_room)
         if getattr(self, "bootstrap_infos", None):
             infos = self.bootstrap_infos
             self.kv_mgr.expect(self.bootstrap_room, self.bootstrap_addr, kv_indices, infos)
@@ -100,4 +145,11 @@ class HmaKVReceiver(MooncakeKVReceiver):
     @override
     def _clear(self) -> None:
         super()._clear()
-        self.kv_mgr.forget(self.bootstrap_room)
+        if self._refused is None:
+            self.kv_mgr.forget(self.bootstrap_room)
+
+    @override
+    def failure_exception(self) -> None:
+        if self._refused is not None:
+            raise KVTransferError(self.bootstrap_room, self._refused)
+        super().failure_exception()

@@ -51,9 +51,9 @@ class PeerLiveness:
             time.sleep(INTERVAL_S)
 
 
-def refuses(address: Address) -> bool:
+def refuses(address: Address, timeout_s: float = 1.0) -> bool:
     try:
-        socket.create_connection(address, timeout=1).close()
+        socket.create_connection(address, timeout=timeout_s).close()
     except ConnectionRefusedError:
         return True
     except OSError:
