@@ -1,14 +1,22 @@
 """Whether a peer's process has ended."""
 
+import contextlib
+import errno
+import selectors
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
 Address = tuple[str, int]
 
 REFUSALS = 3
 INTERVAL_S = 1.0
 FORGET_S = 30.0
+CONNECT_S = 1.0
+# Connections at once, and addresses that are watched: they may come from anybody.
+AT_ONCE = 128
+MAX_ADDRESSES = 1024
 
 
 class PeerLiveness:
@@ -28,6 +36,8 @@ class PeerLiveness:
     def is_gone(self, address: Address) -> bool:
         """Does not block. False until enough connections were tried after the first question."""
         with self._lock:
+            if address not in self._asked_s and len(self._asked_s) >= MAX_ADDRESSES:
+                return False
             self._asked_s[address] = time.monotonic()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -44,18 +54,46 @@ class PeerLiveness:
                     self._thread = None
                     return
                 addresses = list(self._asked_s)
-            for address in addresses:
-                refusals = self._refusals.get(address, 0) + 1 if refuses(address) else 0
-                with self._lock:
-                    self._refusals[address] = refusals
+            refused = refusing(addresses)
+            with self._lock:
+                self._refusals = {
+                    address: self._refusals.get(address, 0) + 1 for address in refused
+                }
             time.sleep(INTERVAL_S)
 
 
-def refuses(address: Address, timeout_s: float = 1.0) -> bool:
-    try:
-        socket.create_connection(address, timeout=timeout_s).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
+def refuses(address: Address, timeout_s: float = CONNECT_S) -> bool:
+    """Whether nothing listens there; False if that cannot be told within `timeout_s`."""
+    return address in refusing([address], timeout_s)
+
+
+def refusing(addresses: Sequence[Address], timeout_s: float = CONNECT_S) -> set[Address]:
+    """Those at which nothing listens. Connects to AT_ONCE together, so that silent ones hold up
+    the others for `timeout_s` and no longer."""
+    starts = range(0, len(addresses), AT_ONCE)
+    return set().union(*(_refusing(addresses[i : i + AT_ONCE], timeout_s) for i in starts))
+
+
+def _refusing(addresses: Sequence[Address], timeout_s: float) -> set[Address]:
+    found = set()
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        for address in addresses:
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            connection = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):  # no such name, no such network
+                code = connection.connect_ex((address[0].strip("[]"), address[1]))
+                if code == errno.ECONNREFUSED:
+                    found.add(address)
+                elif code == errno.EINPROGRESS:
+                    selector.register(connection, selectors.EVENT_WRITE, (address, connection))
+        deadline = time.monotonic() + timeout_s
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                address, connection = key.data
+                code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if code == errno.ECONNREFUSED:
+                    found.add(address)
+                selector.unregister(connection)
+    return found
