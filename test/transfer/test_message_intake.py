@@ -84,13 +84,15 @@ def test_pages_are_for_a_server_that_has_registered_from_there() -> None:
 
 def test_pages_are_published_once(caplog: pytest.LogCaptureFixture) -> None:
     made = intake()
-    assert made.rooms.open(77) is None
+    assert made.open_rooms.open(77) is None
     assert made.screen(request()) == request()
     assert made.screen(request()) is None and "dropp" not in caplog.text.lower()
     assert made.screen(request(struct.pack("2i", 5, 7))) is None
     assert "before, and others" in caplog.text
+    assert made.rooms() == [77]
     made.forget(77)
-    made.rooms.close(77)
+    assert not made.rooms()
+    made.open_rooms.close(77)
     # Whatever was left of a request that has ended is replaced.
     for last in (7, 8):
         message = request(struct.pack("2i", 5, last))
@@ -179,7 +181,7 @@ def test_an_error_of_the_handler_stays_with_it(caplog: pytest.LogCaptureFixture)
 
 def test_what_decode_takes() -> None:
     made = DecodeIntake(Rooms(), waits=False)
-    assert made.rooms.open(77) is None
+    assert made.open_rooms.open(77) is None
     for message, taken in (
         ([b"77", b"0", b"0"], True),
         ([b"77", b"0", b"0", b"why"], True),
@@ -190,7 +192,7 @@ def test_what_decode_takes() -> None:
         ([b"ABORT", b"77"], False),
     ):
         assert made.screen(list(message)) == (message if taken else None), message
-    made.rooms.publish(77)
+    made.open_rooms.publish(77)
     assert made.screen([b"77", b"4", b"0"]) == [b"77", b"4", b"0"]
     assert DecodeIntake(Rooms(), waits=True).screen([b"77", b"2", b"0"]) is not None
 

@@ -18,13 +18,20 @@ CONNECT_S = 1.0
 AT_ONCE = 128
 MAX_ADDRESSES = 1024
 
+# linux/in.h, linux/in6.h: IP_RECVERR, IPV6_RECVERR; linux/errqueue.h: SO_EE_ORIGIN_ICMP, _ICMP6.
+RECEIVE_ERRORS = {
+    socket.AF_INET: (socket.IPPROTO_IP, 11),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 25),
+}
+ICMP_ORIGINS = (2, 3)
+
 
 class PeerLiveness:
     """Connects to the control ports of peers, as long as somebody asks about them.
 
     A peer is gone when its port has refused REFUSALS connections in a row, a second apart: no
-    process listens there any more. A peer that does not answer is not gone. It may be stopped or
-    cut off, and its writes may still arrive.
+    process listens there any more. A peer that does not answer, or which a firewall hides, is not
+    gone. It may be stopped or cut off, and its writes may still arrive.
     """
 
     def __init__(self) -> None:
@@ -63,13 +70,18 @@ class PeerLiveness:
 
 
 def refuses(address: Address, timeout_s: float = CONNECT_S) -> bool:
-    """Whether nothing listens there; False if that cannot be told within `timeout_s`."""
+    """Whether the peer's own system says that nothing listens there; False if that cannot be told
+    within `timeout_s`."""
     return address in refusing([address], timeout_s)
 
 
 def refusing(addresses: Sequence[Address], timeout_s: float = CONNECT_S) -> set[Address]:
-    """Those at which nothing listens. Connects to AT_ONCE together, so that silent ones hold up
-    the others for `timeout_s` and no longer."""
+    """Those at which nothing listens, as their own systems say.
+
+    A firewall that rejects connections looks alike but for its ICMP message: the process behind it
+    may live. Connects to AT_ONCE together, so that silent ones hold up the others for `timeout_s`
+    and no longer.
+    """
     starts = range(0, len(addresses), AT_ONCE)
     return set().union(*(_refusing(addresses[i : i + AT_ONCE], timeout_s) for i in starts))
 
@@ -79,12 +91,10 @@ def _refusing(addresses: Sequence[Address], timeout_s: float) -> set[Address]:
     with contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
         for address in addresses:
-            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            connection = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            connection.setblocking(False)
-            with contextlib.suppress(OSError):  # no such name, no such network
-                code = connection.connect_ex((address[0].strip("[]"), address[1]))
-                if code == errno.ECONNREFUSED:
+            # No such name, no such network; a name may be one that cannot be encoded.
+            with contextlib.suppress(OSError, ValueError):
+                connection, code = _connect(address, stack)
+                if code == errno.ECONNREFUSED and not _has_icmp_error(connection):
                     found.add(address)
                 elif code == errno.EINPROGRESS:
                     selector.register(connection, selectors.EVENT_WRITE, (address, connection))
@@ -93,7 +103,26 @@ def _refusing(addresses: Sequence[Address], timeout_s: float) -> set[Address]:
             for key, _ in selector.select(left):
                 address, connection = key.data
                 code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code == errno.ECONNREFUSED:
+                if code == errno.ECONNREFUSED and not _has_icmp_error(connection):
                     found.add(address)
                 selector.unregister(connection)
     return found
+
+
+def _connect(address: Address, stack: contextlib.ExitStack) -> tuple[socket.socket, int]:
+    """A socket that has begun to connect, and what that gave."""
+    host, port = address[0].removeprefix("[").removesuffix("]"), address[1]
+    family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    connection = stack.enter_context(socket.socket(family, kind, protocol))
+    connection.setblocking(False)
+    connection.setsockopt(*RECEIVE_ERRORS[family], 1)
+    return connection, connection.connect_ex(place)
+
+
+def _has_icmp_error(connection: socket.socket) -> bool:
+    try:
+        _, found, _, _ = connection.recvmsg(512, 512, socket.MSG_ERRQUEUE)
+    except OSError:
+        return False
+    # struct sock_extended_err: its fifth byte is the origin.
+    return any(data[4] in ICMP_ORIGINS for *_, data in found if len(data) > 4)

@@ -23,6 +23,10 @@ from sglang_hma.transfer.sglang_messages import PageList
 
 logger = logging.getLogger(__name__)
 
+# Which of our messages a prefill server gets; a decode server gets the others.
+TO_PREFILL = (messages.Claim, messages.Renewal, messages.Resend, messages.Verified)
+TO_DECODE = tuple(kind for kind in messages.TYPES.values() if kind not in TO_PREFILL)
+
 MAX_FRAMES = 32
 MAX_REASON = 4096  # bytes
 
@@ -39,7 +43,7 @@ class MessageIntake:
 
     def __init__(self, role: str, rooms: Rooms) -> None:
         self.role = role
-        self.rooms = rooms
+        self.open_rooms = rooms
         self.handler: Callable[[messages.Message], None] | None = None
         self.checks: dict[bytes, Callable[[list[bytes]], bool]] = {}
         self.log = LimitedLog(logger)
@@ -85,7 +89,7 @@ class MessageIntake:
 class DecodeIntake(MessageIntake):
     """`waits`: decode reserves pages only when prefill has said that the prompt is ready."""
 
-    takes = (messages.Landed,)
+    takes = TO_DECODE
 
     def __init__(self, rooms: Rooms, *, waits: bool) -> None:
         super().__init__("decode", rooms)
@@ -96,7 +100,7 @@ class DecodeIntake(MessageIntake):
         room, status = sglang_messages.status(message, waits=self.waits)
         message[3:] = [printable(frame) for frame in message[3:]]  # SGLang logs and answers it
         # SGLang's scheduler ends when a request succeeds that has no pages yet.
-        if status == KVPoll.Success and not self.rooms.is_published(room):
+        if status == KVPoll.Success and not self.open_rooms.is_published(room):
             raise ValueError(f"room {room} is said to have succeeded, but waits for nothing")
         return True
 
@@ -109,7 +113,7 @@ class PrefillIntake(MessageIntake):
     """`try_layout` raises what SGLang would raise for a registration. `drop_session` and
     `drop_room` make SGLang forget what the tables here have no room for. `waits` as above."""
 
-    takes = (messages.Claim, messages.Renewal, messages.Resend, messages.Verified)
+    takes = TO_PREFILL
 
     def __init__(
         self,
@@ -140,6 +144,10 @@ class PrefillIntake(MessageIntake):
         makes no checksums."""
         pages = self.page_lists.get(room, session)
         return _generation(pages) if pages is not None else None
+
+    def rooms(self) -> list[int]:
+        """Rooms that pages are known for."""
+        return self.page_lists.rooms()
 
     def opened(self, room: int) -> None:
         self.page_lists.opened(room)

@@ -48,6 +48,10 @@ class PageLists:
     def get(self, room: int, session: str) -> PageList | None:
         return self._lists.get(room, {}).get(session)
 
+    def rooms(self) -> list[int]:
+        with self._lock:
+            return list(self._lists)
+
     def opened(self, room: int) -> None:
         with self._lock:
             self._count(room, 0)

@@ -41,18 +41,19 @@ class ThreadWatch(threading.Thread):
 
 class ServerEnd:
     """Ends the server that this scheduler belongs to, as SGLang does when a scheduler raises: its
-    parent is told, and ends all of the server's processes."""
+    parent is told, and ends all of the server's processes. `told`: the parent; give
+    `psutil.Process()` in a server's main process."""
 
-    def __init__(self) -> None:
-        self._parent = psutil.Process().parent()
+    def __init__(self, told: psutil.Process | None = None) -> None:
+        self._told = told if told is not None else psutil.Process().parent()
 
     def __call__(self, reason: str) -> None:
         logger.critical(
             "This server ends: %s (its last words are above), and requests would only hang", reason
         )
         try:
-            if self._parent is not None:
-                self._parent.send_signal(signal.SIGQUIT)
+            if self._told is not None:
+                self._told.send_signal(signal.SIGQUIT)
                 return
         except psutil.Error:
             pass
