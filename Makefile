@@ -84,6 +84,10 @@ bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, an
 		--plot build/bench/transfer_ttft.svg $(ARGS)
 	$(RUN) -m benchmark.transfer.checksum --json build/bench/transfer_checksum.json $(ARGS)
 
+.PHONY: fuzz-messages
+fuzz-messages: venv ## 10,000 mutated control messages to each role of real managers; ARGS='COUNT SEED'
+	$(RUN) -m test.transfer.fuzz_messages $(ARGS)
+
 .PHONY: check-planner
 check-planner: venv ## The planner's simulator against closed forms; ARGS=--check
 	@mkdir -p build/bench

@@ -68,11 +68,12 @@ def mismatch(theirs: Any, ours: Callable[..., Any], extra: int = 0) -> str | Non
 
     `extra`: how many leading parameters of ours are not SGLang's to give.
     """
+    theirs = getattr(theirs, "__func__", theirs)  # of a class method
     if not callable(theirs):
         return f"is a {type(theirs).__name__}, not a method"
     base = list(inspect.signature(theirs).parameters.values())
     own = list(inspect.signature(ours).parameters.values())[extra:]
-    if base and base[0].name == "self":
+    if base and base[0].name in ("self", "cls"):
         base, own = base[1:], own[1:]
     return _misplaced(base, own) or _misnamed(base, own) or _missing(base, own)
 

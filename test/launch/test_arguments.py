@@ -161,8 +161,10 @@ def test_what_is_refused_in_a_file(
 
 
 def test_what_is_refused_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_DISAGG_STAGING_BUFFER", "1")
-    assert "SGLANG_DISAGG_STAGING_BUFFER is 1" in refusal(*CPU, *DECODE)
+    for name in ("SGLANG_DISAGG_STAGING_BUFFER", "SGLANG_MOONCAKE_SEND_AUX_TCP"):
+        monkeypatch.setenv(name, "1")
+        assert f"{name} is 1" in refusal(*CPU, *DECODE)
+        monkeypatch.delenv(name)
     start(*CPU)
 
 

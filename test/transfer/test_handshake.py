@@ -1,47 +1,71 @@
 """Decode servers that a prefill server refuses, by what they say of themselves."""
 
 import struct
+from typing import Any
 
 import pytest
-from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
 
 from sglang_hma.kvcache.format import KVFormat
-from sglang_hma.transfer.handshake import FORMAT_FRAME, Handshake
+from sglang_hma.transfer import sglang_messages
+from sglang_hma.transfer.handshake import Handshake, OwnMemory
+from sglang_hma.transfer.messages import Introduction
 
 OURS = KVFormat.bfp8(kv_heads=4, head_dim=64, v_head_dim=64, layers=2)
-PAGE_BYTES = 8704
+PAGE_BYTES, PAGES, ROWS = 8704, 100, 8
+START = 1 << 40
 
 
 def handshake() -> Handshake:
     """Of a prefill server with attention TP 1."""
-    sizes = [PAGE_BYTES] * 4
-    return Handshake(str(OURS), sizes, role="prefill", attn_tp=1, stock_allowed=False, plain=True)
+    memory = OwnMemory((PAGE_BYTES,) * 4, PAGES, (64,), ROWS)
+    return Handshake(str(OURS), memory, role="prefill", attn_tp=1, stock_allowed=False, plain=True)
+
+
+def introduction(layout: object = OURS, pages: int = PAGES) -> bytes:
+    return Introduction(str(layout), pages, ROWS).frame()
 
 
 def registration(
-    *extra: bytes, buffers: int = 4, rank: int = 0, tp: int = 1, page: int = PAGE_BYTES
+    *extra: bytes,
+    buffers: int = 4,
+    rank: int = 0,
+    tp: int = 1,
+    page: int = PAGE_BYTES,
+    step: int = PAGES * PAGE_BYTES,
+    start: int = START,
+    metadata: tuple[int, ...] = (1 << 39,),
 ) -> list[bytes]:
-    """A decode server's registration message, as SGLang 0.5.23 builds it."""
-    pointers = struct.pack(f"{buffers}Q", *range(buffers))
+    """A decode server's registration message, as SGLang 0.5.23 builds it; `step` lies between its
+    buffers."""
+    pointers = struct.pack(f"{buffers}Q", *(start + step * i for i in range(buffers)))
+    rows = struct.pack(f"{len(metadata)}Q", *metadata)
     parallel = [str(n).encode() for n in (rank, tp, page)]
-    head = [b"None", b"10.0.0.2", b"5000", b"10.0.0.2:15001", pointers, b"", b"", *parallel]
+    head = [b"None", b"10.0.0.2", b"5000", b"10.0.0.2:15001", pointers, rows, b"", *parallel]
     sizes = struct.pack(f"{buffers}Q", *[page] * buffers)
     return [*head, b"", b"", b"", b"", b"", b"", b"1", b"0", b"", sizes, *extra]
 
 
 def refusal(message: list[bytes]) -> str | None:
-    made = handshake()
-    made.remember(message)
-    return made.refuse_decode(KVArgsRegisterInfo.from_zmq(message))
+    try:
+        return handshake().refuse_decode(sglang_messages.registration(message))
+    except ValueError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize(
     ("frames", "buffers", "words"),
     [
         ([], 4, ["stock SGLang", str(OURS)]),
-        ([FORMAT_FRAME + b"hma-kv/9 x=1"], 4, ["hma-kv/9 x=1", str(OURS)]),
-        ([FORMAT_FRAME + str(OURS).replace("head_dim=64", "head_dim=96").encode()], 4, ["64/96"]),
-        ([FORMAT_FRAME + str(OURS).encode()], 3, ["registered 3 KV buffers", "4"]),
+        ([introduction("hma-kv/9 x=1")], 4, ["hma-kv/9 x=1", str(OURS)]),
+        ([introduction(str(OURS).replace("head_dim=64", "head_dim=96"))], 4, ["64/96"]),
+        ([introduction()], 3, ["registered 3 KV buffers", "4"]),
+        ([b"HMA-KV" + str(OURS).encode()], 4, ["does not say which protocol it speaks"]),
+        (
+            [introduction().replace(b"/1 ", b"/2 ", 1)],
+            4,
+            ["10.0.0.2", "version 2", "this server version 1", "the same sglang-hma"],
+        ),
+        ([introduction()[:-1]], 4, ["10.0.0.2"]),
     ],
 )
 def test_foreign_decode_servers_are_refused(
@@ -59,18 +83,16 @@ def test_foreign_decode_servers_are_refused(
         ({"tp": 2, "rank": 1, "page": 8704}, "have 8704 bytes"),
         ({"tp": 3, "page": 4352}, "cannot be cut into 3"),
         ({"tp": 0}, "TP size is 0"),
-        ({"rank": -1}, "rank is -1"),
+        ({"rank": -1}, "rank is b'-1'"),
+        ({"step": PAGES * PAGE_BYTES - 1}, "buffers of 100 pages overlap"),
+        ({"step": 0}, "buffers of 100 pages overlap"),
+        ({"start": 0}, "do not lie in 1..2^57-1"),
+        ({"start": (1 << 57) - 4 * PAGES * PAGE_BYTES}, "do not lie in 1..2^57-1"),
+        ({"start": (1 << 64) - 5 * PAGES * PAGE_BYTES}, "pointer is not below 2^57"),
+        ({"metadata": ()}, "registered 0 metadata buffers, this one has 1"),
+        ({"metadata": (START - 1,)}, "overlap"),
     ],
 )
-def test_tensor_parallel_peers(peer: dict[str, int], words: str | None) -> None:
-    reason = refusal(registration(FORMAT_FRAME + str(OURS).encode(), **peer))
+def test_peers_memory_and_ranks(peer: dict[str, Any], words: str | None) -> None:
+    reason = refusal(registration(introduction(), **peer))
     assert reason is None if words is None else reason is not None and words in reason, reason
-
-
-def test_a_peer_that_registers_again_is_judged_anew() -> None:
-    made = handshake()
-    for frames, accepted in (([FORMAT_FRAME + str(OURS).encode()], True), ([], False)):
-        message = registration(*frames)
-        made.remember(message)
-        reason = made.refuse_decode(KVArgsRegisterInfo.from_zmq(message))
-        assert (reason is None) == accepted

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from sglang_hma.transfer import liveness
-from sglang_hma.transfer.liveness import REFUSALS, PeerLiveness, refuses
+from sglang_hma.transfer.liveness import REFUSALS, PeerLiveness, refuses, refusing
 
 
 @pytest.fixture
@@ -77,3 +77,25 @@ def test_a_firewall_that_rejects_is_no_proof_of_death() -> None:
     command = ["unshare", "--net", sys.executable, "-m", "test.transfer.rejecting_firewall"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "looks refused, False True", done.stdout + done.stderr
+
+
+def test_silent_peers_hold_up_nobody() -> None:
+    """One after the other they would take three minutes."""
+    began = time.monotonic()
+    with socket.create_server(("0.0.0.0", 0), backlog=0) as server:
+        port = server.getsockname()[1]
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+        silent = [(f"127.0.0.{i}", port) for i in range(2, 202)]
+        dead = [refusing_address() for _ in range(3)]
+        assert refusing([*silent[:100], *dead, *silent[100:]]) == set(dead)
+        for one in waiting:
+            one.close()
+    assert time.monotonic() - began < 120
+
+
+def test_addresses_that_are_none() -> None:
+    assert not refusing([("300.1.1.1", 1), ("a name", 5), ("1.2.3.4", 0)])
+    refuses(("[::1]", refusing_address()[1]))  # raises nothing, IPv6 or not

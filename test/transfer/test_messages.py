@@ -14,7 +14,7 @@ from sglang_hma.transfer import messages
 @given(st.sampled_from(list(messages.TYPES)), st.binary(max_size=60))
 def test_junk_raises_value_error_or_parses(tag: bytes, body: bytes) -> None:
     with contextlib.suppress(ValueError):
-        messages.parse([tag, body])
+        messages.parse([tag, messages.VERSION, body])
 
 
 @given(st.lists(st.integers(-(2**70), 2**70), max_size=9))
@@ -23,9 +23,11 @@ def test_wrong_numbers_raise_value_error(numbers: list[int]) -> None:
     body = msgspec.msgpack.encode(small)
     for tag in messages.TYPES:
         with pytest.raises(ValueError):
-            messages.parse([tag, body, struct.pack("i", 1)])
+            messages.parse([tag, messages.VERSION, body, struct.pack("i", 1)])
+        with pytest.raises(ValueError, match="this server version 1"):
+            messages.parse([tag, b"2", body])
         with contextlib.suppress(ValueError):
-            messages.parse([tag, body])
+            messages.parse([tag, messages.VERSION, body])
 
 
 def test_messages_survive_the_wire() -> None:
@@ -38,3 +40,16 @@ def test_messages_survive_the_wire() -> None:
     ):
         assert messages.parse(messages.frames(message)) == message
     assert messages.parse([b"None", b"x"]) is None and messages.parse([]) is None
+
+
+@pytest.mark.parametrize("host", ["a.name", "", "10.0.0.2 ", "10.0.0.300", "::1\n", "x" * 65])
+def test_addresses_are_numbers(host: str) -> None:
+    for frames in ([1, host, 5000], [[1], host, 5000]):
+        tag = messages.CLAIM_TAG if frames[0] == 1 else messages.RENEWAL_TAG
+        with pytest.raises(ValueError):
+            messages.parse([tag, messages.VERSION, msgspec.msgpack.encode(frames)])
+
+
+def test_introductions_survive_the_wire() -> None:
+    made = messages.Introduction("hma-kv/1 name=x", 1000, 8)
+    assert messages.Introduction.parse(made.frame()) == made

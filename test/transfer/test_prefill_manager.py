@@ -1,16 +1,16 @@
-"""Long block lists reach Mooncake in batches that it can take."""
+"""What SGLang hands to a prefill manager, and what it keeps for nobody."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sglang.srt.disaggregation.base import KVPoll
 
-from sglang_hma.transfer.claims import Claims
-from sglang_hma.transfer.handshake import Handshake
-from sglang_hma.transfer.message_intake import MessageIntake
-from sglang_hma.transfer.prefill import manager, strays
+from sglang_hma.transfer.prefill import strays
 from sglang_hma.transfer.prefill.manager import MAX_BATCH_ENTRIES, HmaPrefillManager
+
+from .real_managers import Pair, until
 
 
 def test_long_block_lists_travel_in_bounded_batches() -> None:
@@ -45,28 +45,25 @@ def test_long_block_lists_travel_in_bounded_batches() -> None:
 
 
 def test_what_decode_says_of_a_room_that_never_begins_is_forgotten(
-    monkeypatch: pytest.MonkeyPatch,
+    managers: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SGLang keeps it until the request ends here."""
-    made = object.__new__(HmaPrefillManager)
-    hours = iter((100.0, 101.0 + strays.KEPT_S))
-    monkeypatch.setattr(manager, "time", SimpleNamespace(monotonic=lambda: next(hours)))
-    made.transfer_infos, made.request_status, made.req_to_decode_prefix_len = {}, {}, {}
-    made._staging_outstanding, made._strays = {}, strays.Strays()
-    sizes = [64]
-    handshake = Handshake("", sizes, role="prefill", attn_tp=1, stock_allowed=False, plain=True)
-    made.__dict__["intake"] = intake = MessageIntake(handshake)
-    made.sender = SimpleNamespace(claims=Claims(expected=True))  # type: ignore[assignment]
-    for room in (1, 2):
-        frames = [str(room), "10.0.0.2", "5000", "10.0.0.2:15001", "", "0", "", "1", "0", "", "77"]
-        assert intake.screen([frame.encode() for frame in frames]) is not None
-        # As SGLang's receiving thread does for either.
-        made.transfer_infos[room], made.req_to_decode_prefix_len[room] = {"session": 0}, 0
-        made.request_status[room] = KVPoll.WaitingForInput
-    made.sender.claims.opened(2)
-    made.forget_strays()
-    assert list(made.transfer_infos) == [1, 2]
-    made.forget_strays()
-    kept = made.transfer_infos, made.request_status, made.req_to_decode_prefix_len
-    assert [list(table) for table in kept] == [[2], [2], [2]]
-    assert intake.rooms() == [2]
+    stray, begun = next(managers.rooms), next(managers.rooms)
+    sender = managers.sender(begun)
+    receivers = [managers.receiver(room) for room in (stray, begun)]
+    for row, receiver in enumerate(receivers):
+        receiver.send_metadata(np.array([row], dtype=np.int32), aux_index=row)
+    prefill = managers.prefill
+    tables = prefill.transfer_infos, prefill.request_status, prefill.req_to_decode_prefix_len
+    until(lambda: all({stray, begun} <= table.keys() for table in tables))
+    prefill.forget_strays()
+    assert all({stray, begun} <= table.keys() for table in tables)
+    monkeypatch.setattr(strays, "KEPT_S", -1.0)
+    prefill.forget_strays()
+    rooms = [*map(set, tables), set(prefill.intake.rooms())]
+    assert all(begun in found and stray not in found for found in rooms)
+    for receiver in receivers:
+        receiver.abort()
+    until(lambda: sender.poll() == KVPoll.Failed)
+    for end in (sender, *receivers):
+        end.clear()

@@ -143,6 +143,10 @@ ENVIRONMENT = (
         "SGLANG_DISAGG_STAGING_BUFFER",
         "sglang-hma cuts pages by heads itself where tensor parallelism differs",
     ),
+    (
+        "SGLANG_MOONCAKE_SEND_AUX_TCP",
+        "metadata travels with the pages; decode takes none from its control port",
+    ),
 )
 
 

@@ -9,11 +9,12 @@ import logging
 import secrets
 from typing import Any
 
+import psutil
 from aiohttp import web
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVBootstrapServer
 from typing_extensions import override
 
-from sglang_hma.transfer import own_processes
+from sglang_hma.transfer import own_processes, thread_watch
 from sglang_hma.transfer.request_fields import MAX_ROOM
 
 logger = logging.getLogger(__name__)
@@ -29,13 +30,21 @@ def registration(payload: dict[str, Any]) -> dict[str, Any]:
 
 class HmaBootstrapServer(MooncakeKVBootstrapServer):
     """Takes registrations from this server's own processes only, and says in each answer which
-    start of the server it is."""
+    start of the server it is. The server ends when this thread of it does."""
 
     @override
     def __init__(self, host: str, port: int) -> None:
         self.boot = secrets.token_hex(8)
+        self._closing = False
         own_processes.key()  # fails here rather than with every registration
         super().__init__(host=host, port=port)
+        end = thread_watch.ServerEnd(psutil.Process())
+        thread_watch.ThreadWatch(lambda: [self.thread], lambda: self._closing, end).start()
+
+    @override
+    def close(self) -> None:
+        self._closing = True
+        super().close()
 
     @override
     def _setup_routes(self) -> None:

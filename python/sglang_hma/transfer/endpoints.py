@@ -1,13 +1,22 @@
-"""The two ends of one request: SGLang's sender on prefill and its receiver on decode."""
+"""The two ends of one request: SGLang's sender on prefill and its receiver on decode.
 
+SGLang's tables are by room. A request whose room belongs to another one fails as soon as SGLang
+asks how it does, and never touches what is kept for the other.
+"""
+
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import KVTransferError
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
+from sglang.srt.utils.network import NetworkAddress
 from typing_extensions import override
 
+from sglang_hma.transfer import outbox
 from sglang_hma.transfer.decode.routes import parse_rank
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
@@ -25,11 +34,18 @@ class HmaKVSender(MooncakeKVSender):
     supports_host_tensor_indices = False
 
     @override
-    def __init__(self, mgr: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, mgr: Any, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any
+    ) -> None:
         self._hold: Hold | None = None
         self._holds: list[Callable[[], None]] = []
-        super().__init__(mgr, *args, **kwargs)
-        if mgr.sender is not None:
+        self._refused = mgr.open_room(bootstrap_room)
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
+        if self._refused is not None:
+            self.conclude_state = KVPoll.Failed
+            if not mgr.rooms.is_open(bootstrap_room):
+                mgr.request_status.pop(bootstrap_room, None)
+        elif mgr.sender is not None:
             mgr.sender.claims.opened(self.bootstrap_room)
 
     def send_early(
@@ -60,6 +76,8 @@ class HmaKVSender(MooncakeKVSender):
 
     @override
     def clear(self) -> None:
+        if self._refused is not None:
+            return
         try:
             super().clear()
             self.kv_mgr.forget(self.bootstrap_room)
@@ -68,10 +86,19 @@ class HmaKVSender(MooncakeKVSender):
 
     @override
     def abort(self) -> None:
+        if self._refused is not None:
+            return
         try:
             super().abort()
+            self.kv_mgr.rooms.close(self.bootstrap_room)
         finally:
             self._let_go()
+
+    @override
+    def failure_exception(self) -> None:
+        if self._refused is not None:
+            raise KVTransferError(self.bootstrap_room, self._refused)
+        super().failure_exception()
 
     def _let_go(self) -> None:
         holds, self._holds = self._holds, []
@@ -87,14 +114,31 @@ class HmaKVSender(MooncakeKVSender):
 
 class HmaKVReceiver(MooncakeKVReceiver):
     """Tells the manager which pages a request expects, from when until when; takes no address of a
-    prefill rank that is none, and the ranks' addresses from where they were asked for before."""
+    prefill rank that is none, and the ranks' addresses from where they were asked for before. Sends
+    without waiting for the peer."""
+
+    @override
+    def __init__(self, mgr: Any, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
+        self._refused = mgr.open_room(bootstrap_room)
+        if self._refused is not None:
+            # SGLang's constructor writes into its tables. Its classes ask these two first.
+            self.bootstrap_room, self.kv_mgr = bootstrap_room, mgr
+            self.conclude_state, self._owns_bootstrap_room = KVPoll.Failed, False
+            self.abort_notified, self.init_time, self.require_staging = True, None, False
+            return
+        super().__init__(mgr, bootstrap_addr, bootstrap_room)
 
     @override
     def init(self, *args: Any, **kwargs: Any) -> None:
         super().init(*args, **kwargs)
-        if self.kv_mgr.is_hma_prefill(self.bootstrap_addr):
+        if self._refused is None and self.kv_mgr.is_hma_prefill(self.bootstrap_addr):
             infos = getattr(self, "bootstrap_infos", None) or []
             self.kv_mgr.claim(self.bootstrap_room, infos)
+
+    @override
+    def _connect_to_bootstrap_server(self, bootstrap_info: dict[str, Any]) -> tuple[Any, Any]:
+        rank = NetworkAddress(str(bootstrap_info["rank_ip"]), int(bootstrap_info["rank_port"]))
+        return outbox.Socket(self.kv_mgr.outbox, rank.to_tcp()), contextlib.nullcontext()
 
     @override
     def _get_bootstrap_info_from_server(
@@ -129,6 +173,7 @@ class HmaKVReceiver(MooncakeKVReceiver):
     def send_metadata(
         self, kv_indices: Pages, aux_index: int | None = None, *args: Any, **kwargs: Any
     ) -> None:
+        self.kv_mgr.rooms.publish(self.bootstrap_room)
         if getattr(self, "bootstrap_infos", None):
             place = self.bootstrap_room, self.bootstrap_addr
             self.kv_mgr.expect(*place, kv_indices, self.bootstrap_infos, aux_index)
@@ -137,4 +182,11 @@ class HmaKVReceiver(MooncakeKVReceiver):
     @override
     def _clear(self) -> None:
         super()._clear()
-        self.kv_mgr.forget(self.bootstrap_room)
+        if self._refused is None:
+            self.kv_mgr.forget(self.bootstrap_room)
+
+    @override
+    def failure_exception(self) -> None:
+        if self._refused is not None:
+            raise KVTransferError(self.bootstrap_room, self._refused)
+        super().failure_exception()

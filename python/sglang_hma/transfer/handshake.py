@@ -4,30 +4,52 @@ Decode reads prefill's format descriptor from the bootstrap server. Prefill read
 registration message, so that a stock SGLang server, which checks nothing, is refused as well.
 """
 
-import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
-
 from sglang_hma.kvcache.format import KVFormat, mismatch
+from sglang_hma.transfer.messages import Introduction
 from sglang_hma.transfer.page_slices import check_page_bytes, unsupported
+from sglang_hma.transfer.sglang_messages import ADDRESS_END, Registration
 
-FORMAT_FRAME = b"HMA-KV"
+
+@dataclass(frozen=True)
+class OwnMemory:
+    """What this server has registered: `page_bytes` of each KV buffer, `pages` in each, `row_bytes`
+    of each metadata buffer, `rows` in each."""
+
+    page_bytes: tuple[int, ...]
+    pages: int
+    row_bytes: tuple[int, ...]
+    rows: int
+
+    @classmethod
+    def of(cls, kv_args: Any) -> "OwnMemory":
+        """From SGLang's KVArgs."""
+        page_bytes, row_bytes = tuple(kv_args.kv_item_lens), tuple(kv_args.aux_item_lens)
+        pages = _items(kv_args.kv_data_lens, page_bytes)
+        return cls(page_bytes, pages, row_bytes, _items(kv_args.aux_data_lens, row_bytes))
+
+
+def _items(sizes: Sequence[int], item_sizes: Sequence[int]) -> int:
+    """How many items every buffer has; at least 1. Buffers without items are not counted."""
+    counts = [size // item for size, item in zip(sizes, item_sizes, strict=True) if size and item]
+    return min(counts, default=1)
 
 
 class Handshake:
     """One server's side.
 
-    `layout` is its descriptor, `page_bytes` the bytes of a page in each registered buffer.
-    `stock_allowed`: a peer without a descriptor is accepted as a stock SGLang server.
-    `plain`: the pool has K and V pages of heads; SGLang itself checks all others.
+    `layout` is its descriptor. `stock_allowed`: a peer without a descriptor is accepted as a stock
+    SGLang server. `plain`: the pool has K and V pages of heads; SGLang itself checks all others.
     """
 
     def __init__(
         self,
         layout: str,
-        page_bytes: Sequence[int],
+        memory: OwnMemory,
         *,
         role: str,
         attn_tp: int,
@@ -35,29 +57,15 @@ class Handshake:
         plain: bool,
     ) -> None:
         self.layout = layout
-        self.page_bytes = tuple(page_bytes)
+        self.memory = memory
         self.role = role
         self.attn_tp = attn_tp
         self.stock_allowed = stock_allowed
         self.plain = plain
-        self._decoders: dict[str, str] = {}
-        self._lock = threading.Lock()
 
     def frame(self) -> bytes:
         """What a decode server appends to its registration message."""
-        return FORMAT_FRAME + self.layout.encode()
-
-    def remember(self, message: list[bytes]) -> None:
-        """Keep the format in a decode server's registration message.
-
-        Raises what SGLang's parser raises for a malformed one.
-        """
-        peer = KVArgsRegisterInfo.from_zmq(message).mooncake_session_id
-        formats = [frame for frame in message if frame.startswith(FORMAT_FRAME)]
-        with self._lock:
-            self._decoders.pop(peer, None)
-            if formats:
-                self._decoders[peer] = formats[-1][len(FORMAT_FRAME) :].decode("ascii")
+        return Introduction(self.layout, self.memory.pages, self.memory.rows).frame()
 
     def refuse_prefill(self, route: dict[str, Any]) -> str | None:
         """Why this decode server refuses a prefill server, or None; `route` is from its bootstrap
@@ -69,25 +77,50 @@ class Handshake:
             return reason
         return self._refuse_tp(route.get("attn_tp_size"))
 
-    def refuse_decode(self, info: KVArgsRegisterInfo) -> str | None:
-        """Why this prefill server refuses a decode server, or None."""
-        with self._lock:
-            theirs = self._decoders.get(info.mooncake_session_id)
-        reason = self._mismatch(theirs, their_role="decode")
+    def refuse_decode(self, peer: Registration) -> str | None:
+        """Why this prefill server refuses a decode rank, or None."""
+        try:
+            introduction = introduction_of(peer)
+        except ValueError as error:
+            return f"decode server {peer.address[0]}: {error}"
+        layout = introduction.layout if introduction is not None else None
+        reason = self._mismatch(layout, their_role="decode")
         if reason is not None:
             return reason
-        if len(info.dst_kv_ptrs) != len(self.page_bytes):
+        ours = self.memory
+        if len(peer.buffers) != len(ours.page_bytes):
             return (
-                f"the decode server registered {len(info.dst_kv_ptrs)} KV buffers, "
-                f"this one has {len(self.page_bytes)}"
+                f"the decode server registered {len(peer.buffers)} KV buffers, "
+                f"this one has {len(ours.page_bytes)}"
             )
         if not self.plain:
             return None
-        if info.dst_tp_rank < 0:
-            return f"the decode server says that its rank is {info.dst_tp_rank}"
-        return self._refuse_tp(info.dst_attn_tp_size) or check_page_bytes(
-            self.page_bytes, info.dst_kv_item_lens, self.attn_tp, info.dst_attn_tp_size
+        if introduction is not None and len(peer.metadata) != len(ours.row_bytes):
+            return (
+                f"the decode server registered {len(peer.metadata)} metadata buffers, "
+                f"this one has {len(ours.row_bytes)}"
+            )
+        return (
+            self._refuse_tp(peer.tp)
+            or check_page_bytes(ours.page_bytes, peer.page_bytes, self.attn_tp, peer.tp)
+            or self._refuse_places(peer, introduction)
         )
+
+    def _refuse_places(self, peer: Registration, introduction: Introduction | None) -> str | None:
+        """Buffers that run into each other, or out of any address space. A stock SGLang server does
+        not say how many pages it has."""
+        pages, rows = (introduction.pages, introduction.rows) if introduction else (1, 1)
+        buffers = zip(peer.buffers, peer.page_bytes, strict=True)
+        metadata = zip(peer.metadata, self.memory.row_bytes, strict=False)
+        spans = sorted(
+            [(start, start + pages * size) for start, size in buffers]
+            + [(start, start + rows * size) for start, size in metadata]
+        )
+        if any(not 0 < start < end < ADDRESS_END for start, end in spans):
+            return f"the decode server's buffers of {pages} pages do not lie in 1..2^57-1"
+        if any(start < end for (_, end), (start, _) in pairwise(spans)):
+            return f"the decode server's buffers of {pages} pages overlap"
+        return None
 
     def _refuse_tp(self, theirs: Any) -> str | None:
         if not isinstance(theirs, int) or theirs < 1:
@@ -99,3 +132,11 @@ class Handshake:
         if theirs is None and self.stock_allowed:
             return None
         return mismatch(self.layout, theirs, our_role=self.role, their_role=their_role)
+
+
+def introduction_of(peer: Registration) -> Introduction | None:
+    """What a decode rank says beside SGLang's registration; None of a stock SGLang server.
+
+    Raises ValueError for a malformed one, and for one of another version.
+    """
+    return Introduction.parse(peer.extra[0]) if peer.extra else None

@@ -5,10 +5,12 @@ prefill/manager.py and decode/manager.py, and nowhere else.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+import zmq
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 from sglang.srt.utils.network import NetworkAddress
 from typing_extensions import override
@@ -16,16 +18,21 @@ from typing_extensions import override
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat
 from sglang_hma.transfer import messages
-from sglang_hma.transfer.handshake import Handshake
+from sglang_hma.transfer.control_socket import MAX_FRAME_BYTES, CheckedSocket
+from sglang_hma.transfer.handshake import Handshake, OwnMemory
 from sglang_hma.transfer.liveness import Address
-from sglang_hma.transfer.message_intake import MessageIntake
+from sglang_hma.transfer.message_intake import DecodeIntake, MessageIntake
+from sglang_hma.transfer.outbox import Outbox
 from sglang_hma.transfer.page_slices import Buffers
+from sglang_hma.transfer.rooms import Rooms
+from sglang_hma.transfer.thread_watch import ThreadWatch
 
 logger = logging.getLogger(__name__)
 
 
 class HmaKVManager(MooncakeKVManager):
-    """SGLang's manager with a format handshake and our messages beside its own.
+    """SGLang's manager with a format handshake and our messages beside its own, whose threads never
+    wait for a peer and get nothing from one that was not checked. When one ends, the server does.
 
     `plain_pages`: the pool has K and V pages of heads. Latent and state buffers are left to
     SGLang: there are no layers to send early and no checksums then."""
@@ -35,20 +42,37 @@ class HmaKVManager(MooncakeKVManager):
         is_mla = bool(rest[2:3] and rest[2]) or bool(kwargs.get("is_mla_backend"))
         self.plain_pages = not args.state_types and not is_mla
         super().__init__(args, *rest, **kwargs)
+        if self.server_socket.get(zmq.MAXMSGSIZE) != MAX_FRAME_BYTES:
+            raise RuntimeError("SGLang's control socket takes messages of any size")
         layout = self.handshake.layout
         logger.info("KV format %s: %s", KVFormat.parse(layout).digest(), layout)
+        ThreadWatch(self.watched_threads, lambda: self._stopped).start()
+
+    @property
+    def _zmq_ctx(self) -> zmq.Context[zmq.Socket[bytes]]:
+        """SGLang makes it, and then its control socket from it, whose frames are bounded so."""
+        return self._bounded_context
+
+    @_zmq_ctx.setter
+    def _zmq_ctx(self, made: zmq.Context[zmq.Socket[bytes]]) -> None:
+        made.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._bounded_context = made
+
+    def watched_threads(self) -> list[threading.Thread]:
+        """Without one of these the server cannot serve."""
+        return [*self._worker_threads, self.outbox.thread]
 
     @property
     def buffers(self) -> Buffers:
         return Buffers(tuple(self.kv_args.kv_data_ptrs), tuple(self.kv_args.kv_item_lens))
 
-    # Both are first used before SGLang starts the thread that receives messages.
+    # These are first used before SGLang starts the thread that receives messages.
 
     @cached_property
     def handshake(self) -> Handshake:
         return Handshake(
             str(self.kv_layout),
-            self.kv_args.kv_item_lens,
+            OwnMemory.of(self.kv_args),
             role=str(self.disaggregation_mode.value),
             attn_tp=int(self.attn_tp_size),
             stock_allowed=not HmaConfig.require().packs_kv,
@@ -56,18 +80,27 @@ class HmaKVManager(MooncakeKVManager):
         )
 
     @cached_property
+    def rooms(self) -> Rooms:
+        return Rooms()
+
+    @cached_property
     def intake(self) -> MessageIntake:
-        return MessageIntake(self.handshake)
+        return DecodeIntake(self.rooms, waits=self.defer_decode_allocation)
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        return Outbox()
 
     @override
     def _make_worker_recv(self, socket: Any, timeout_ms: int = 500) -> Callable[[], Any]:
-        recv, intake = super()._make_worker_recv(socket, timeout_ms), self.intake
+        checked = CheckedSocket(socket, self.intake.screen)
+        return super()._make_worker_recv(checked, timeout_ms)
 
-        def screened_recv() -> Any:
-            message = recv()
-            return intake.screen(message) if message is not None else None
-
-        return screened_recv
+    @override
+    def _send_multipart_locked(
+        self, endpoint: str, parts: list[bytes], is_ipv6: bool = False
+    ) -> None:
+        self.outbox.put(endpoint, parts)
 
     def tell(self, address: Address, message: messages.Message) -> None:
         """Send a message to a peer's control port; a peer that is gone is noticed elsewhere."""
@@ -75,12 +108,16 @@ class HmaKVManager(MooncakeKVManager):
 
     def send(self, address: Address, frames: list[bytes]) -> None:
         """As `tell`, for SGLang's own messages."""
-        peer = NetworkAddress(*address)
-        try:
-            self._send_multipart_locked(peer.to_tcp(), frames, is_ipv6=peer.is_ipv6)
-        except Exception as error:
-            logger.warning("Could not tell %s: %s", peer.to_host_port_str(), error)
+        self.outbox.put(NetworkAddress(*address).to_tcp(), frames)
+
+    def open_room(self, room: int | None) -> str | None:
+        """Why a request cannot have this room, or None; `forget` gives it back."""
+        reason = self.rooms.open(room)
+        if reason is None and room is not None:
+            self.intake.opened(room)
+        return reason
 
     def forget(self, room: int) -> None:
         """The request has ended on this server, in whatever way."""
+        self.rooms.close(room)
         self.intake.forget(room)

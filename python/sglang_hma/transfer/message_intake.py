@@ -1,87 +1,222 @@
 """What arrives at a server's control socket, checked before SGLang sees it.
 
-SGLang's receiving thread ends, and with it the server's transfers, when it meets a message that
-it cannot parse. Peers are not trusted: a malformed message is dropped with a line in the log.
+SGLang's receiving thread ends, and with it the server's transfers, when it meets a message that it
+cannot parse. Peers are not trusted: whatever is not known to be in order is dropped, with a line in
+the log.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 
-from sglang.srt.disaggregation.mooncake.conn import ABORT_TAG, TransferInfo
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import ABORT_ACK_TAG, ABORT_TAG
+from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
 
-from sglang_hma.transfer import messages
-from sglang_hma.transfer.handshake import Handshake
+from sglang_hma.transfer import messages, sglang_messages
+from sglang_hma.transfer.handshake import Handshake, introduction_of
+from sglang_hma.transfer.limited_log import LimitedLog, shown
+from sglang_hma.transfer.page_lists import PageLists
+from sglang_hma.transfer.registrations import Registrations
+from sglang_hma.transfer.rooms import Rooms
+from sglang_hma.transfer.sglang_messages import PageList
 
 logger = logging.getLogger(__name__)
 
-REGISTRATION = b"None"
-# First frames of messages that SGLang parses defensively itself.
-SELF_CHECKED = (ABORT_TAG, b"WATERMARK", b"STAGING_RSP")
+# Which of our messages a prefill server gets; a decode server gets the others.
+TO_PREFILL = (messages.Claim, messages.Renewal, messages.Resend, messages.Verified)
+TO_DECODE = tuple(kind for kind in messages.TYPES.values() if kind not in TO_PREFILL)
+
+MAX_FRAMES = 32
+MAX_REASON = 4096  # bytes
 
 
 class MessageIntake:
-    """`handler` gets our own messages; those that arrive before it is set are dropped."""
+    """`takes` are the messages of ours that this role gets, `checks` says of each first frame of
+    SGLang's what makes a message fit for it; messages without a tag go to `check_untagged`. A check
+    returns whether SGLang needs the message and raises ValueError if it must not have it.
 
-    def __init__(self, handshake: Handshake) -> None:
-        self.handshake = handshake
+    `handler` gets our own messages; those that arrive before it is set are dropped.
+    """
+
+    takes: tuple[type[messages.Message], ...] = ()
+
+    def __init__(self, role: str, rooms: Rooms) -> None:
+        self.role = role
+        self.open_rooms = rooms
         self.handler: Callable[[messages.Message], None] | None = None
-        self._generations: dict[int, dict[str, int]] = {}
+        self.checks: dict[bytes, Callable[[list[bytes]], bool]] = {}
+        self.log = LimitedLog(logger)
 
-    def screen(self, message: list[bytes]) -> list[bytes] | None:
-        """The message if it is for SGLang, None if it was one of ours or malformed."""
-        if self._handle(message):
-            return None
-        # On decode SGLang parses all that prefill sends defensively.
-        if self.handshake.role == "prefill" and not self._parses(message):
-            return None
-        return message
+    def screen(self, message: list[bytes], sender: str = "a peer") -> list[bytes] | None:
+        """The message if it is for SGLang, None if it was one of ours or must not get there."""
+        try:
+            return message if self._is_for_sglang(message) else None
+        except ValueError as error:
+            tag = shown(message[0]) if message else "nothing"
+            self.log.warning("Dropping the message %s from %s: %s", tag, sender, error)
+        except Exception as error:  # the receiving thread must survive whatever a peer sends
+            self.log.warning("A message from %s was dropped", sender, error=error)
+        return None
+
+    def check_untagged(self, message: list[bytes]) -> bool:
+        raise NotImplementedError
+
+    def opened(self, room: int) -> None:
+        """A request with this room has begun here."""
+
+    def forget(self, room: int) -> None:
+        """It has ended."""
+
+    def _is_for_sglang(self, message: list[bytes]) -> bool:
+        if not 0 < len(message) <= MAX_FRAMES:
+            raise ValueError(f"it has {len(message)} frames")
+        tag = message[0]
+        if tag in messages.TYPES and not issubclass(messages.TYPES[tag], self.takes):
+            raise ValueError(f"a {self.role} server takes no such message")
+        ours = messages.parse(message)
+        if ours is not None:
+            if self.handler is not None:
+                self.handler(ours)
+            return False
+        if tag in self.checks:
+            return self.checks[tag](message)
+        if tag.isdigit():
+            return self.check_untagged(message)
+        raise ValueError(f"a {self.role} server takes no such message")
+
+
+class DecodeIntake(MessageIntake):
+    """`waits`: decode reserves pages only when prefill has said that the prompt is ready."""
+
+    takes = TO_DECODE
+
+    def __init__(self, rooms: Rooms, *, waits: bool) -> None:
+        super().__init__("decode", rooms)
+        self.waits = waits
+        self.checks = {ABORT_ACK_TAG: self._check_abort_ack}
+
+    def check_untagged(self, message: list[bytes]) -> bool:
+        room, status = sglang_messages.status(message, waits=self.waits)
+        message[3:] = [printable(frame) for frame in message[3:]]  # SGLang logs and answers it
+        # SGLang's scheduler ends when a request succeeds that has no pages yet.
+        if status == KVPoll.Success and not self.open_rooms.is_published(room):
+            raise ValueError(f"room {room} is said to have succeeded, but waits for nothing")
+        return True
+
+    def _check_abort_ack(self, message: list[bytes]) -> bool:
+        sglang_messages.abort_ack(message)
+        return True
+
+
+class PrefillIntake(MessageIntake):
+    """`try_layout` raises what SGLang would raise for a registration. `drop_session` and
+    `drop_room` make SGLang forget what the tables here have no room for. `waits` as above."""
+
+    takes = TO_PREFILL
+
+    def __init__(
+        self,
+        handshake: Handshake,
+        rooms: Rooms,
+        *,
+        waits: bool = False,
+        try_layout: Callable[[KVArgsRegisterInfo], None] = lambda info: None,
+        drop_session: Callable[[str], None] = lambda session: None,
+        drop_room: Callable[[int], None] = lambda room: None,
+    ) -> None:
+        super().__init__("prefill", rooms)
+        self.handshake = handshake
+        self.registrations = Registrations(self._drop_session)
+        self.page_lists = PageLists(rooms, drop_room)
+        self._try_layout = try_layout
+        self._drop_session_of_sglang = drop_session
+        self._introductions: dict[str, messages.Introduction | None] = {}
+        self.checks = {
+            sglang_messages.REGISTRATION: self._check_registration,
+            ABORT_TAG: self._check_abort,
+        }
+        if waits:
+            self.checks[sglang_messages.BOOTSTRAP] = self._check_bootstrap
 
     def generation(self, room: int, session: str) -> int | None:
         """The generation that a decode rank wants in messages about a room; None for a rank that
         makes no checksums."""
-        return self._generations.get(room, {}).get(session)
+        pages = self.page_lists.get(room, session)
+        return _generation(pages) if pages is not None else None
 
     def rooms(self) -> list[int]:
-        """Rooms that a generation is kept for."""
-        return list(self._generations)
+        """Rooms that pages are known for."""
+        return self.page_lists.rooms()
+
+    def opened(self, room: int) -> None:
+        self.page_lists.opened(room)
 
     def forget(self, room: int) -> None:
-        self._generations.pop(room, None)
+        self.page_lists.forget(room)
 
-    def _handle(self, message: list[bytes]) -> bool:
-        """Whether a message has one of our tags; if so it is dealt with."""
-        try:
-            ours = messages.parse(message)
-            if ours is not None and self.handler is not None:
-                self.handler(ours)
-        except ValueError as error:
-            logger.error("Dropping a malformed message from a peer: %s", error)
-            return True
-        except Exception:  # the receiving thread must survive whatever a peer sends
-            logger.exception("A message from a peer was dropped")
-            return True
-        return ours is not None
+    def check_untagged(self, message: list[bytes]) -> bool:
+        """A decode rank's pages for one request; HmaDecodeManager appends the generation."""
+        new = sglang_messages.page_list(message)
+        _generation(new)
+        peer = self.registrations.get(new.session)
+        if peer is None or peer.address != new.address:
+            raise ValueError(f"session {new.session} has not registered from {new.address}")
+        if self.handshake.plain:
+            if new.is_dummy:
+                raise ValueError("there are no pages in it")
+            if new.of_rank != max(1, peer.tp // self.handshake.attn_tp):
+                raise ValueError(
+                    f"it goes to {new.of_rank} decode ranks, but attention TP is {peer.tp} there "
+                    f"and {self.handshake.attn_tp} here"
+                )
+        if not self.handshake.stock_allowed and new.has_more:
+            raise ValueError("state, a cached prefix and device pages do not go with BFP8 pages")
+        memory = self._introductions.get(new.session)
+        if memory is not None:
+            if len(new.pages) and new.pages.max() >= memory.pages:
+                raise ValueError(f"page {new.pages.max()} of {memory.pages}")
+            if new.row >= memory.rows:
+                raise ValueError(f"metadata row {new.row} of {memory.rows}")
+        return self.page_lists.add(new)
 
-    def _parses(self, message: list[bytes]) -> bool:
-        """Whether SGLang's prefill server will be able to parse a message. Keeps what only we
-        read of it: the peer's format, or the request's generation."""
-        try:
-            if message[0] in SELF_CHECKED:
-                return True
-            if message[0] == REGISTRATION:
-                self.handshake.remember(message)
-            else:
-                self._remember_request(message)
-        except Exception as error:
-            logger.error("Dropping a malformed message from a decode server: %r", error)
-            return False
+    def _check_registration(self, message: list[bytes]) -> bool:
+        new = sglang_messages.registration(message)
+        self._try_layout(KVArgsRegisterInfo.from_zmq(list(message)))
+        self.registrations.admit(new)
+        self._introductions.pop(new.session, None)
+        with contextlib.suppress(ValueError):  # the handshake refuses it, in words
+            self._introductions[new.session] = introduction_of(new)
         return True
 
-    def _remember_request(self, message: list[bytes]) -> None:
-        """A decode rank's pages for one request; HmaDecodeManager appends the generation."""
-        info = TransferInfo.from_zmq(message)
-        if (info.dst_kv_indices < 0).any():
-            raise ValueError("negative page index")
-        if len(message) > 10 and message[10]:
-            generation = int(message[10].decode("ascii"))
-            self._generations.setdefault(info.room, {})[info.mooncake_session_id] = generation
+    def _drop_session(self, session: str) -> None:
+        self._introductions.pop(session, None)
+        self._drop_session_of_sglang(session)
+
+    def _check_abort(self, message: list[bytes]) -> bool:
+        address = sglang_messages.abort(message)
+        if address is not None:
+            self._check_known(address)
+        return True
+
+    def _check_bootstrap(self, message: list[bytes]) -> bool:
+        self._check_known(sglang_messages.bootstrap(message))
+        return True
+
+    def _check_known(self, address: tuple[str, int]) -> None:
+        if not self.registrations.has_address(address):
+            raise ValueError(f"no decode server has registered from {address}")
+
+
+def printable(reason: bytes) -> bytes:
+    text = reason[:MAX_REASON].decode("utf-8", errors="replace")
+    return "".join(one if one.isprintable() else " " for one in text).encode()
+
+
+def _generation(pages: PageList) -> int | None:
+    frame = pages.extra[0] if pages.extra else b""
+    if not frame:
+        return None
+    if not frame.isdigit() or len(frame) > 20:
+        raise ValueError(f"generation is {frame[:24]!r}, not a number")
+    return int(frame)

@@ -1,12 +1,20 @@
 """Messages that prefill and decode exchange in addition to SGLang's.
 
-They travel on SGLang's control sockets as two frames: a tag and a msgpack struct. Peers are not
-trusted: every field has bounds, and `parse` raises ValueError for anything outside them.
+They travel on SGLang's control sockets as three frames: a tag, the version of this protocol, and a
+msgpack struct. A decode server's `Introduction` is one frame, appended to SGLang's registration.
+Peers are not trusted: every field has bounds, and whatever parses raises ValueError for anything
+outside them.
 """
 
+import ipaddress
+import re
 from typing import Annotated
 
 import msgspec
+
+# Raised whenever a server of the version before would misread a message or a field.
+PROTOCOL = 1
+VERSION = str(PROTOCOL).encode()
 
 CLAIM_TAG = b"HMA-CLAIM"
 RENEWAL_TAG = b"HMA-RENEWAL"
@@ -14,18 +22,24 @@ LANDED_TAG = b"HMA-LANDED"
 RESEND_TAG = b"HMA-RESEND"
 VERIFIED_TAG = b"HMA-VERIFIED"
 METADATA_TAG = b"HMA-METADATA"
+INTRODUCTION_TAG = b"HMA-KV"
 
 MAX_LAYERS = 4096
 MAX_PAGES = 1 << 20
 MAX_ROOMS = 1 << 16
+MAX_HOST = 64  # characters
+_HOST = re.compile(r"[0-9A-Fa-f:.\[\]]{2,48}(%[0-9A-Za-z_.-]{1,15})?")
 
 Layer = Annotated[int, msgspec.Meta(ge=0, lt=MAX_LAYERS)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
 Page = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PAGES)]
 PageCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES)]
+Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 Word = Annotated[int, msgspec.Meta(ge=0)]
-Host = Annotated[str, msgspec.Meta(max_length=256)]
+Host = Annotated[str, msgspec.Meta(max_length=MAX_HOST)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Format = Annotated[str, msgspec.Meta(max_length=1024)]
 Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 
 
@@ -36,6 +50,9 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     host: Host
     port: Port
 
+    def __post_init__(self) -> None:
+        check_host(self.host)
+
 
 class Renewal(msgspec.Struct, frozen=True, array_like=True):
     """Decode to prefill, every few seconds: all of your requests that I still have."""
@@ -43,6 +60,9 @@ class Renewal(msgspec.Struct, frozen=True, array_like=True):
     rooms: Annotated[list[Word], msgspec.Meta(max_length=MAX_ROOMS)]
     host: Host
     port: Port
+
+    def __post_init__(self) -> None:
+        check_host(self.host)
 
 
 class Landed(msgspec.Struct, frozen=True, array_like=True):
@@ -59,7 +79,7 @@ class Landed(msgspec.Struct, frozen=True, array_like=True):
     layers: Layers
     first_page: Page
     pages: PageCount
-    digests: list[Word]
+    digests: Annotated[list[Word], msgspec.Meta(max_length=2 * MAX_LAYERS)]
 
 
 class Metadata(msgspec.Struct, frozen=True, array_like=True):
@@ -78,7 +98,7 @@ class Resend(msgspec.Struct, frozen=True, array_like=True):
 
     room: Word
     generation: Word
-    session: Annotated[str, msgspec.Meta(max_length=256)]
+    session: Name
     first_layer: Layer
     layers: Layers
     first_page: Page
@@ -90,7 +110,32 @@ class Verified(msgspec.Struct, frozen=True, array_like=True):
 
     room: Word
     generation: Word
-    session: Annotated[str, msgspec.Meta(max_length=256)]
+    session: Name
+
+
+class Introduction(msgspec.Struct, frozen=True, array_like=True):
+    """Decode to prefill, with SGLang's registration: what the registered memory holds.
+
+    `layout` is the KVFormat of its pages, `pages` how many each KV buffer has, `rows` how many
+    requests each metadata buffer has room for.
+    """
+
+    layout: Format
+    pages: Count
+    rows: Count
+
+    def frame(self) -> bytes:
+        return INTRODUCTION_TAG + b"/" + VERSION + b" " + msgspec.msgpack.encode(self)
+
+    @classmethod
+    def parse(cls, frame: bytes) -> "Introduction":
+        """Raises ValueError for a malformed one, and for one of another version."""
+        head, _, body = frame.partition(b" ")
+        tag, _, version = head.partition(b"/")
+        if tag != INTRODUCTION_TAG:
+            raise ValueError("it does not say which protocol it speaks")
+        check_version(version)
+        return msgspec.msgpack.decode(body, type=cls)
 
 
 Message = Claim | Renewal | Landed | Metadata | Resend | Verified
@@ -108,17 +153,36 @@ TAGS = {kind: tag for tag, kind in TYPES.items()}
 
 def frames(message: Message) -> list[bytes]:
     """The message as SGLang's control sockets carry it."""
-    return [TAGS[type(message)], msgspec.msgpack.encode(message)]
+    return [TAGS[type(message)], VERSION, msgspec.msgpack.encode(message)]
 
 
 def parse(raw: list[bytes]) -> Message | None:
     """The message in these frames; None if the tag is not one of ours.
 
-    Raises ValueError for a malformed one (msgspec's errors are subclasses of it).
+    Raises ValueError for a malformed one (msgspec's errors are subclasses of it), and for one of
+    another version.
     """
     kind = TYPES.get(raw[0]) if raw else None
     if kind is None:
         return None
-    if len(raw) != 2:
-        raise ValueError(f"{raw[0].decode()} has {len(raw)} frames, not 2")
-    return msgspec.msgpack.decode(raw[1], type=kind)
+    if len(raw) != 3:
+        raise ValueError(f"{raw[0].decode()} has {len(raw)} frames, not 3")
+    check_version(raw[1])
+    return msgspec.msgpack.decode(raw[2], type=kind)
+
+
+def check_version(version: bytes) -> None:
+    """Raises ValueError unless it is ours."""
+    if version != VERSION:
+        theirs = version.decode("ascii") if len(version) < 8 and version.isdigit() else "unknown"
+        raise ValueError(
+            f"the peer speaks version {theirs} of sglang-hma's transfer protocol, this server "
+            f"version {PROTOCOL}: run the same sglang-hma on both sides"
+        )
+
+
+def check_host(host: str) -> None:
+    """Raises ValueError unless it is an IP address: a name would have to be looked up."""
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"{host[:MAX_HOST]!r} is no IP address")
+    ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))

@@ -1,8 +1,10 @@
 """The KV manager of a prefill server."""
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from sglang.srt.disaggregation.base import KVPoll
@@ -14,6 +16,7 @@ from sglang_hma.transfer.bootstrap import registration
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
+from sglang_hma.transfer.message_intake import PrefillIntake
 from sglang_hma.transfer.page_slices import Block, Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
 from sglang_hma.transfer.prefill.link import MooncakeLink
@@ -31,7 +34,10 @@ MAX_BATCH_ENTRIES = 1000
 
 class HmaPrefillManager(HmaKVManager):
     """Implements base.PrefillManager with SGLang's tables. `sender` is None unless pages are
-    plain."""
+    plain. What SGLang would raise for a peer in the thread that receives messages is a reason to
+    refuse that peer instead."""
+
+    kv_status_msg_carries_reason = True  # decode's client is told it, too
 
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,6 +61,42 @@ class HmaPrefillManager(HmaKVManager):
             rank=self._prefill_unique_rank(),
         )
 
+    @cached_property
+    def intake(self) -> PrefillIntake:
+        return PrefillIntake(
+            self.handshake,
+            self.rooms,
+            waits=self.deferred_bootstrap is not None,
+            try_layout=self._try_layout,
+            drop_session=self._drop_session,
+            drop_room=self._drop_room,
+        )
+
+    def _try_layout(self, info: KVArgsRegisterInfo) -> None:
+        """Raises what SGLang would raise for this registration."""
+        if self.requires_dcp_relayout(info.dst_dcp_size, info.dst_dcp_rank):
+            sizes, drafts = self.kv_args.kv_item_lens, self.kv_args.num_draft_entries
+            given = [info.dst_kv_item_len] * (len(sizes) - drafts) + [None] * drafts
+            self.prepare_dcp_token_item_lens(given, info.dst_dcp_size)
+
+    def _drop_session(self, session: str) -> None:
+        self.decode_kv_args_table.pop(session, None)
+        with self.session_lock:
+            self._unblacklist_session(session)
+            self.state_layout_rejections.pop(session, None)
+            self.state_strides_validated.discard(session)
+
+    def _drop_room(self, room: int) -> None:
+        """Its request has not arrived here, and too many others wait for theirs."""
+        if not self.rooms.is_open(room):
+            self.transfer_infos.pop(room, None)
+            self.req_to_decode_prefix_len.pop(room, None)
+            self.request_status.pop(room, None)
+
+    def watched_threads(self) -> list[threading.Thread]:
+        more = [self.sender.thread] if self.sender is not None else []
+        return [*super().watched_threads(), *more]
+
     # -- what SGLang asks for --
 
     @override
@@ -62,20 +104,40 @@ class HmaPrefillManager(HmaKVManager):
         super()._register_topology_row(url, registration(payload))
 
     @override
+    def requires_dcp_relayout(self, dst_dcp_size: int, dst_dcp_rank: int) -> bool:
+        try:
+            return bool(super().requires_dcp_relayout(dst_dcp_size, dst_dcp_rank))
+        except RuntimeError:
+            return False  # `_validate_peer_state_layout` refuses it
+
+    def _refuse_dcp(self, info: KVArgsRegisterInfo) -> str | None:
+        try:
+            super().requires_dcp_relayout(info.dst_dcp_size, info.dst_dcp_rank)
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    @override
     def _validate_peer_state_layout(
         self, registration_info: KVArgsRegisterInfo
     ) -> tuple[bool, str | None]:
-        reason = self.handshake.refuse_decode(registration_info)
+        peer = self.intake.registrations.get(registration_info.mooncake_session_id)
+        if peer is None:
+            return False, "the decode server has not registered"
+        reason = self.handshake.refuse_decode(peer) or self._refuse_dcp(registration_info)
         if reason is not None:
             return False, reason
         fully_checked, reason = super()._validate_peer_state_layout(registration_info)
         return bool(fully_checked), reason
 
     @override
-    def transfer_worker(self, *args: Any, **kwargs: Any) -> None:
-        """SGLang's sending thread, which our send thread replaces for plain pages."""
-        if not self.plain_pages:
-            super().transfer_worker(*args, **kwargs)
+    def transfer_worker(self, queue: Any, *args: Any, **kwargs: Any) -> None:
+        """SGLang's sending thread. For plain pages our send thread does its work, and it waits for
+        SGLang to end it."""
+        if self.plain_pages:
+            queue.get()
+        else:
+            super().transfer_worker(queue, *args, **kwargs)
 
     @override
     def add_transfer_request(
