@@ -106,8 +106,8 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode"], 9),
-        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 6),
+        ("--enable-mixed", ["--disaggregation-mode", "decode"], 11),
+        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 8),
     ],
 )
 def test_losses_are_noticed(

@@ -1,0 +1,36 @@
+"""SGLang's HTTP application, guarded. SGLang's tokenizer workers import `app` from here."""
+
+import multiprocessing
+import os
+
+from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+from sglang_hma.config import HmaConfig
+from sglang_hma.launch.guarded import Engine, Guarded
+
+
+def started() -> Engine | None:
+    """SGLang's tokenizer manager once its server has warmed up."""
+    state = http_server.get_global_state()
+    if state is None or state.tokenizer_manager.server_status is ServerStatus.Starting:
+        return None
+    engine: Engine = state.tokenizer_manager
+    return engine
+
+
+def main_process() -> int:
+    """Of the server: a tokenizer worker is a child of it."""
+    parent = multiprocessing.parent_process()
+    return os.getpid() if parent is None or parent.pid is None else parent.pid
+
+
+config = HmaConfig.require()
+app = http_server.app
+app.add_middleware(
+    Guarded,
+    started=started,
+    root=main_process(),
+    drain_timeout=config.drain_timeout,
+    hang_timeout=config.hang_timeout,
+)
