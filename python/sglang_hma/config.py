@@ -208,6 +208,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def some_seconds(text: str) -> float:
+    """The value of --hma-hang-timeout; raises argparse.ArgumentTypeError."""
+    if seconds(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is too short for an answer: give 1 or more")
+    return seconds(text)
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sglang-hma", "Heterogeneous prefill/decode with BFP8 KV pages (docs/quickstart.md)"
@@ -298,7 +305,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--hma-hang-timeout",
-        type=seconds,
+        type=some_seconds,
         default=120.0,
         metavar="S",
         help="A server that has neither answered nor computed for so long ends, and launch_pd "

@@ -48,7 +48,8 @@ def test_an_address_that_the_user_told_sglang(monkeypatch: pytest.MonkeyPatch) -
         (["--hma-bind", "0.0.0.0"], ["--hma-bind", "'0.0.0.0' is every address"]),
         (["--hma-bind", "eth0"], ["--hma-bind", "'eth0' is no IP address"]),
         (["--hma-drain-timeout", "soon"], ["--hma-drain-timeout", "'soon'"]),
-        (["--hma-hang-timeout", "-1"], ["--hma-hang-timeout"]),
+        (["--hma-hang-timeout", "-1"], ["--hma-hang-timeout", "'-1'"]),
+        (["--hma-hang-timeout", "0"], ["--hma-hang-timeout", "'0'", "1 or more"]),
         (["--hma-hang-timeout", "inf"], ["--hma-hang-timeout", "'inf'"]),
     ],
 )

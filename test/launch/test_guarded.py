@@ -81,6 +81,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
     if scope["type"] == "http":
+        while scope["path"] == "/never":
+            await asyncio.sleep(3600)
         await send({"type": "http.response.start", "status": 299, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
@@ -224,7 +226,10 @@ def test_an_ending_server_waits_so_long(server: Server, monkeypatch: pytest.Monk
         engine.gracefully_exit = True
         client = Client(server, engine, drain_timeout=0.1)
         await client.begin()
+        running = asyncio.create_task(client.ask("/never", "GET"))
         await client.until(lambda *_: guarded.FORCE_SHUTDOWN in os.environ)
+        with pytest.raises(asyncio.CancelledError):
+            await running
 
     monkeypatch.setenv(guarded.FORCE_SHUTDOWN, "")
     monkeypatch.delenv(guarded.FORCE_SHUTDOWN)

@@ -31,6 +31,7 @@ def defaults(config: HmaConfig) -> list[str]:
     flags = ["--device", config.device]
     if config.bind:
         flags += ["--host", config.bind]
+    flags += ["--uvicorn-access-log-exclude-prefixes", LIVE_PATH]  # asked every few seconds
     on_cpu = config.device == "cpu"
     if config.packs_kv:
         flags += ["--attention-backend", "hma", "--page-size", str(PAGE_TOKENS)]

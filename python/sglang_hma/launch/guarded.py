@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from sglang_hma.launch.defaults import LIVE_PATH
@@ -60,6 +60,7 @@ class Guarded:
         self._members: Members | None = None
         self._ends_at: float | None = None
         self._heard = 0.0
+        self._running: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[Any] | None = None
 
@@ -74,7 +75,18 @@ class Guarded:
             if self._is_ending(engine) and scope["method"] == "POST" and path not in STILL_TAKEN:
                 await self._tell(send, "the server is ending: it takes no new requests")
                 return
+            await self._run(self._application(scope, receive, send))
+            return
         await self._application(scope, receive, send)
+
+    async def _run(self, request: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        try:
+            await request
+        finally:
+            self._running.discard(task)
 
     async def _tell(self, send: Any, trouble: str | None) -> None:
         words = {"status": "alive"} if trouble is None else {"error": {"message": trouble}}
@@ -114,7 +126,7 @@ class Guarded:
             return
         if self._is_ending(engine):
             if self._ends_at is not None and time.monotonic() > self._ends_at:
-                os.environ[FORCE_SHUTDOWN] = "1"
+                self._cut()
             return
         if self._members is None:
             self._members = Members(self._root, LOOK_EVERY_S)
@@ -125,6 +137,14 @@ class Guarded:
         if reason is not None:
             logger.error("sglang_hma.launch_server: error: %s, so this server ends", reason)
             os.kill(self._root, signal.SIGQUIT)  # SGLang ends itself and its processes
+
+    def _cut(self) -> None:
+        """End the requests that still run: uvicorn would wait for them for ever."""
+        if self._running:
+            logger.error("%d requests still run and are cut", len(self._running))
+        os.environ[FORCE_SHUTDOWN] = "1"
+        for task in self._running:
+            task.cancel()
 
     def _ask(self, engine: Engine) -> None:
         """Have a scheduler say something, if all have been silent for a while."""
