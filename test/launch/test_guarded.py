@@ -92,7 +92,11 @@ class Client:
         self.engine: Engine | None = engine
         limits = {"drain_timeout": 30.0, "hang_timeout": 3600.0} | timeouts
         self.app = Guarded(
-            application, started=lambda: self.engine, root=server.popen.pid, **limits
+            application,
+            started=lambda: self.engine,
+            root=server.popen.pid,
+            end=lambda: server.popen.send_signal(signal.SIGQUIT),
+            **limits,
         )
 
     async def begin(self) -> None:

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
@@ -43,7 +42,8 @@ class Guarded:
     - From SIGTERM on, requests that run may finish for `drain_timeout` seconds; new ones get 503
       with Retry-After.
 
-    `started` gives the engine once it serves; `root` is the server's main process.
+    `started` gives the engine once it serves; `root` is the server's main process, and `end` ends
+    all of it.
     """
 
     def __init__(
@@ -52,10 +52,12 @@ class Guarded:
         *,
         started: Callable[[], Engine | None],
         root: int,
+        end: Callable[[], None],
         drain_timeout: float,
         hang_timeout: float,
     ) -> None:
         self._application, self._started, self._root = application, started, root
+        self._end = end
         self._drain_timeout, self._hang_timeout = drain_timeout, hang_timeout
         self._members: Members | None = None
         self._ends_at: float | None = None
@@ -136,7 +138,7 @@ class Guarded:
         reason = self._members.fatal(self._hang_timeout)
         if reason is not None:
             logger.error("sglang_hma.launch_server: error: %s, so this server ends", reason)
-            os.kill(self._root, signal.SIGQUIT)  # SGLang ends itself and its processes
+            self._end()
 
     def _cut(self) -> None:
         """End the requests that still run: uvicorn would wait for them for ever."""

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.tokenizer_manager import ServerStatus
+from sglang.srt.utils import kill_process_tree
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.launch.guarded import Engine, Guarded
@@ -25,12 +27,23 @@ def main_process() -> int:
     return os.getpid() if parent is None or parent.pid is None else parent.pid
 
 
+def end() -> None:
+    """SGLang's main process ends all of them on SIGQUIT, unless tokenizer workers serve for it."""
+    root = main_process()
+    if root == os.getpid():
+        os.kill(root, signal.SIGQUIT)
+    else:
+        kill_process_tree(root, skip_pid=os.getpid(), wait_timeout=None)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 config = HmaConfig.require()
 app = http_server.app
 app.add_middleware(
     Guarded,
     started=started,
     root=main_process(),
+    end=end,
     drain_timeout=config.drain_timeout,
     hang_timeout=config.hang_timeout,
 )
