@@ -106,8 +106,8 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode"], 10),
-        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 7),
+        ("--enable-mixed", ["--disaggregation-mode", "decode"], 12),
+        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 9),
     ],
 )
 def test_losses_are_noticed(

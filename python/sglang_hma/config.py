@@ -1,6 +1,8 @@
 """The --hma-* flags: one typed place, parsed at the edge, read everywhere."""
 
 import argparse
+import ipaddress
+import math
 import os
 from typing import Literal, get_args
 
@@ -76,6 +78,9 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     torch_ops: bool = False  # on a GPU: SGLang's layers do without sgl_kernel
     # Bootstrap addresses that a decode server takes pages from (addresses.canonical); None: any.
     prefill_peers: tuple[str, ...] | None = None
+    bind: str | None = None  # the address of all ports; None: what SGLang and Mooncake choose
+    drain_timeout: float = 60.0
+    hang_timeout: float = 120.0
 
     @property
     def platform_class(self) -> str:
@@ -193,6 +198,35 @@ def on_off(text: str) -> str:
     return value
 
 
+def ip_address(text: str) -> str:
+    """The value of --hma-bind; raises argparse.ArgumentTypeError."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no IP address") from None
+    if address.is_unspecified:
+        raise argparse.ArgumentTypeError(f"{text!r} is every address: give one of this host")
+    return str(address)
+
+
+def seconds(text: str) -> float:
+    """The value of --hma-drain-timeout; raises argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
+
+
+def some_seconds(text: str) -> float:
+    """The value of --hma-hang-timeout; raises argparse.ArgumentTypeError."""
+    if seconds(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is too short for an answer: give 1 or more")
+    return seconds(text)
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sglang-hma", "Heterogeneous prefill/decode with BFP8 KV pages (docs/quickstart.md)"
@@ -274,4 +308,29 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="On a prefill server: write a trace of layers computing and groups travelling to "
         "FILE, for Perfetto (ui.perfetto.dev) or chrome://tracing. Default: none.",
+    )
+    group.add_argument(
+        "--hma-bind",
+        type=ip_address,
+        default=None,
+        metavar="ADDRESS",
+        help="The one address at which this server's ports can be reached, beside loopback: "
+        "control, KV transfer and rendezvous, whose makers would listen on every interface "
+        "(docs/security.md). Default: --host, if that is one address.",
+    )
+    group.add_argument(
+        "--hma-drain-timeout",
+        type=seconds,
+        default=60.0,
+        metavar="S",
+        help="After SIGTERM requests that run have so long to finish; new ones get 503 with "
+        "Retry-After. A second SIGTERM or Ctrl-C to launch_pd ends all at once. Default: 60.",
+    )
+    group.add_argument(
+        "--hma-hang-timeout",
+        type=some_seconds,
+        default=120.0,
+        metavar="S",
+        help="A server that has neither answered nor computed for so long ends, and launch_pd "
+        "starts it again. A long forward pass computes. Default: 120.",
     )

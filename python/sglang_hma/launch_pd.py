@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import random
 import shlex
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sglang_hma.config import SHARE_ENV
-from sglang_hma.launch.defaults import ROUTER_DEFAULTS
-from sglang_hma.launch.pd_args import LOOPBACK, Options, fail, parse
+from sglang_hma.launch.addresses import LOOPBACK
+from sglang_hma.launch.asking import direct
+from sglang_hma.launch.defaults import LIVE_PATH, LIVE_ROUTER_DEFAULTS
+from sglang_hma.launch.pd_args import Options, fail, parse
 from sglang_hma.launch.program import Program
-from sglang_hma.launch.supervisor import Fleet, FleetError, direct
+from sglang_hma.launch.supervisor import Fleet, FleetError
 
 # Below the ports that the kernel gives to outgoing connections (32768 and up), above those
 # that Mooncake draws from (15000-17000) and below SGLang's own random choice (22000-29999).
@@ -98,11 +101,11 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 command += ["--nccl-port", str(ports.take())]
             command += [*flags, *own_cards(asked, i, number)]
             command += own_trace(asked, f"{role}-{i}" if i else "")
-            servers.append(
-                Program(f"{role}-{i}", command, f"{url}/health", share, "importing SGLang")
-            )
+            ready, alive = f"{url}/health", f"{url}{LIVE_PATH}"
+            servers.append(Program(f"{role}-{i}", command, ready, alive, share, "importing SGLang"))
     router = [*commands.router, "--pd-disaggregation", "--policy", "random"]
-    router += [*ROUTER_DEFAULTS, *routes]
+    router += [*LIVE_ROUTER_DEFAULTS, *routes]
+    router += ["--shutdown-grace-period-secs", str(max(1, math.ceil(drain_timeout(options))))]
     router += ["--host", options.host, "--port", str(options.port)]
     router += ["--prometheus-host", options.host, "--prometheus-port", str(ports.take())]
     key = api_key(options)
@@ -110,7 +113,16 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
     router_url = url_of(options.host, options.port)
     command = [*router, *options.router_args]
     # /readiness, unlike /health, waits until a prefill and a decode server are registered.
-    return servers, Program("router", command, f"{router_url}/readiness", env, "connecting")
+    ready, alive = f"{router_url}/readiness", f"{router_url}/liveness"
+    return servers, Program("router", command, ready, alive, env, "connecting")
+
+
+def drain_timeout(options: Options) -> float:
+    return max(float(asked.hma_drain_timeout) for asked in options.asked.values())
+
+
+def hang_timeout(options: Options) -> float:
+    return max(float(asked.hma_hang_timeout) for asked in options.asked.values())
 
 
 def own_cards(asked: argparse.Namespace, index: int, number: int) -> list[str]:
@@ -223,9 +235,13 @@ def main(argv: list[str] | None = None, commands: Commands | None = None) -> int
         router,
         lambda: first_request(options, decode_url),
         url=url_of(options.host, options.port),
+        address=(options.host, options.port),
         run_id=uuid.uuid4().hex,
         timeout=options.timeout,
         log_dir=options.log_dir,
+        restarts=options.restarts,
+        drain_timeout=drain_timeout(options),
+        hang_timeout=hang_timeout(options),
         verbose=options.verbose,
     )
     return fleet.run()

@@ -60,6 +60,7 @@ def prepare(argv: Sequence[str]) -> "ServerArgs":
     if config.device == "cpu":
         defaults.size_pool(config, server_args, model)
         environment.share_cores(server_args)
+    environment.keep_ranks_inside(server_args)
     checks.resolve(config, server_args)
     return server_args
 
@@ -78,8 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
 
     from sglang.launch_server import run_server
-    from sglang.srt.entrypoints import http_server  # noqa: F401
     from sglang.srt.utils import kill_process_tree
+
+    from sglang_hma.launch import http_app  # noqa: F401
 
     gc.enable()
     try:

@@ -113,6 +113,21 @@ SEAMS = (
         "on CPU, without cards",
     ),
     Seam(
+        "sglang.srt.distributed.parallel_state.init_distributed_environment",
+        "the rendezvous of a server's ranks (torch's TCPStore) would be open on every interface",
+        _from("listeners", "init_distributed_environment"),
+        lambda config: config.bind is not None,
+        "`--host` or `--hma-bind` is one address",
+    ),
+    Seam(
+        "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
+        ".MooncakeTransferEngine.initialize",
+        "Mooncake listens on every interface, whatever address it is given",
+        _from("listeners", "initialize"),
+        lambda config: config.bind is not None and config.role != "null",
+        "prefill, decode; `--host` or `--hma-bind` is one address",
+    ),
+    Seam(
         "sglang.srt.disaggregation.utils.get_kv_class",
         "hands out our Mooncake manager, sender, receiver and bootstrap server: format handshake "
         "in both directions, layer-wise sending, checksums, no CUDA event on CPU, registrations "

@@ -9,11 +9,14 @@ A fake server takes SGLang's flags and some of its own, given through
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,6 +40,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--fake-orphans", action="store_true", help="leave processes of own session"
     )
     parser.add_argument("--fake-deaf", action="store_true", help="ignore SIGTERM")
+    parser.add_argument("--fake-hold", help="a file: a POST is answered once it is not there")
+    parser.add_argument("--fake-busy", help="a file: /health is answered once it is not there")
+    parser.add_argument("--fake-flood", action="store_true", help="print without end")
+    parser.add_argument("--fake-semaphore", action="store_true", help="leave one in /dev/shm")
     parser.add_argument("--fake-no-chat", action="store_true", help="refuse chat: no template")
     return parser.parse_known_args(argv)[0]
 
@@ -56,6 +63,13 @@ def sleeper() -> None:
     time.sleep(600)
 
 
+def flood() -> None:
+    """As fast as they are read: a server whose output nobody took would hang in it."""
+    for i in itertools.count():
+        print(f"flood {i} {'x' * 1000}", flush=True)
+        time.sleep(0.001)
+
+
 def serve(argv: list[str], role: str) -> None:
     args = parse(argv)
     name = args.served_model_name or args.model_path or "the-model"
@@ -67,6 +81,11 @@ def serve(argv: list[str], role: str) -> None:
         print(Path(args.fake_say).read_text(), flush=True)
     if args.fake_die:
         os._exit(7)
+    if args.fake_flood:
+        threading.Thread(target=flood, daemon=True).start()
+    if args.fake_semaphore:
+        held = multiprocessing.get_context("spawn").Semaphore()
+        print(f"semaphore {held._semlock.name}", flush=True)
     born = time.monotonic()
 
     class Handler(BaseHTTPRequestHandler):
@@ -85,8 +104,12 @@ def serve(argv: list[str], role: str) -> None:
             return bool(args.api_key) and self.headers.get("Authorization") != wanted
 
         def do_GET(self) -> None:
+            if self.path == "/health" and args.fake_busy and Path(args.fake_busy).exists():
+                print("busy", flush=True)
+                while Path(args.fake_busy).exists():
+                    time.sleep(0.1)
             starting = args.fake_never_healthy or time.monotonic() < born + args.fake_start_s
-            if self.path in ("/health", "/readiness"):
+            if self.path in ("/health", "/health/live", "/readiness", "/liveness"):
                 self.reply(503 if starting else 200, {})
             elif self.refused():
                 self.reply(401, {"error": "no key"})
@@ -99,7 +122,11 @@ def serve(argv: list[str], role: str) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.refused():
                 self.reply(401, {"error": "no key"})
-            elif args.fake_no_chat and "messages" in body:
+                return
+            while args.fake_hold and Path(args.fake_hold).exists():
+                print("held", flush=True)
+                time.sleep(0.1)
+            if args.fake_no_chat and "messages" in body:
                 self.reply(400, {"error": {"message": "no chat template"}})
             else:
                 self.reply(200, {"model": body["model"], "choices": [{"text": "hi"}]})

@@ -87,3 +87,12 @@ def test_server_that_fails_shows_why(launch: Launch, tmp_path: Path) -> None:
     assert error == "sglang_hma.launch_pd: error: decode-0 ended with exit code 7 while starting"
     assert "--max-total-tokens" in remedy and "sglang-hma ready" not in run.text()
     assert AFTER.splitlines()[-1] in log.read_text()
+
+
+def test_what_servers_log_about_their_end() -> None:
+    stamp = "[2026-11-26 20:16:12] "
+    died = "Subprocess detokenizer (pid=13481) crashed with exit code -9"
+    lines = [f"{stamp}{died}. Triggering SIGQUIT for cleanup...", f"{stamp}SIGQUIT received."]
+    assert diagnose(lines, killed=True).words == [died]
+    hung = "sglang_hma.launch_server: error: no scheduler has answered or computed for 121 s"
+    assert diagnose([*lines, f"{stamp}{hung}"], killed=True).words == [hung]

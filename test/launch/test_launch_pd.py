@@ -1,10 +1,16 @@
 """launch_pd with fake servers: real processes, real signals, nothing left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
 
 import pytest
 
@@ -53,20 +59,181 @@ def test_killed_launcher_leaves_nothing(launch: Launch) -> None:
     until(lambda: carrying(run.mark) == {})
 
 
-@pytest.mark.parametrize("victim", ["prefill", "router"])
-def test_one_dies_later(launch: Launch, victim: str) -> None:
-    run = launch()
+WORDS = {
+    "prefill-0": "--disaggregation-mode prefill",
+    "decode-0": "--disaggregation-mode decode",
+    "router": "fake_server.py router",
+}
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "router"])
+def test_one_dies_and_may_not_start_again(launch: Launch, victim: str) -> None:
+    run = launch("--max-restarts", "0")
     run.wait_for("  stop: ")
-    word = f"--disaggregation-mode {victim}" if victim == "prefill" else "fake_server.py router"
-    (pid,) = run.pids(word)
+    (pid,) = run.pids(WORDS[victim])
     os.kill(pid, signal.SIGKILL)
     assert run.end() == 1
     (line,) = run.err.read_text().splitlines()
-    name = "prefill-0" if victim == "prefill" else "router"
     assert line == (
-        f"sglang_hma.launch_pd: error: {name} was killed by SIGKILL, so all stopped; "
-        f"log: {run.logs}/{name}.log"
+        f"sglang_hma.launch_pd: error: {victim} was killed by SIGKILL, so all stopped; "
+        f"log: {run.logs}/{victim}.log"
     )
+
+
+@pytest.mark.parametrize("victim", WORDS)
+def test_one_dies_and_starts_again_on_its_ports(launch: Launch, victim: str) -> None:
+    run = launch("--decode-args", "--fake-orphans")
+    run.wait_for("  stop: ")
+    (pid,) = run.pids(WORDS[victim])
+    command = carrying(run.mark)[pid]
+    os.kill(pid, signal.SIGKILL)
+    run.wait_for(
+        f"sglang-hma: {victim} was killed by SIGKILL; starts again in 1 s "
+        f"(restart 1 of 5 in 600 s); log: {run.logs}/{victim}.log\n"
+    )
+    run.wait_for(f"sglang-hma: {victim} serves again (")
+    (successor,) = run.pids(WORDS[victim])
+    assert carrying(run.mark)[successor] == command and successor != pid
+    # What the dead one had started is gone: it could hold the ports.
+    until(lambda: len(run.pids("fake::scheduler")) == 2)
+    printed_request(run)
+    starts = [
+        line for line in (run.logs / f"{victim}.log").read_text().splitlines() if "--- " in line
+    ]
+    assert len(starts) == 2 and str(pid) in starts[0] and str(successor) in starts[1]
+    run.popen.send_signal(signal.SIGTERM)
+    assert run.end() == 0 and run.err.read_text() == ""
+
+
+def test_one_dies_too_often(launch: Launch) -> None:
+    run = launch("--max-restarts", "1")
+    run.wait_for("  stop: ")
+    for _ in range(2):
+        until(lambda: run.pids(WORDS["decode-0"]))
+        (pid,) = run.pids(WORDS["decode-0"])
+        os.kill(pid, signal.SIGKILL)
+        until(lambda pid=pid: run.popen.poll() is not None or pid not in carrying(run.mark))
+    assert run.end() == 1
+    (line,) = run.err.read_text().splitlines()
+    assert line == (
+        "sglang_hma.launch_pd: error: decode-0 was killed by SIGKILL, so all stopped after "
+        f"restart 1 of 1 in 600 s; log: {run.logs}/decode-0.log"
+    )
+
+
+@pytest.mark.slow
+def test_one_that_is_stopped_for_long_starts_again(launch: Launch) -> None:
+    run = launch("--hma-hang-timeout", "3")
+    run.wait_for("  stop: ")
+    (pid,) = run.pids(WORDS["prefill-0"])
+    os.kill(pid, signal.SIGSTOP)
+    run.wait_for("sglang-hma: prefill-0 neither answers nor computes for 3 s: killed")
+    run.wait_for("sglang-hma: prefill-0 serves again (")
+    assert pid not in run.pids(WORDS["prefill-0"])
+
+
+def test_nobody_reads(launch: Launch) -> None:
+    """Servers that print without end, all of it shown, on a pipe that is full."""
+    reader, writer = os.pipe()
+    try:
+        run = launch("--verbose", "--fake-flood", stdout=writer)
+        os.close(writer)
+        router = run.logs / "router.log"
+        until(lambda: router.exists() and "POST /v1/chat/completions" in router.read_text())
+        log = run.logs / "prefill-0.log"
+        before = log.stat().st_size
+        until(lambda: log.stat().st_size > before + (4 << 20))
+        run.popen.send_signal(signal.SIGTERM)
+        assert run.end() == 0
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.slow
+def test_running_requests_finish_and_new_ones_are_refused(launch: Launch, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    run = launch("--decode-args", f"--fake-hold {hold}", driver="real-router")
+    run.wait_for("  stop: ")
+    (line,) = [line for line in run.text().splitlines() if line.startswith("  try: ")]
+    curl = line.removeprefix("  try: ")
+    hold.touch()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(send, curl)
+        until(lambda: "held" in (run.logs / "decode-0.log").read_text())
+        run.popen.send_signal(signal.SIGTERM)
+        run.wait_for("sglang-hma stopping: requests that run have 60 s; a second Ctrl-C kills")
+        url = f"http://127.0.0.1:{run.port}/v1/chat/completions"
+        refusals: list[urllib.error.HTTPError] = []
+
+        def refused() -> bool:
+            try:
+                urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=STUCK_S)
+            except urllib.error.HTTPError as error:
+                refusals.append(error)
+            except OSError:  # between the router's socket and the launcher's
+                pass
+            return bool(refusals) and refusals[-1].headers["Retry-After"] is not None
+
+        until(refused)
+        assert refusals[-1].code == 503 and 0 < int(refusals[-1].headers["Retry-After"]) <= 60
+        assert run.popen.poll() is None and not asked.done()
+        hold.unlink()
+        assert "choices" in asked.result()[2]
+    assert run.end() == 0
+
+
+@pytest.mark.slow
+def test_router_keeps_a_busy_prefill_server(launch: Launch, tmp_path: Path) -> None:
+    """One that answers no /health, as long as its forward pass takes, but tells that it lives."""
+    busy = tmp_path / "busy"
+    patience = "--health-check-interval-secs 1 --health-check-timeout-secs 1"
+    run = launch(
+        *["--prefill-args", f"--fake-busy {busy}", "--router-args", patience],
+        driver="real-router",
+    )
+    run.wait_for("  stop: ")
+    log = run.logs / "prefill-0.log"
+    checks = re.compile(r'"GET /health(/live)? |^busy$', re.MULTILINE)
+    before = len(checks.findall(log.read_text()))
+    busy.touch()
+    until(lambda: len(checks.findall(log.read_text())) > before + 6)  # three may fail
+    printed_request(run)
+
+
+@pytest.mark.slow
+def test_second_signal_cuts_what_runs(launch: Launch, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    run = launch("--decode-args", f"--fake-hold {hold}", driver="real-router")
+    run.wait_for("  stop: ")
+    (line,) = [line for line in run.text().splitlines() if line.startswith("  try: ")]
+    hold.touch()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(send, line.removeprefix("  try: "))
+        until(lambda: "held" in (run.logs / "decode-0.log").read_text())
+        run.popen.send_signal(signal.SIGTERM)
+        run.wait_for("sglang-hma stopping")
+        until(lambda: run.popen.send_signal(signal.SIGTERM) or run.popen.poll() is not None)
+        assert run.end() == 0
+        assert isinstance(asked.exception(), OSError | HTTPException)
+
+
+@pytest.mark.parametrize("whole_fleet", [True, False])
+def test_the_killed_leave_no_semaphore(launch: Launch, whole_fleet: bool) -> None:
+    run = launch("--prefill-args", "--fake-semaphore --fake-deaf", "--fake-orphans")
+    run.wait_for("  stop: ")
+    said = (run.logs / "prefill-0.log").read_text()
+    (name,) = re.findall(r"^semaphore /(\S+)$", said, re.MULTILINE)
+    left = Path(f"/dev/shm/sem.{name}")
+    assert left.exists()
+    if whole_fleet:
+        run.popen.kill()
+        until(lambda: carrying(run.mark) == {})
+    else:
+        run.popen.send_signal(signal.SIGINT)
+        run.wait_for("sglang-hma stopping")
+        until(lambda: run.popen.send_signal(signal.SIGINT) or run.popen.poll() is not None)
+        run.end()
+    assert not left.exists()
 
 
 def test_second_interrupt_kills(launch: Launch) -> None:

@@ -18,14 +18,15 @@ def test_rotates_by_size_and_keeps_the_end(tmp_path: Path) -> None:
     assert kept == lines[-len(kept) :]
 
 
-def test_earlier_run_is_kept(tmp_path: Path) -> None:
+def test_earlier_starts_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "router.log"
-    for run in ("first", "second"):
+    words = [f"crash {i}" for i in range(KEPT_BEFORE + 3)]
+    for word in words:
         log = LogFile(path)
-        log.line(run)
+        log.line(word)
         log.close()
-    assert path.read_text() == "second\n"
-    assert Path(f"{path}.1").read_text() == "first\n"
+    assert path.read_text().splitlines() == words
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_full_disk_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:

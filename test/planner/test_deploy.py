@@ -13,7 +13,7 @@ from sglang_router.router_args import RouterArgs
 
 from sglang_hma import launch_pd
 from sglang_hma.launch import arguments, pd_args
-from sglang_hma.launch.defaults import ROUTER_DEFAULTS
+from sglang_hma.launch.defaults import LIVE_ROUTER_DEFAULTS
 from sglang_hma.planner import catalogue
 from sglang_hma.planner.__main__ import main
 from sglang_hma.planner.commands.deploy import DEPLOYABLE
@@ -43,7 +43,7 @@ def servers(lines: list[str]) -> Iterator[tuple[str, argparse.Namespace]]:
 def test_the_router_has_the_launchers_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     main(["deploy", "--model-path", "/models/m"])
     line = capsys.readouterr().out.splitlines()[-1]
-    assert shlex.join(ROUTER_DEFAULTS) in line
+    assert shlex.join(LIVE_ROUTER_DEFAULTS) in line
 
 
 @pytest.mark.parametrize("system", DEPLOYABLE)

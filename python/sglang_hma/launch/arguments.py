@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from sglang_hma import config as hma_config
 from sglang_hma import torch_ops
 from sglang_hma.config import HmaConfig, Role, WeightFormats
+from sglang_hma.launch.addresses import bind_address
 from sglang_hma.launch.cards import cards, prefill_runtime
 from sglang_hma.launch.checks import check_early
 from sglang_hma.launch.defaults import defaults
@@ -23,7 +24,7 @@ from sglang_hma.launch.flags import CONFIG, Parser, Refusal, parser_of, read
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-ROLE, DEVICE = "--disaggregation-mode", "--device"
+ROLE, DEVICE, HOST = "--disaggregation-mode", "--device", "--host"
 
 
 def assume(argv: Sequence[str]) -> HmaConfig:
@@ -47,7 +48,7 @@ def is_on(switch: str, argv: Sequence[str]) -> bool:
 
 
 def early_parser() -> Parser:
-    parser = parser_of(DEVICE)
+    parser = parser_of(DEVICE, HOST)
     parser.add_argument(ROLE, default="null")
     hma_config.add_cli_args(parser)
     return parser
@@ -85,6 +86,9 @@ def configure(given: argparse.Namespace) -> HmaConfig:
         chips=chips,
         torch_ops=torch_ops.needed(device),
         prefill_peers=tuple(given.hma_prefill_peers) if given.hma_prefill_peers else None,
+        bind=bind_address(given.hma_bind, given.host),
+        drain_timeout=given.hma_drain_timeout,
+        hang_timeout=given.hma_hang_timeout,
     )
 
 
@@ -152,6 +156,7 @@ def _same(assumed: HmaConfig, found: HmaConfig) -> None:
         "device": DEVICE,
         "weight_formats": "--hma-weight-format",
         "chips": "--hma-mesh",
+        "bind": f"{HOST} or --hma-bind",
     }
     for name in HmaConfig.__struct_fields__:
         before, after = getattr(assumed, name), getattr(found, name)

@@ -4,18 +4,19 @@ A terminal gets one live line with the elapsed time. Elsewhere a line says what 
 another one every STATUS_EVERY_S while it goes on.
 """
 
-import contextlib
-import io
 import os
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO, cast
 
+from sglang_hma.launch.output import Unblocked
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 STATUS_EVERY_S = 10.0
+LAST_WORDS_S = 2.0  # for a reader to take them
 REDRAWS_PER_S = 4
 
 
@@ -37,9 +38,8 @@ class Console:
     def error(self, text: str) -> None:
         """A line on `err`. It ends the live line."""
         self.status("")
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             self._err.write(f"{text}\n")
-            self._err.flush()
 
     def status(self, phase: str, detail: str = "") -> None:
         """What is waited for, "" for nothing. `detail` may change while a phase goes on."""
@@ -54,8 +54,15 @@ class Console:
     def elapsed(self) -> float:
         return self._clock() - self._started
 
+    def finish(self) -> None:
+        """Let the last words through, if somebody reads them."""
+        self.status("")
+        for stream in (self._out, self._err):
+            if isinstance(stream, Unblocked):
+                stream.finish(LAST_WORDS_S)
+
     def _print(self, text: str) -> None:
-        _write(self._out, f"{text}\n")
+        self._out.write(f"{text}\n")
 
 
 class TerminalConsole(Console):
@@ -65,7 +72,7 @@ class TerminalConsole(Console):
         super().__init__(out, err)
         from rich.console import Console as Rich
 
-        self._rich = Rich(file=cast(TextIO, _Unbroken(out)))
+        self._rich = Rich(file=out)
         self._live: Progress | None = None
 
     def status(self, phase: str, detail: str = "") -> None:
@@ -104,39 +111,7 @@ class TerminalConsole(Console):
 
 
 def console(out: TextIO, err: TextIO) -> Console:
-    """The console that `out` can show."""
+    """The console that `out` can show. It never waits for a reader."""
     live = out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    out, err = (cast(TextIO, Unblocked(stream)) for stream in (out, err))
     return TerminalConsole(out, err) if live else Console(out, err)
-
-
-class _Unbroken(io.TextIOBase):
-    """A stream that outlives its reader."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._out.encoding
-
-    def fileno(self) -> int:
-        return self._out.fileno()
-
-    def isatty(self) -> bool:
-        return self._out.isatty()
-
-    def write(self, text: str) -> int:
-        _write(self._out, text)
-        return len(text)
-
-    def flush(self) -> None:
-        """`_write` flushes."""
-
-
-def _write(out: TextIO, text: str) -> None:
-    try:
-        out.write(text)
-        out.flush()
-    except OSError:
-        # The reader is gone. The fleet goes on, its output goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())

@@ -11,9 +11,17 @@ CPU_KV_SHARE_OF_MEMORY = 0.2
 MODEST_TOKENS = 64 * 1024
 # A server that paused or restarted gets requests again after seconds. With the router's own
 # defaults ten failed requests close it for a minute, and three missed checks for two.
-ROUTER_DEFAULTS = (
-    *("--health-check-interval-secs", "10", "--health-success-threshold", "1"),
+SOON_BACK = (
+    *("--health-success-threshold", "1"),
     *("--cb-timeout-duration-secs", "5", "--cb-success-threshold", "1"),
+)
+ROUTER_DEFAULTS = ("--health-check-interval-secs", "10", *SOON_BACK)
+# Of sglang_hma.launch_server (launch/http_app.py). SGLang's /health makes a token, and waits for
+# the pass that is running: three in a row come too late, and the router drops a busy server.
+LIVE_PATH = "/health/live"
+LIVE_ROUTER_DEFAULTS = (
+    *("--health-check-endpoint", LIVE_PATH, "--health-check-interval-secs", "3"),
+    *SOON_BACK,
 )
 NO_CUDA_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
 
@@ -21,6 +29,9 @@ NO_CUDA_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
 def defaults(config: HmaConfig) -> list[str]:
     """Flags to stand before the user's own."""
     flags = ["--device", config.device]
+    if config.bind:
+        flags += ["--host", config.bind]
+    flags += ["--uvicorn-access-log-exclude-prefixes", LIVE_PATH]  # asked every few seconds
     on_cpu = config.device == "cpu"
     if config.packs_kv:
         flags += ["--attention-backend", "hma", "--page-size", str(PAGE_TOKENS)]

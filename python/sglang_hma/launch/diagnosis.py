@@ -8,6 +8,9 @@ SHOWN_LINES = 8
 
 # One-line errors: ours, argparse's.
 ONE_LINE = re.compile(r"^[\w./ -]+: error: ")
+STAMP_OF_SGLANG = re.compile(r"^\[\d{4}-\d\d-\d\d [^\]]*\] ")
+# What SGLang logs when one of its processes is gone, for whatever reason.
+CHILD_DIED = re.compile(r"^Subprocess (\S+) \(pid=\d+\) crashed with exit code -?\d+")
 TRACEBACK = "Traceback (most recent call last):"
 STAMP = re.compile(r"^\[?\d{4}-\d\d-\d\d[ T]")
 NOISE = re.compile(
@@ -60,7 +63,7 @@ class Diagnosis:
 
 def diagnose(lines: Sequence[str], killed: bool) -> Diagnosis:
     """What the `lines` that a program ended with tell; `killed`: by SIGKILL."""
-    words = one_line_error(lines) or exception(lines)
+    words = one_line_error(lines) or exception(lines) or child_died(lines)
     if not words:
         words = [line for line in lines if not NOISE.search(line)][-SHOWN_LINES:]
         return Diagnosis(words, KILLED if killed else remedy(words), explained=False)
@@ -68,7 +71,13 @@ def diagnose(lines: Sequence[str], killed: bool) -> Diagnosis:
 
 
 def one_line_error(lines: Sequence[str]) -> list[str]:
-    return [line for line in lines if ONE_LINE.match(line)][-1:]
+    plain = (STAMP_OF_SGLANG.sub("", line) for line in lines)
+    return [line for line in plain if ONE_LINE.match(line)][-1:]
+
+
+def child_died(lines: Sequence[str]) -> list[str]:
+    plain = (STAMP_OF_SGLANG.sub("", line) for line in lines)
+    return [found[0] for line in plain if (found := CHILD_DIED.match(line))][-1:]
 
 
 def exception(lines: Sequence[str]) -> list[str]:

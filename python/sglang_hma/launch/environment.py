@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hma.config import ARCHITECTURES_ENV, SHARE_ENV, HmaConfig
+from sglang_hma.launch.addresses import HOST_IP
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,22 @@ VARIABLES = (
         "sglang_hma.served_model",
         "SGLang imports the module of the served model, not all two hundred of its models",
     ),
+    Variable(
+        "SGLANG_HTTP_SERVER_APP_PATH",
+        "sglang_hma.launch.http_app:app",
+        "with --tokenizer-worker-num each worker imports the HTTP application: ours tells busy "
+        "from dead",
+    ),
+    Variable(
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH",
+        "0",
+        "a server whose process died would wait a minute for a core dump that nobody writes",
+    ),
+    Variable(
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH",
+        "0",
+        "and 5 s before py-spy, whether that is installed or not",
+    ),
     # The router keeps idle connections for up to 90 s, cloud load balancers for up to 600.
     Variable(
         "SGLANG_TIMEOUT_KEEP_ALIVE",
@@ -124,6 +141,9 @@ NOISY = (
 _metrics: tempfile.TemporaryDirectory[str] | None = None
 
 
+RANKS_INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
 def prepare_early() -> None:
     """Before torch is imported."""
     for variable in VARIABLES:
@@ -141,6 +161,9 @@ def prepare(config: HmaConfig, *, metrics: bool = False, compiles: bool = False)
                 os.environ[variable.name] = variable.value
             else:
                 os.environ.setdefault(variable.name, variable.value)
+    if config.bind:
+        # SGLang's control socket is bound to it; peers are told it, for Mooncake's ports too.
+        os.environ[HOST_IP] = config.bind
     if metrics:
         share_metrics()
     if (config.device == "cpu" or config.torch_ops) and not compiles:
@@ -172,6 +195,13 @@ def silence() -> None:
 def serve_model(model: Any) -> None:
     """Tell sglang_hma.served_model what SGLang is about to look for there."""
     os.environ[ARCHITECTURES_ENV] = ",".join(model.hf_config.architectures or ())
+
+
+def keep_ranks_inside(server_args: Any) -> None:
+    """The ranks of a server on one host speak over loopback; gloo would listen on the address of
+    the host's name."""
+    if server_args.nnodes == 1:
+        os.environ.setdefault(RANKS_INTERFACE, "lo")
 
 
 def share_cores(server_args: Any) -> None:

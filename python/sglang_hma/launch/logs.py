@@ -13,13 +13,10 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class LogFile(RotatingFileHandler):
-    """NAME.log of one run. What an earlier run left there becomes NAME.log.1."""
+    """NAME.log, after what earlier starts have left there: the last of them may have crashed."""
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
-        left = path.exists() and path.stat().st_size > 0
         super().__init__(path, maxBytes=max_bytes, backupCount=KEPT_BEFORE, encoding="utf-8")
-        if left:
-            self.doRollover()
 
     def line(self, text: str) -> None:
         self.emit(makeLogRecord({"msg": text}))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sglang_hma.config import Role
+from sglang_hma.launch.addresses import LOOPBACK
 from sglang_hma.launch.checks import check_early
 from sglang_hma.launch.flags import Refusal, read
 from sglang_hma.launch.logs import default_dir
@@ -25,8 +26,7 @@ from sglang_hma.launch.pd_checks import (
     refuse,
     servers_flags,
 )
-
-LOOPBACK = "127.0.0.1"
+from sglang_hma.launch.restarts import RestartPolicy
 
 LOG_DIR_HELP = "one file each, NAME.log, rotated ($XDG_STATE_HOME/sglang-hma/logs/PORT)"
 
@@ -63,8 +63,14 @@ what goes where:
   servers            --model-path, --disaggregation-mode, --host, --port, --nccl-port,
                      --disaggregation-bootstrap-port (prefill), then your flags
   router             --pd-disaggregation --policy random, the servers' URLs, --host, --port,
-                     --prometheus-host, --prometheus-port, then --router-args
-exit code: 0 after Ctrl-C or SIGTERM, 1 if a server or the router ended by itself, 2 for bad flags
+                     --prometheus-host, --prometheus-port, --health-check-endpoint,
+                     --shutdown-grace-period-secs, then --router-args
+what ends:
+  A server or the router that dies, or neither answers nor computes for --hma-hang-timeout, starts
+  again with its ports, after 1 s, 2 s, 4 s and so on to 30 s.
+  After Ctrl-C or SIGTERM requests that run have --hma-drain-timeout to finish, new ones get 503;
+  a second one kills.
+exit code: 0 after Ctrl-C or SIGTERM, 1 if a server or the router died too often, 2 for bad flags
 """
 
 
@@ -83,6 +89,7 @@ class Options:
     log_dir: Path
     verbose: bool
     timeout: float
+    restarts: RestartPolicy
 
 
 def fail(message: str) -> NoReturn:
@@ -99,6 +106,12 @@ class OwnParser(argparse.ArgumentParser):
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"is {text}: give a whole number of servers, at least 1")
+    return int(text)
+
+
+def restarts(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"is {text}: give a whole number, 0 for none")
     return int(text)
 
 
@@ -142,6 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-dir", type=Path, metavar="DIR", help=LOG_DIR_HELP)
     add("--verbose", action="store_true", help="show the output of servers and router too")
     add("--timeout", type=seconds, default=600.0, metavar="S", help="for the whole start (600)")
+    text = "how often a server or the router that died may start again (5) ..."
+    add("--max-restarts", type=restarts, default=5, metavar="N", help=text)
+    text = "... within so many seconds; one more ends all, 0 at the first death (600)"
+    add("--restart-window", type=seconds, default=600.0, metavar="S", help=text)
     return parser
 
 
@@ -191,6 +208,7 @@ def parse(argv: list[str]) -> Options:
         log_dir=log_dir,
         verbose=ours.verbose,
         timeout=ours.timeout,
+        restarts=RestartPolicy(ours.max_restarts, ours.restart_window),
     )
 
 

@@ -1,9 +1,11 @@
 """A server or the router as a process: its output in a log file, its last lines kept."""
 
 import contextlib
+import itertools
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from sglang_hma.launch.logs import COLOURS, LogFile
 
 TAIL_LINES = 400  # longer than a traceback
+PIPE_BYTES = 1 << 20  # of output, while the launcher is stopped
 
 # What a server is at, by words that SGLang logs when it begins.
 STAGES = {
@@ -24,11 +27,12 @@ STAGES = {
 
 @dataclass
 class Program:
-    """One child: `ready_url` answers 200 once it serves."""
+    """One child: `ready_url` answers 200 once it serves, `alive_url` anything while it lives."""
 
     name: str
     command: Sequence[str]
     ready_url: str
+    alive_url: str
     env: dict[str, str]
     first_stage: str
 
@@ -54,6 +58,7 @@ class Child:
             stderr=subprocess.STDOUT,
             env=env | program.env,
             start_new_session=True,
+            pipesize=PIPE_BYTES,
             encoding="utf-8",
             errors="replace",
         )
@@ -86,10 +91,12 @@ class Child:
 
     def _copy(self, log: LogFile, show: Callable[[str], None] | None) -> None:
         assert self.popen.stdout is not None
-        for line in self.popen.stdout:
+        begins = f"--- {time.strftime('%F %T')} {self.name} starts, process {self.popen.pid} ---"
+        for line in itertools.chain([begins], self.popen.stdout):
             plain = COLOURS.sub("", line.rstrip("\n"))
             self.tail.append(plain)
             log.line(plain)
             self.stage = next((STAGES[words] for words in STAGES if words in plain), self.stage)
             if show:
                 show(f"[{self.name}] {plain}")
+        log.close()

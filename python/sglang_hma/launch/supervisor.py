@@ -1,37 +1,38 @@
-"""Run servers and a router as one fleet: start, watch, stop, leave nothing behind."""
+"""Run servers and a router as one fleet: start, watch, start again, stop, leave nothing behind."""
 
 import os
 import signal
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
+from sglang_hma.launch.asking import Watch, answers, background, is_ready, poll
+from sglang_hma.launch.closed import ClosedPort
 from sglang_hma.launch.console import console
 from sglang_hma.launch.diagnosis import diagnose
-from sglang_hma.launch.guardian import KILL_TIMEOUT_S, Guardian, kill_run, marked
+from sglang_hma.launch.guardian import (
+    KILL_TIMEOUT_S,
+    Guardian,
+    kill_program,
+    kill_run,
+    marked,
+    named,
+)
 from sglang_hma.launch.program import Child, Program
+from sglang_hma.launch.restarts import RestartPolicy, Restarts
 
 GRACE_S = 15.0
 ROUTER_GRACE_S = 5.0
 TICK_S = 0.1
-POLL_S = 0.25
+REASON_CHARS = 200
 # One Ctrl-C may arrive twice, from the terminal and from a wrapper that forwards it.
 SAME_SIGNAL_S = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-T = TypeVar("T")
 
 
 class FleetError(Exception):
@@ -43,10 +44,14 @@ class _StopRequestedError(Exception):
 
 
 class Fleet:
-    """Servers, then a router, then a first request; all of them until one ends or we are told.
+    """Servers, then a router, then a first request; all of them until one dies too often or we are
+    told.
 
     `first_request` runs on a thread once everything is healthy; it returns a shell line that
-    sends it again, a FleetError from it ends the fleet. The log of each program is
+    sends it again, a FleetError from it ends the fleet. From then on what dies is started again,
+    as `restarts` allows, with its command and so its ports; so is what neither answers nor computes
+    for `hang_timeout` seconds. Told to stop, the router has `drain_timeout` seconds for the
+    requests that run, while `address` answers new ones with 503. The log of each program is
     `log_dir`/NAME.log; `verbose` prints it too.
     """
 
@@ -57,18 +62,26 @@ class Fleet:
         first_request: Callable[[], str],
         *,
         url: str,
+        address: tuple[str, int],
         run_id: str,
         timeout: float,
         log_dir: Path,
+        restarts: RestartPolicy,
+        drain_timeout: float,
+        hang_timeout: float,
         verbose: bool = False,
         grace: float = GRACE_S,
     ) -> None:
         self._servers, self._router, self._first_request = servers, router, first_request
-        self._url, self._run_id, self._log_dir = url, run_id, log_dir
+        self._url, self._address, self._run_id, self._log_dir = url, address, run_id, log_dir
         self._timeout, self._verbose, self._grace = timeout, verbose, grace
+        self._drain_timeout, self._hang_timeout = drain_timeout, hang_timeout
         self._console = console(sys.stdout, sys.stderr)
-        self._env = os.environ | marked(run_id)
-        self._children: list[Child] = []
+        self._children: dict[str, Child] = {}
+        self._restarts = {each.name: Restarts(restarts) for each in (*servers, router)}
+        self._due: dict[str, float] = {}  # when the dead start again
+        self._returning: dict[str, tuple[float, Future[bool]]] = {}  # since when, until ready
+        self._watches: dict[str, Watch] = {}
         self._guardian: Guardian | None = None
         self._serving = False
         self._signals: list[tuple[float, int]] = []
@@ -81,10 +94,12 @@ class Fleet:
             self._guardian = Guardian(self._run_id)
             self._begin()
             self._serving = True
+            self._watches = {name: Watch(child) for name, child in self._children.items()}
             while True:
                 self._tick()
         except _StopRequestedError:
-            self._console.line("sglang-hma stopping; a second Ctrl-C kills")
+            drains = f": requests that run have {self._drain_timeout:g} s" if self._serving else ""
+            self._console.line(f"sglang-hma stopping{drains}; a second Ctrl-C kills")
             last_words = f"sglang-hma stopped on {signal.Signals(self._signals[0][1]).name}"
         except FleetError as error:
             code, last_words = 1, f"sglang_hma.launch_pd: error: {error}"
@@ -94,21 +109,22 @@ class Fleet:
         # Python's exit takes a moment, in which a signal would change the exit code.
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        self._console.finish()
         return code
 
     def _begin(self) -> None:
         self._start(self._servers)
         names = ", ".join(program.name for program in self._servers)
-        self._wait(f"starting {names}", self._each(_answers))
+        self._wait(f"starting {names}", self._each(answers))
         # The router looks at its servers every few seconds: the sooner they answer, the better.
         self._start([self._router])
-        self._wait("connecting the router", self._each(_is_ready))
-        first = _background(self._first_request)
+        self._wait("connecting the router", self._each(is_ready))
+        first = background(self._first_request)
         self._wait("waiting for a first answer", {"the first answer": first})
         self._announce(first.result())
 
     def _announce(self, curl: str) -> None:
-        names = ",".join(child.name for child in self._children)
+        names = ",".join(self._children)
         seconds = self._console.elapsed()
         self._console.status("")
         self._console.line(f"sglang-hma ready: {self._url} ({seconds:.0f} s)")
@@ -129,13 +145,13 @@ class Fleet:
     def _start(self, programs: Sequence[Program]) -> None:
         show = self._console.line if self._verbose else None
         for program in programs:
-            self._children.append(Child(program, self._env, self._log_dir, show))
+            env = os.environ | marked(self._run_id) | named(self._run_id, program.name)
+            self._children[program.name] = Child(program, env, self._log_dir, show)
 
-    def _each(self, test: Callable[[int], bool]) -> dict[str, Future[None]]:
+    def _each(self, test: Callable[[int], bool]) -> dict[str, Future[bool]]:
         """By name of each child: done when the status that its ready_url answers passes `test`."""
         return {
-            child.name: _background(partial(_poll, child.program.ready_url, test))
-            for child in self._children
+            name: background(partial(poll, child, test)) for name, child in self._children.items()
         }
 
     def _wait(self, phase: str, futures: Mapping[str, Future[Any]]) -> None:
@@ -154,7 +170,7 @@ class Fleet:
     def _stages(self, names: Sequence[str]) -> str:
         """What each of the children `names` is at: "a, b: loading weights; c: warming up"."""
         at: dict[str, list[str]] = {}
-        for child in self._children:
+        for child in self._children.values():
             if child.name in names:
                 at.setdefault(child.stage, []).append(child.name)
         return "; ".join(f"{', '.join(same)}: {stage}" for stage, same in at.items())
@@ -163,17 +179,65 @@ class Fleet:
         time.sleep(TICK_S)
         if self._signals:
             raise _StopRequestedError
-        for child in self._children:
-            if not child.alive():
-                raise FleetError(self._obituary(child))
+        for name, child in list(self._children.items()):
+            if name in self._due:
+                if time.monotonic() >= self._due[name]:
+                    self._start_again(child.program)
+            elif not child.alive():
+                self._bury(child)
+            elif name in self._returning:
+                self._await_return(child)
+            elif self._serving and self._watches[name].silent_s > self._hang_timeout:
+                self._kill(child, f"neither answers nor computes for {self._hang_timeout:g} s")
         if self._guardian and not self._guardian.alive():
             self._console.line("sglang-hma: the guardian process was killed; started again")
             self._guardian = Guardian(self._run_id)
 
-    def _obituary(self, child: Child) -> str:
+    def _bury(self, child: Child) -> None:
+        """Plan the start of a successor. Raises FleetError if there may be none."""
         child.drain()
-        if self._serving:
-            return f"{child.name} {child.end()}, so all stopped; log: {child.log}"
+        if not self._serving:
+            raise FleetError(self._obituary(child))
+        self._returning.pop(child.name, None)
+        restarts = self._restarts[child.name]
+        delay, how = restarts.died(), child.end() + self._reason(child)
+        if delay is None:
+            no_more = f" after {restarts}" if restarts.any else ""
+            raise FleetError(f"{child.name} {how}, so all stopped{no_more}; log: {child.log}")
+        self._console.line(
+            f"sglang-hma: {child.name} {how}; starts again in {delay:g} s ({restarts}); "
+            f"log: {child.log}"
+        )
+        kill_program(self._run_id, child.name)  # what it has left may hold its ports
+        self._due[child.name] = time.monotonic() + delay
+
+    def _start_again(self, program: Program) -> None:
+        del self._due[program.name]
+        self._start([program])
+        ready = background(partial(poll, self._children[program.name], is_ready))
+        self._returning[program.name] = time.monotonic(), ready
+
+    def _await_return(self, child: Child) -> None:
+        since, ready = self._returning[child.name]
+        seconds = time.monotonic() - since
+        if ready.done() and ready.result():
+            del self._returning[child.name]
+            self._watches[child.name] = Watch(child)
+            self._console.line(f"sglang-hma: {child.name} serves again ({seconds:.0f} s)")
+        elif seconds > self._timeout:
+            self._kill(child, f"is not ready after {seconds:.0f} s")
+
+    def _kill(self, child: Child, why: str) -> None:
+        self._console.line(f"sglang-hma: {child.name} {why}: killed")
+        kill_program(self._run_id, child.name)
+        child.stop(KILL_TIMEOUT_S)
+
+    def _reason(self, child: Child) -> str:
+        """A few words in brackets, if its log has some."""
+        found = diagnose(list(child.tail), child.killed)
+        return f" ({found.words[0].strip()[:REASON_CHARS]})" if found.explained else ""
+
+    def _obituary(self, child: Child) -> str:
         found = diagnose(list(child.tail), child.killed)
         self._console.error(f"{child.name} failed, {child.log} ends with:")
         for line in found.words:
@@ -185,62 +249,27 @@ class Fleet:
 
     def _stop(self) -> None:
         """Router first, then the servers, then SIGKILL for whatever carries the run's id."""
-        signals = len(self._signals)
-        deadline = time.monotonic() + self._grace
-        routers = [child for child in self._children if child.program is self._router]
-        servers = [child for child in self._children if child.program is not self._router]
-        for group, grace in ((routers, ROUTER_GRACE_S), (servers, self._grace)):
-            until = min(deadline, time.monotonic() + grace)
+        asked = len(self._signals)
+        drain = self._drain_timeout if self._serving and asked else ROUTER_GRACE_S
+        routers = [child for child in self._children.values() if child.program is self._router]
+        servers = [child for child in self._children.values() if child.program is not self._router]
+        until = time.monotonic() + drain
+        closed = ClosedPort(*self._address, lambda: until - time.monotonic())
+        for group, grace in ((routers, drain), (servers, self._grace)):
+            until = time.monotonic() + grace
             for child in group:
                 child.popen.terminate()
             while any(child.alive() for child in group) and time.monotonic() < until:
-                if len(self._signals) > signals:
+                if len(self._signals) > asked:
                     break
+                if self._serving and asked:
+                    closed.try_to_open()
                 time.sleep(TICK_S / 2)
-        if len(self._signals) > signals:
+        if len(self._signals) > asked:
             self._console.line("sglang-hma killing what is left")
-        kill_run(self._run_id)
-        for child in self._children:
-            child.stop(KILL_TIMEOUT_S)
         if self._guardian:
             self._guardian.close()
-
-
-def _background(call: Callable[[], T]) -> "Future[T]":
-    """Run `call` on a thread that does not keep the process alive."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-def _answers(status: int) -> bool:
-    return status > 0
-
-
-def _is_ready(status: int) -> bool:
-    return status == 200
-
-
-def _poll(url: str, test: Callable[[int], bool]) -> None:
-    """Return once the HTTP status of `url` passes `test`."""
-    while not test(_status(url)):
-        time.sleep(POLL_S)
-
-
-def _status(url: str) -> int:
-    """0 for no answer."""
-    try:
-        with direct.open(url, timeout=10) as reply:
-            return int(reply.status)
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
-    except (OSError, HTTPException):
-        return 0
+        kill_run(self._run_id)
+        for child in self._children.values():
+            child.stop(KILL_TIMEOUT_S)
+        closed.close()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sglang_hma.config import MESHES, PAGE_TOKENS
-from sglang_hma.launch.defaults import ROUTER_DEFAULTS
+from sglang_hma.launch.defaults import LIVE_ROUTER_DEFAULTS, ROUTER_DEFAULTS
 from sglang_hma.planner.model_shape import ModelShape
 from sglang_hma.planner.problem import Problem
 from sglang_hma.planner.systems import COLOCATED, Site, System
@@ -97,7 +97,7 @@ def router(plan: Plan, host: HostOf, *flags: str) -> list[str]:
         for role, count in plan.roles.items()
     }
     if plan.prefill:
-        command += ["--pd-disaggregation", "--policy", "power_of_two", *ROUTER_DEFAULTS]
+        command += ["--pd-disaggregation", "--policy", "power_of_two", *LIVE_ROUTER_DEFAULTS]
         for url in urls["prefill"]:
             command += ["--prefill", url, str(BOOTSTRAP)]
         for url in urls["decode"]:
