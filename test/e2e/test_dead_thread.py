@@ -6,7 +6,7 @@ import pytest
 import requests
 import zmq
 
-from sglang_hma.transfer.decode.refusal import fetch_route
+from sglang_hma.transfer.decode import routes
 
 from .conftest import COMMON
 from .harness import launch
@@ -22,8 +22,9 @@ def test_a_dead_thread_ends_the_server(model: Path, logs: Path) -> None:
     server = launch("dying-prefill", model, logs, *flags, mode="prefill", env=env)
     try:
         server.wait_healthy()
-        rank = fetch_route(f"127.0.0.1:{server.bootstrap_port}", dp=0, tp=0)
-        assert rank is not None
+        answer = routes.fetch(f"127.0.0.1:{server.bootstrap_port}", (0, 0, 0, 0))
+        assert answer is not None
+        rank = answer.route
         with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
             socket.connect(f"tcp://{rank['rank_ip']}:{rank['rank_port']}")
             socket.send_multipart([b"ABORT", b"13"])
