@@ -19,7 +19,8 @@ from sglang_hma.launch.guarded import Guarded
 from .fleet import STUCK_S
 
 SERVER = """
-import subprocess, sys
+import signal, subprocess, sys
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a shell's background job ignores it
 child = "import setproctitle, time; setproctitle.setproctitle('sglang::%s'); print(flush=True); "
 names = ("scheduler_TP0", "detokenizer")
 procs = [
