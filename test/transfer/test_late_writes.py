@@ -43,7 +43,7 @@ class Prefill:
     """What the sender needs of its manager, for one room."""
 
     def __init__(self) -> None:
-        self.failed = False
+        self.failed = self.succeeded = False
         self.reason = ""
         self.count = 0
         self.drained = threading.Event()
@@ -58,7 +58,7 @@ class Prefill:
         self.failed, self.reason = True, reason
 
     def succeed(self, room: int) -> None:
-        raise AssertionError("nothing was verified")
+        self.succeeded = True
 
     def report_sent(self, room: int) -> None: ...
 
@@ -151,6 +151,12 @@ def cut_and_reuse(road: Link, cut_s: float, seed: int) -> None:
     until(lambda: target.any())
     road.set_up(False)
     cut = time.monotonic()
+    if cut_s < PROGRESS_S:  # nothing fails, and everything arrives
+        time.sleep(cut_s)
+        road.set_up(True)
+        until(lambda: manager.succeeded or manager.failed)
+        assert np.array_equal(target[:, to.pages], source) and not manager.failed
+        return
     kept = Quarantine(lambda: ports, lambda: ())
     healed = False
 
@@ -166,7 +172,7 @@ def cut_and_reuse(road: Link, cut_s: float, seed: int) -> None:
     until(safe)
     waited = time.monotonic() - cut
     landed = int((target == source[:, np.argsort(to.pages)]).all(axis=2).sum())
-    assert manager.reason.endswith("failed") and landed < 2 * PAGES
+    assert manager.reason.endswith("failed") and not manager.succeeded and landed < 2 * PAGES
     target[:] = FILL
     until(lambda: safe() and healed)
     # As long as the kernel might go on: its pauses double, so about as long again as it was cut.
