@@ -6,19 +6,18 @@ address of the host finds nobody. What only the ranks of one host use drops all 
 from there.
 """
 
-import contextlib
 import ctypes
 import ipaddress
 import logging
 import os
 import socket
-import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 from sglang_hma.config import HmaConfig
+from sglang_hma.transfer.tcp_table import listening
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +79,10 @@ def restrict(sock: socket.socket, address: str, end: tuple[int, int] = TO) -> No
 
 
 def open_to_all() -> Iterator[socket.socket]:
-    """This process's TCP sockets that listen on every interface; duplicates, to be closed."""
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # it has been closed meanwhile
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                with socket.socket(fileno=os.dup(int(name))) as sock:
-                    if _listens_everywhere(sock):
-                        yield sock
-
-
-def _listens_everywhere(sock: socket.socket) -> bool:
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-        return False
-    listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    return bool(listens) and ipaddress.ip_address(sock.getsockname()[0]).is_unspecified
+    """This process's TCP sockets that listen on every interface; as `listening` yields them."""
+    for sock in listening():
+        if ipaddress.ip_address(sock.getsockname()[0]).is_unspecified:
+            yield sock
 
 
 def bind(address: str, end: tuple[int, int] = TO) -> None:

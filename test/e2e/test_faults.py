@@ -156,18 +156,17 @@ def test_flipped_bytes_are_sent_again(faulty: Faulty) -> None:
     assert_drained(faulty.pair.prefill, faulty.pair.decode)
 
 
-def test_hopeless_bytes_fail_in_words(faulty: Faulty) -> None:
-    faulty.faults.set(flip=1.0)
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("flip", "arrived with wrong bytes 3 times"),
+        ("flip_rows", "the first token arrived with wrong bytes"),
+    ],
+)
+def test_hopeless_bytes_fail_in_words(faulty: Faulty, fault: str, words: str) -> None:
+    faulty.faults.set(**{fault: 1.0})
     reply = requests.post(f"{faulty.pair.url}/generate", json=payload(*faulty.jobs[0]))
-    assert "arrived with wrong bytes 3 times" in reply.text, reply.text
-    faulty.works_again()
-    assert_drained(faulty.pair.prefill, faulty.pair.decode)
-
-
-def test_a_wrong_first_token_fails_in_words(faulty: Faulty) -> None:
-    faulty.faults.set(flip_rows=1.0)
-    reply = requests.post(f"{faulty.pair.url}/generate", json=payload(*faulty.jobs[0]))
-    assert "the first token arrived with wrong bytes" in reply.text, reply.text
+    assert words in reply.text, reply.text
     faulty.works_again()
     assert_drained(faulty.pair.prefill, faulty.pair.decode)
 

@@ -8,9 +8,12 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,17 +152,23 @@ def test_nobody_reads(launch: Launch) -> None:
         os.close(reader)
 
 
-@pytest.mark.slow
-def test_running_requests_finish_and_new_ones_are_refused(launch: Launch, tmp_path: Path) -> None:
-    hold = tmp_path / "hold"
+@contextmanager
+def held_request(launch: Launch, hold: Path) -> Iterator[tuple[Run, Future[Any]]]:
+    """A fleet, and a request that decode answers when the file `hold` is gone."""
     run = launch("--decode-args", f"--fake-hold {hold}", driver="real-router")
     run.wait_for("  stop: ")
     (line,) = [line for line in run.text().splitlines() if line.startswith("  try: ")]
-    curl = line.removeprefix("  try: ")
     hold.touch()
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(send, curl)
+        asked = pool.submit(send, line.removeprefix("  try: "))
         until(lambda: "held" in (run.logs / "decode-0.log").read_text())
+        yield run, asked
+
+
+@pytest.mark.slow
+def test_running_requests_finish_and_new_ones_are_refused(launch: Launch, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    with held_request(launch, hold) as (run, asked):
         run.popen.send_signal(signal.SIGTERM)
         run.wait_for("sglang-hma stopping: requests that run have 60 s; a second Ctrl-C kills")
         url = f"http://127.0.0.1:{run.port}/v1/chat/completions"
@@ -202,14 +211,7 @@ def test_router_keeps_a_busy_prefill_server(launch: Launch, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_second_signal_cuts_what_runs(launch: Launch, tmp_path: Path) -> None:
-    hold = tmp_path / "hold"
-    run = launch("--decode-args", f"--fake-hold {hold}", driver="real-router")
-    run.wait_for("  stop: ")
-    (line,) = [line for line in run.text().splitlines() if line.startswith("  try: ")]
-    hold.touch()
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(send, line.removeprefix("  try: "))
-        until(lambda: "held" in (run.logs / "decode-0.log").read_text())
+    with held_request(launch, tmp_path / "hold") as (run, asked):
         run.popen.send_signal(signal.SIGTERM)
         run.wait_for("sglang-hma stopping")
         until(lambda: run.popen.send_signal(signal.SIGTERM) or run.popen.poll() is not None)

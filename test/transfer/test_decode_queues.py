@@ -70,8 +70,8 @@ def test_a_rank_that_let_go_and_then_died_counts_once(
 ) -> None:
     monkeypatch.setattr(quarantine, "COPY_S", 0.0)
     manager = object.__new__(HmaDecodeManager)
-    manager.quarantine = Quarantine(lambda: (), lambda: (), lambda: [])
-    manager._gone, manager.ask_again = {}, lambda *_: None
+    manager.quarantine = Quarantine((), lambda: (), lambda: [])
+    manager._gone, manager.repeat_abort = {}, lambda *_: None
     manager._deferred_abort_ack_tracker, manager._deferred_abort_generation = {}, 0
     manager.receiver = None
     queue = object.__new__(HmaDecodeTransferQueue)

@@ -157,7 +157,7 @@ def cut_and_reuse(road: Link, cut_s: float, seed: int) -> None:
         until(lambda: manager.succeeded or manager.failed)
         assert np.array_equal(target[:, to.pages], source) and not manager.failed
         return
-    kept = Quarantine(lambda: ports, lambda: ())
+    kept = Quarantine(ports, lambda: ())
     healed = False
 
     def safe() -> bool:

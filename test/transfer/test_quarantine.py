@@ -27,7 +27,7 @@ class World:
     rows: list[Connection] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.kept = Quarantine(lambda: {PORT}, lambda: {THERE, NEIGHBOUR}, lambda: self.rows)
+        self.kept = Quarantine({PORT}, lambda: {THERE, NEIGHBOUR}, lambda: self.rows)
 
     def safe(self, *, confirmed: bool = False, gone: set[str] | None = None) -> bool:
         """After enough time for another look at the table, but no more."""

@@ -157,6 +157,19 @@ def test_a_server_and_its_ranks_are_asked_elsewhere(bootstrap: Bootstrap) -> Non
     assert bootstrap.asked == 2 * asked, "an answer is given once"
 
 
+def test_silent_servers_hold_up_the_scheduler_once(
+    bootstrap: Bootstrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "TIMEOUT_S", 1e6)
+    asker = RouteAsker()
+    bootstrap.may.clear()
+    assert asker.look(bootstrap.address) is None
+    monkeypatch.setattr(route_asker, "PATIENCE_S", 1e6)  # another wait would not end
+    for address in (bootstrap.address, bootstrap.address.replace("127.0.0.1", "localhost")) * 3:
+        assert asker.look(address) is None
+    bootstrap.may.set()
+
+
 def test_an_answer_that_nobody_fetched_is_no_news(
     bootstrap: Bootstrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:

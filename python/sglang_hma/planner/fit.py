@@ -148,7 +148,7 @@ def _newton(errors: Callable[[Array], Array], values: Array, steps: Array) -> Ar
 def compass(loss: Callable[[Array], float], start: Array, steps: Array, *, exact: float) -> Array:
     """The nonnegative values around `start` with the least loss: they are moved by their steps,
     each alone and each against another, as long as that helps and the loss is above `exact`; then
-    steps are halved (after Hooke and Jeeves, 1961).
+    by smaller ones (after Hooke and Jeeves, 1961).
 
     Slopes lead to where they vanish, and the loss jumps wherever two requests change places. What
     one value explains, another explains nearly as well.

@@ -15,7 +15,7 @@ from sglang.srt.disaggregation.mooncake.conn import MooncakeKVBootstrapServer
 from typing_extensions import override
 
 from sglang_hma.transfer import own_processes, thread_watch
-from sglang_hma.transfer.request_fields import MAX_ROOM
+from sglang_hma.transfer.rooms import MAX_ROOM
 
 logger = logging.getLogger(__name__)
 

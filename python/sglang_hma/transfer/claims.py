@@ -118,9 +118,6 @@ class Claims:
                     self._early.know(address)
                     self._heard_s.setdefault(address, time.monotonic())
 
-    def is_open(self, room: int) -> bool:
-        return room in self._opened_s
-
     def closed(self, room: int) -> None:
         """The request has ended here."""
         with self._lock:

@@ -10,9 +10,9 @@ from typing import Any
 
 from sglang_hma.addresses import canonical
 from sglang_hma.config import HmaConfig
+from sglang_hma.transfer.rooms import MAX_ROOM
 
 FAKE_HOST = "2.2.2.2"  # sglang.srt.disaggregation.utils.FAKE_BOOTSTRAP_HOST
-MAX_ROOM = (1 << 63) - 1
 HEALTH_CHECKS = ("/health", "/health_generate")
 
 THROUGH_THE_ROUTER = "send requests to the router, which fills it in"

@@ -9,7 +9,9 @@ import contextlib
 import ipaddress
 import os
 import socket
+import stat
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,22 +95,23 @@ def addresses_of(host: str) -> set[str]:
     return {plain(ipaddress.ip_address(str(info[4][0]).partition("%")[0])) for info in found}
 
 
+def listening() -> Iterator[socket.socket]:
+    """This process's TCP sockets that listen; duplicates, closed when the next one is asked for."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it has been closed meanwhile
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as sock:
+                    if _listens(sock):
+                        yield sock
+
+
+def _listens(sock: socket.socket) -> bool:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        return False
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
 def own_ports(low: int, high: int) -> set[int]:
     """Ports of this range on which this process listens."""
-    own = own_sockets()
-    return {
-        each.local[1]
-        for each in connections()
-        if each.listening and low <= each.local[1] <= high and each.inode in own
-    }
-
-
-def own_sockets() -> set[int]:
-    """The inodes of all sockets that this process holds."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            target = os.readlink(f"/proc/self/fd/{name}")
-            if target.startswith("socket:["):
-                found.add(int(target[8:-1]))
-    return found
+    ports = {int(sock.getsockname()[1]) for sock in listening()}
+    return {port for port in ports if low <= port <= high}

@@ -56,7 +56,9 @@ class HmaDecodeManager(HmaKVManager):
             rows = [PageSlice.part(buffer, size) for buffer, size in sizes]
             self.receiver = DecodeReceiver(self, self.buffers, memory, session, rows)
             self.intake.handler = self.receiver.on_message
-        self.quarantine = Quarantine(self._mooncake_ports, self._prefill_addresses)
+        low, high = (int(os.environ.get(name, value)) for name, value in MOONCAKE_PORTS)
+        ports = own_ports(low, high) - {int(self.rank_port)}
+        self.quarantine = Quarantine(ports, self._prefill_addresses)
         self._gone: dict[int, set[str]] = {}  # addresses of a failed room's ranks that have ended
         me = str(self.local_ip), int(self.rank_port)
         self._claim_renewer = ClaimRenewer(
@@ -91,7 +93,7 @@ class HmaDecodeManager(HmaKVManager):
             if self.plain_pages and self.dcp_size == 1:
                 self._take(bootstrap_addr, route)
                 return True
-            return self._ask_again(bootstrap_addr, route)
+            return self._let_sglang_ask(bootstrap_addr, route)
         except ValueError as error:
             self._refuse(bootstrap_addr, answer.route, str(error))
             return False
@@ -114,7 +116,7 @@ class HmaDecodeManager(HmaKVManager):
             packs_kv=HmaConfig.require().packs_kv,
         )
 
-    def _ask_again(self, bootstrap_addr: str, checked: routes.Route) -> bool:
+    def _let_sglang_ask(self, bootstrap_addr: str, checked: routes.Route) -> bool:
         """SGLang's own method, which asks for itself and knows pools that are not plain: whether it
         has got an answer.
 
@@ -242,18 +244,15 @@ class HmaDecodeManager(HmaKVManager):
 
     def note_gone(self, room: int, ranks: Sequence[Address]) -> None:
         """The processes of these prefill ranks, all that have not confirmed, have ended."""
-        self._gone[room] = set().union(*(addresses_of(host) for host, _ in ranks))
+        if room not in self._gone:
+            self._gone[room] = set().union(*(addresses_of(host) for host, _ in ranks))
 
-    def ask_again(self, room: int, generation: int | None, ranks: Sequence[Address]) -> None:
+    def repeat_abort(self, room: int, generation: int | None, ranks: Sequence[Address]) -> None:
         """Ask prefill ranks once more to confirm that nothing is on its way."""
         me = str(self.local_ip), int(self.rank_port)
         question = AbortNotification(room, *me, generation).to_zmq()
         for rank in ranks:
             self.send(rank, question)
-
-    def _mooncake_ports(self) -> set[int]:
-        low, high = (int(os.environ.get(name, value)) for name, value in MOONCAKE_PORTS)
-        return own_ports(low, high) - {int(self.rank_port)}
 
     def _prefill_addresses(self) -> set[str]:
         hosts = {address.rpartition(":")[0].strip("[]") for address in self.prefill_info_table}

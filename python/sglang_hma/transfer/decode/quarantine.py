@@ -40,16 +40,16 @@ class Kept:
 
 class Quarantine:
     """All calls come from the scheduler's thread. `neighbours` are the addresses of prefill servers
-    that are there; `ports` those on which this process takes Mooncake's connections, `rows` the
-    kernel's table."""
+    that are there, asked for once for a request whose prefill ranks have ended; `ports` are those
+    on which this process takes Mooncake's connections, `rows` the kernel's table."""
 
     def __init__(
         self,
-        ports: Callable[[], Collection[int]],
+        ports: Collection[int],
         neighbours: Callable[[], Collection[str]],
         rows: Callable[[], list[Connection]] = connections,
     ) -> None:
-        self._ports = ports
+        self._ports = frozenset(ports)
         self._neighbours = neighbours
         self._read = rows
         self._rows: list[Connection] = []
@@ -77,22 +77,20 @@ class Quarantine:
     def _incoming(self, now: float) -> list[Connection]:
         """Connections to Mooncake's ports here, and the other ends of those that have it here."""
         if now - self._read_s > LOOK_S:
-            ports = set(self._ports())
             both = (each for each in self._read() if not each.listening)
-            self._rows = [each for each in both if ports & {each.local[1], each.remote[1]}]
+            self._rows = [each for each in both if self._ports & {each.local[1], each.remote[1]}]
             self._read_s = now
         return self._rows
 
     def _ended(
         self, kept: Kept, incoming: list[Connection], gone: Collection[str], now: float
     ) -> bool:
-        others = set(self._neighbours()) - set(gone)
         # A connection whose other end is held by a process of this host is not of one that is gone.
         held = {(each.remote, each.local) for each in incoming if each.inode}
-        theirs = {
-            each.key for each in incoming if each.remote[0] not in others and each.key not in held
-        }
+        open_ended = {each.key for each in incoming} - held
         if kept.suspects is None:
-            kept.suspects, kept.gone_s = theirs, now
-        kept.suspects &= theirs
+            others = set(self._neighbours()) - set(gone)
+            kept.suspects = {key for key in open_ended if key[1][0] not in others}
+            kept.gone_s = now
+        kept.suspects &= open_ended
         return not kept.suspects or now - kept.gone_s > ORPHAN_S

@@ -209,7 +209,7 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
             elif now - self._asked_s.setdefault(ended.bootstrap_room, now) > ASK_AGAIN_S:
                 # The confirmation may have been lost, or the question.
                 self._asked_s[ended.bootstrap_room] = now
-                ended.kv_mgr.ask_again(ended.bootstrap_room, ended._abort_generation, ranks)
+                ended.kv_mgr.repeat_abort(ended.bootstrap_room, ended._abort_generation, ranks)
         super().resolve_deferred_releases()
         kept = {entry[0].req.bootstrap_room for entry in self._deferred_releases}
         self._asked_s = {room: at for room, at in self._asked_s.items() if room in kept}

@@ -16,9 +16,9 @@ from sglang_hma.transfer.decode import routes
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = (
-    0.1  # so long the scheduler waits, for prefill servers that it meets for the first time
-)
+# So long the scheduler waits for a server's answer, once, and only if no other has to answer yet:
+# silent ones cost it no more, however many are named.
+PATIENCE_S = 0.1
 FRESH_S = 10.0
 MAX_ASKED = 64  # servers at a time
 MAX_RANKS_ASKED = 64  # of more, SGLang asks when it needs one
@@ -51,13 +51,14 @@ class RouteAsker:
     def look(self, bootstrap_addr: str) -> Found | None:
         """None as long as there is no answer, or if the last try got none; the next call tries
         again."""
-        asked = self._asked.get(bootstrap_addr)
+        asked, patience_s = self._asked.get(bootstrap_addr), 0.0
         if asked is None or asked.is_old():
+            patience_s = 0.0 if self._asked else PATIENCE_S
             asked = self._ask(bootstrap_addr)
             if asked is None:
                 return None
         try:
-            found = asked.future.result(PATIENCE_S)
+            found = asked.future.result(patience_s)
         except TimeoutError:
             return None
         del self._asked[bootstrap_addr]

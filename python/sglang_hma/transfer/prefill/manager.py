@@ -87,8 +87,9 @@ class HmaPrefillManager(HmaKVManager):
             self.state_strides_validated.discard(session)
 
     def _drop_room(self, room: int) -> None:
-        """Its request has not arrived here, and too many others wait for theirs."""
+        """Its request has not arrived here for long, or too many others wait for theirs."""
         if not self.rooms.is_open(room):
+            self.intake.forget(room)
             self.transfer_infos.pop(room, None)
             self.req_to_decode_prefix_len.pop(room, None)
             self.request_status.pop(room, None)
@@ -252,16 +253,11 @@ class HmaPrefillManager(HmaKVManager):
     def forget_strays(self) -> None:
         if self.sender is None:
             return
-        is_open = self.sender.claims.is_open
         told = {*list(self.transfer_infos), *self.intake.rooms()}
-        strays = {room for room in told if not is_open(room)}
+        strays = {room for room in told if not self.rooms.is_open(room)}
         for room in self._strays.overdue(strays, time.monotonic()):
-            if is_open(room):
-                continue
             logger.error("Forgetting room %s: its other half never came", room)
-            self.close_room(room)
-            self.request_status.pop(room, None)
-            self.intake.forget(room)
+            self._drop_room(room)
 
     # SGLang's own count of what is being sent: it holds back a success while that is above zero.
 
