@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from sglang_hma import listeners
+from sglang_hma.packet_filter import FROM, TO, Only, attach
+from sglang_hma.transfer.listeners import LOOPBACK
 
 REFUSED_AFTER_S = 0.5  # a dropped SYN gets no answer at all
 
@@ -59,7 +60,7 @@ def test_reached_at_its_address_and_loopback_alone(listener: socket.socket) -> N
     port = listener.getsockname()[1]
     assert reaches("127.0.0.2", port) and reaches("127.0.0.3", port)
     while_open = listener.accept()[0], listener.accept()[0]
-    listeners.restrict(listener, "127.0.0.3")
+    attach(listener, Only(("127.0.0.3", *LOOPBACK), TO))
     assert not reaches("127.0.0.2", port)
     for address in ("127.0.0.3", "127.0.0.1"):
         assert echo(listener, address) == b"ping"
@@ -72,7 +73,7 @@ def test_reached_at_its_address_and_loopback_alone(listener: socket.socket) -> N
 def test_only_its_own_host_reaches_it(listener: socket.socket) -> None:
     """Where a connection comes from is the client's to choose on loopback alone."""
     port = listener.getsockname()[1]
-    listeners.restrict(listener, "127.0.0.3", listeners.FROM)
+    attach(listener, Only(("127.0.0.3", *LOOPBACK), FROM))
     for source, through in (("127.0.0.3", True), ("127.0.0.1", True), ("127.0.0.2", False)):
         with socket.socket() as client:
             client.bind((source, 0))
@@ -82,7 +83,7 @@ def test_only_its_own_host_reaches_it(listener: socket.socket) -> None:
 
 def test_an_address_of_version_six() -> None:
     with listen(socket.AF_INET6) as sock:
-        listeners.restrict(sock, "fd00::7")
+        attach(sock, Only(("fd00::7", *LOOPBACK), TO))
         port = sock.getsockname()[1]
         assert echo(sock, "::1") == b"ping"
         assert not reaches("127.0.0.2", port)
@@ -91,7 +92,7 @@ def test_an_address_of_version_six() -> None:
 def test_every_listener_of_the_process_and_nothing_else() -> None:
     code = """
 import os, socket
-from sglang_hma import listeners
+from sglang_hma.transfer import listeners
 every = socket.create_server(("", 0))
 dual = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
 one = socket.create_server(("127.0.0.2", 0))

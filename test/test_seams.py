@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_hma import overrides
+from sglang_hma import cluster_secret, overrides
 from test.launch.test_models import PLAIN
 from test.warm_python import WarmPython
 
@@ -106,7 +106,7 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode"], 12),
+        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 13),
         ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 9),
     ],
 )
@@ -116,6 +116,9 @@ def test_losses_are_noticed(
     """Hooks that did not take hold, methods that SGLang has lost or calls otherwise; the launcher
     says it in one line, as it does of flags that it or SGLang refuses."""
     (tmp_path / "config.json").write_text(json.dumps(PLAIN))
+    cluster_secret.make(tmp_path / "secret")
+    if argv[-1] == "--hma-cluster-secret-file":
+        argv = [*argv, str(tmp_path / "secret")]
     done = python("-c", SCRIPT, refused, "--model-path", str(tmp_path), "--device", "cpu", *argv)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -78,6 +78,7 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     torch_ops: bool = False  # on a GPU: SGLang's layers do without sgl_kernel
     # Bootstrap addresses that a decode server takes pages from (addresses.canonical); None: any.
     prefill_peers: tuple[str, ...] | None = None
+    cluster_secret_file: str | None = None  # an absolute path
     bind: str | None = None  # the address of all ports; None: what SGLang and Mooncake choose
     drain_timeout: float = 60.0
     hang_timeout: float = 120.0
@@ -301,6 +302,16 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "host in the router's --prefill URL and its --disaggregation-bootstrap-port. A request "
         "that names another is refused. launch_pd fills it in. Default: any address that a "
         "request names is asked for pages, so let nobody but the router reach this server's port.",
+    )
+    group.add_argument(
+        "--hma-cluster-secret-file",
+        metavar="FILE",
+        default=None,
+        help="A secret of 32 bytes or more that all prefill and decode servers of a cluster share: "
+        "who does not know it is told nothing, cannot register, write, abort or read, and control "
+        "messages are encrypted (docs/security.md). Make one with (umask 077; openssl rand -hex 32 "
+        "> FILE). launch_pd makes one by itself. Default: none, so let nobody but the peers reach "
+        "these ports.",
     )
     group.add_argument(
         "--hma-trace",

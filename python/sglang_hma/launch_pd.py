@@ -8,6 +8,7 @@ import random
 import shlex
 import socket
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 import uuid
@@ -16,6 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sglang_hma import cluster_secret
 from sglang_hma.config import SHARE_ENV
 from sglang_hma.launch.addresses import LOOPBACK
 from sglang_hma.launch.asking import direct
@@ -72,8 +74,8 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
-    """The servers and the router, with ports."""
+def plan(options: Options, commands: Commands, secret: Path) -> tuple[list[Program], Program]:
+    """The servers and the router, with ports. `secret`: a file for servers that were given none."""
     ports = FreePorts(options.port)
     env = child_env()
     share = env | {SHARE_ENV: str(sum(options.counts.values()))}
@@ -95,6 +97,7 @@ def plan(options: Options, commands: Commands) -> tuple[list[Program], Program]:
                 peers.append(f"{LOOPBACK}:{bootstrap}")
             else:
                 command += ["--hma-prefill-peers", *peers]
+            command += ["--hma-cluster-secret-file", str(secret)]
             # Data-parallel groups need a port each and pick them themselves.
             asked = options.asked[role]
             if asked.dp_size is None:
@@ -226,7 +229,15 @@ def check_router(args: list[str]) -> None:
 
 def main(argv: list[str] | None = None, commands: Commands | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
-    servers, router = plan(options, commands or Commands())
+    with tempfile.TemporaryDirectory(prefix="sglang-hma-") as folder:
+        secret = Path(folder) / "cluster-secret"
+        cluster_secret.make(secret)
+        return run(options, commands, secret)
+
+
+def run(options: Options, commands: Commands | None, secret: Path) -> int:
+    """Exit code."""
+    servers, router = plan(options, commands or Commands(), secret)
     if commands is None or commands.router == Commands().router:
         check_router(options.router_args)
     decode_url = servers[-1].ready_url.removesuffix("/health")

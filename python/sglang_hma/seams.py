@@ -115,17 +115,20 @@ SEAMS = (
     Seam(
         "sglang.srt.distributed.parallel_state.init_distributed_environment",
         "the rendezvous of a server's ranks (torch's TCPStore) would be open on every interface",
-        _from("listeners", "init_distributed_environment"),
+        _from("transfer.listeners", "init_distributed_environment"),
         lambda config: config.bind is not None,
         "`--host` or `--hma-bind` is one address",
     ),
     Seam(
         "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
         ".MooncakeTransferEngine.initialize",
-        "Mooncake listens on every interface, whatever address it is given",
-        _from("listeners", "initialize"),
-        lambda config: config.bind is not None and config.role != "null",
-        "prefill, decode; `--host` or `--hma-bind` is one address",
+        "Mooncake listens on every interface, whatever address it is given, for everybody",
+        _from("transfer.listeners", "initialize"),
+        lambda config: (
+            config.role != "null"
+            and (config.bind is not None or config.cluster_secret_file is not None)
+        ),
+        "prefill, decode; `--host` or `--hma-bind` is one address, or `--hma-cluster-secret-file`",
     ),
     Seam(
         "sglang.srt.disaggregation.utils.get_kv_class",
@@ -135,6 +138,14 @@ SEAMS = (
         _from("transfer.classes", "get_kv_class"),
         lambda config: config.role != "null",
         "prefill, decode",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.common.conn._get_bootstrap_session",
+        "what SGLang itself asks of a prefill server proves that it knows the cluster secret, and "
+        "so does the answer",
+        _from("transfer.decode.sealed_session", "get_bootstrap_session"),
+        lambda config: config.role == "decode" and config.cluster_secret_file is not None,
+        "decode, `--hma-cluster-secret-file`",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state",

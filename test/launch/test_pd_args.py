@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_hma import cluster_secret
 from sglang_hma.launch.pd_args import parse
 from sglang_hma.launch_pd import PORT_POOL, Commands, main, plan
 
@@ -80,6 +81,9 @@ def test_port_in_use_and_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--model-path" in refusal([], capsys)
 
 
+SECRET = Path("made-by-launch_pd")
+
+
 def server_flags(command: Sequence[str]) -> list[str]:
     return list(command[len(Commands().server) :])
 
@@ -87,7 +91,7 @@ def server_flags(command: Sequence[str]) -> list[str]:
 def planned(*argv: str) -> list[list[str]]:
     """Flags of the servers that launch_pd would start with `argv`."""
     options = parse(["--port", str(free_port()), *argv])
-    servers, _ = plan(options, Commands())
+    servers, _ = plan(options, Commands(), SECRET)
     return [server_flags(server.command) for server in servers]
 
 
@@ -118,6 +122,20 @@ def test_tensor_parallelism_that_it_cannot(
     assert "4 KV heads cannot be cut into 3" in refusal(argv, capsys)
 
 
+def test_every_server_gets_one_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flag, mine = "--hma-cluster-secret-file", tmp_path / "mine"
+    cluster_secret.make(mine)
+    servers = planned("--model-path", "a/b", "--prefill", "2")
+    assert {last(server, flag) for server in servers} == {str(SECRET)}
+    servers = planned("--model-path", "a/b", flag, str(mine))
+    assert {last(server, flag) for server in servers} == {str(mine)}
+    port = ["--model-path", "a/b", "--port", str(free_port())]
+    message = refusal([*port, "--prefill-args", f"{flag} {mine}"], capsys)
+    assert f"{flag} is {mine} on prefill and None on decode" in message
+    message = refusal([*port, flag, str(tmp_path / "none")], capsys)
+    assert "No such file" in message and "openssl rand" in message
+
+
 def test_a_file_for_one_role(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "decode.yaml"
     file.write_text("model-path: a/b\ndisaggregation-mode: decode\ndp-size: 2\napi-key: secret\n")
@@ -126,7 +144,7 @@ def test_a_file_for_one_role(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     # Data-parallel groups pick their ports themselves.
     assert last(prefill, "--nccl-port") is not None and last(decode, "--nccl-port") is None
     options = parse(["--port", str(free_port()), *argv])
-    assert last(list(plan(options, Commands())[1].command), "--api-key") == "secret"
+    assert last(list(plan(options, Commands(), SECRET)[1].command), "--api-key") == "secret"
     message = refusal(["--model-path", "a/b", "--prefill-args", f"--config {file}"], capsys)
     assert "--disaggregation-mode decode in --prefill-args" in message
     file.write_text("port: 30001\n")
@@ -145,7 +163,9 @@ def test_sglang_and_the_router_take_the_flags(tmp_path: Path) -> None:
     argv += ["--prefill-args", f"--enable-metrics --hma-trace {tmp_path}/trace.json"]
     argv += ["--decode-args", "--max-total-tokens 4096", "--router-args", "--log-level warn"]
     options = parse(argv)
-    servers, router = plan(options, Commands())
+    secret = tmp_path / "secret"
+    cluster_secret.make(secret)
+    servers, router = plan(options, Commands(), secret)
     parser = full_parser()
     ports: list[int] = []
     traces, bootstraps = [], []
@@ -154,6 +174,7 @@ def test_sglang_and_the_router_take_the_flags(tmp_path: Path) -> None:
         config, args = assume(flags), parser.parse_args(flags)
         assert config.role == args.disaggregation_mode == server.name.split("-")[0]
         assert args.model_path == "a/b" and args.host == "127.0.0.1"
+        assert config.cluster_secret_file == str(secret)
         assert args.enable_metrics == (config.role == "prefill")
         assert args.max_total_tokens == (4096 if config.role == "decode" else None)
         ports += [args.port, args.nccl_port]

@@ -4,9 +4,10 @@ tables and bootstrap server, and Mooncake's engine over TCP. Only the pool is sm
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from sglang.srt.runtime_context import get_context, get_parallel
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat
-from sglang_hma.transfer import own_processes, thread_watch
+from sglang_hma.transfer import listeners, own_processes, thread_watch
 from sglang_hma.transfer.bootstrap import HmaBootstrapServer
 from sglang_hma.transfer.decode.manager import HmaDecodeManager
 from sglang_hma.transfer.endpoints import HmaKVReceiver, HmaKVSender
@@ -195,7 +196,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def real_pair() -> Iterator[Pair]:
+def real_pair(secret_files: Mapping[str, str] | None = None) -> Iterator[Pair]:
+    """`secret_files`: each role's --hma-cluster-secret-file."""
+    secrets = secret_files or {}
     environment = {"MC_FORCE_TCP": "1", "SGLANG_HOST_IP": HOST, "MC_LOG_LEVEL": "ERROR"}
     names = *environment, *HmaConfig().environment(), own_processes.KEY_ENV
     before = {name: os.environ.get(name) for name in names}
@@ -205,14 +208,19 @@ def real_pair() -> Iterator[Pair]:
         port = free_port()
         stack.enter_context(settings("prefill", port))  # SGLang's threads read them
         own_processes.prepare()
+        os.environ.update(_config("prefill", secrets).environment())
         bootstrap = HmaBootstrapServer(HOST, port)
         stack.callback(bootstrap.close)
         made, memories, ended = {}, {}, []
+        engine_class = mooncake_transfer_engine.MooncakeTransferEngine
+        initialize = engine_class.initialize
+        engine_class.initialize = partialmethod(_hooked, initialize)
+        stack.callback(setattr, engine_class, "initialize", initialize)
         server_end = thread_watch.ServerEnd
         thread_watch.ServerEnd = lambda *_: ended.append
         stack.callback(setattr, thread_watch, "ServerEnd", server_end)
         for role, manager in (("prefill", HmaPrefillManager), ("decode", HmaDecodeManager)):
-            os.environ.update(HmaConfig(role=role, device="cpu").environment())
+            os.environ.update(_config(role, secrets).environment())
             memories[role] = Memory()
             mooncake_transfer_engine._mooncake_transfer_engine = None  # each has its own
             mooncake_transfer_engine.init_mooncake_transfer_engine(HOST, 0)
@@ -230,6 +238,15 @@ def real_pair() -> Iterator[Pair]:
         for manager in made.values():
             manager._stopped = True  # threads that wait for messages go on doing so
             manager.outbox.close()
+
+
+def _hooked(engine: Any, initialize: Callable[..., Any], **options: Any) -> Any:
+    """As the seam."""
+    return listeners.initialize(initialize, engine, **options)
+
+
+def _config(role: str, secret_files: Mapping[str, str]) -> HmaConfig:
+    return HmaConfig(role=role, device="cpu", cluster_secret_file=secret_files.get(role))
 
 
 def _restore(before: dict[str, str | None]) -> None:

@@ -17,7 +17,7 @@ from sglang_hma import torch_ops
 from sglang_hma.config import HmaConfig, Role, WeightFormats
 from sglang_hma.launch.addresses import bind_address
 from sglang_hma.launch.cards import cards, prefill_runtime
-from sglang_hma.launch.checks import check_early
+from sglang_hma.launch.checks import check_early, check_secret
 from sglang_hma.launch.defaults import defaults
 from sglang_hma.launch.flags import CONFIG, Parser, Refusal, parser_of, read
 
@@ -86,10 +86,19 @@ def configure(given: argparse.Namespace) -> HmaConfig:
         chips=chips,
         torch_ops=torch_ops.needed(device),
         prefill_peers=tuple(given.hma_prefill_peers) if given.hma_prefill_peers else None,
+        cluster_secret_file=secret_file(given.hma_cluster_secret_file, role),
         bind=bind_address(given.hma_bind, given.host),
         drain_timeout=given.hma_drain_timeout,
         hang_timeout=given.hma_hang_timeout,
     )
+
+
+def secret_file(path: str | None, role: str) -> str | None:
+    """Of --hma-cluster-secret-file; None for a server without a peer. Raises Refusal."""
+    if path is None or role == "null":
+        return None
+    check_secret(path)
+    return str(Path(path).resolve())
 
 
 def default_device() -> str:

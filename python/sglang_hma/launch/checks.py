@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_hma import cluster_secret
 from sglang_hma.config import PAGE_TOKENS, HmaConfig, Role
 from sglang_hma.launch.flags import Parser, Refusal, parser_of, read
 
@@ -160,6 +161,14 @@ def rules(config: HmaConfig) -> list[tuple[str, Sequence[Rule]]]:
     elif config.sends_early:
         found.append((f"--hma-layers-per-send {config.layers_per_send}", EARLY_WITHOUT_BFP8))
     return found
+
+
+def check_secret(path: str) -> None:
+    """Refuse a --hma-cluster-secret-file that is none."""
+    try:
+        cluster_secret.read(path)
+    except ValueError as error:
+        raise Refusal(f"--hma-cluster-secret-file is {path}: {error}") from None
 
 
 def check_early(role: Role, hma: argparse.Namespace, argv: Sequence[str]) -> None:

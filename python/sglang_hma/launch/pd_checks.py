@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sglang_hma import config as hma_config
 from sglang_hma.config import PAGE_TOKENS
+from sglang_hma.launch.checks import check_secret
 from sglang_hma.launch.flags import Parser, Refusal, parser_of, read
 from sglang_hma.tensor_parallel import refuse_sizes
 
@@ -101,6 +102,14 @@ def check_pair(prefill: argparse.Namespace, decode: argparse.Namespace, heads: i
             f"--hma-kv-format is {formats[0]} on prefill and {formats[1]} on decode: decode reads "
             f"the bytes that prefill wrote; {once}"
         )
+    files = prefill.hma_cluster_secret_file, decode.hma_cluster_secret_file
+    if files[0] != files[1]:
+        raise Refusal(
+            f"--hma-cluster-secret-file is {files[0]} on prefill and {files[1]} on decode: a "
+            f"server with another secret is refused; {once}"
+        )
+    if files[0] is not None:
+        check_secret(files[0])
     pages = tuple(given.page_size or str(PAGE_TOKENS) for given in (prefill, decode))
     if pages[0] != pages[1]:
         raise Refusal(

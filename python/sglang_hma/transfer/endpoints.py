@@ -17,7 +17,8 @@ from sglang.srt.utils.network import NetworkAddress
 from typing_extensions import override
 
 from sglang_hma.transfer import outbox
-from sglang_hma.transfer.decode.routes import parse_rank
+from sglang_hma.transfer.bootstrap import register
+from sglang_hma.transfer.decode.routes import Place, fetch, parse_rank
 from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.prefill.jobs import EarlySend
 
@@ -47,6 +48,15 @@ class HmaKVSender(MooncakeKVSender):
                 mgr.request_status.pop(bootstrap_room, None)
         elif mgr.sender is not None:
             mgr.sender.claims.opened(self.bootstrap_room)
+
+    @override
+    def _register_prefill_dp_rank(self) -> None:
+        room, rank = self.bootstrap_room, self.kv_mgr.attn_dp_rank
+        url = f"http://{self.bootstrap_server_url}/register_dp_rank"
+        try:
+            register(url, {"bootstrap_room": room, "dp_rank": rank})
+        except OSError as error:
+            logger.error("Could not say that rank %s has room %s: %s", rank, room, error)
 
     def send_early(
         self, early: EarlySend, send: Callable[[], None], *, hold: Hold | None = None
@@ -146,7 +156,7 @@ class HmaKVReceiver(MooncakeKVReceiver):
     ) -> dict[str, Any] | None:
         place = prefill_dp_rank, prefill_cp_rank, target_tp_rank, target_pp_rank
         known = self.kv_mgr.rank_routes.get(self.bootstrap_addr, {}).get(place)
-        info = known or super()._get_bootstrap_info_from_server(*place)
+        info = known or self._ask(place)
         if info is None:
             return None
         info = info | {"pp_rank": target_pp_rank}
@@ -157,6 +167,10 @@ class HmaKVReceiver(MooncakeKVReceiver):
             logger.error("Room %s: %s", self.bootstrap_room, reason)
             self.kv_mgr.refused[self.bootstrap_room] = reason
             return None
+
+    def _ask(self, place: Place) -> dict[str, Any] | None:
+        answer = fetch(self.bootstrap_addr, place)
+        return answer.route if answer is not None and answer.denied is None else None
 
     def prefill_rank(self, index: int) -> int:
         """By which the prefill rank of `bootstrap_infos[index]` calls itself in its messages."""

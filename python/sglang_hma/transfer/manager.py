@@ -14,10 +14,13 @@ import zmq
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 from sglang.srt.utils.network import NetworkAddress
 from typing_extensions import override
+from zmq.auth.thread import ThreadAuthenticator
 
+from sglang_hma import cluster_secret
+from sglang_hma.cluster_secret import ClusterKeys, server_role
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.format import KVFormat
-from sglang_hma.transfer import messages
+from sglang_hma.transfer import curve, listeners, messages
 from sglang_hma.transfer.control_socket import MAX_FRAME_BYTES, CheckedSocket
 from sglang_hma.transfer.handshake import Handshake, OwnMemory
 from sglang_hma.transfer.liveness import Address
@@ -41,26 +44,37 @@ class HmaKVManager(MooncakeKVManager):
     def __init__(self, args: Any, *rest: Any, **kwargs: Any) -> None:
         is_mla = bool(rest[2:3] and rest[2]) or bool(kwargs.get("is_mla_backend"))
         self.plain_pages = not args.state_types and not is_mla
+        self.authenticator: ThreadAuthenticator | None = None
         super().__init__(args, *rest, **kwargs)
         if self.server_socket.get(zmq.MAXMSGSIZE) != MAX_FRAME_BYTES:
             raise RuntimeError("SGLang's control socket takes messages of any size")
+        if self.keys is not None and self.server_socket.get(zmq.MECHANISM) != zmq.CURVE:
+            raise RuntimeError("SGLang's control socket takes messages without the cluster secret")
         layout = self.handshake.layout
         logger.info("KV format %s: %s", KVFormat.parse(layout).digest(), layout)
         ThreadWatch(self.watched_threads, lambda: self._stopped).start()
 
     @property
     def _zmq_ctx(self) -> zmq.Context[zmq.Socket[bytes]]:
-        """SGLang makes it, and then its control socket from it, whose frames are bounded so."""
+        """SGLang makes it, and then its control socket from it, whose frames are bounded so, and
+        whose peers must know the cluster secret, if there is one."""
         return self._bounded_context
 
     @_zmq_ctx.setter
     def _zmq_ctx(self, made: zmq.Context[zmq.Socket[bytes]]) -> None:
-        made.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        options: dict[int, int | bytes] = {zmq.MAXMSGSIZE: MAX_FRAME_BYTES}
+        if self.keys is not None:
+            role = server_role()
+            self.authenticator = curve.authenticator(made, self.keys, role)
+            options |= curve.listening_options(self.keys, role)
+        for option, value in options.items():
+            made.setsockopt(option, value)
         self._bounded_context = made
 
     def watched_threads(self) -> list[threading.Thread]:
         """Without one of these the server cannot serve."""
-        return [*self._worker_threads, self.outbox.thread]
+        threads = [*self._worker_threads, self.outbox.thread]
+        return threads + ([self.authenticator.thread] if self.authenticator is not None else [])
 
     @property
     def buffers(self) -> Buffers:
@@ -89,12 +103,22 @@ class HmaKVManager(MooncakeKVManager):
 
     @cached_property
     def outbox(self) -> Outbox:
-        return Outbox()
+        options = curve.calling_options(self.keys, server_role()) if self.keys is not None else None
+        return Outbox(options)
+
+    @cached_property
+    def keys(self) -> ClusterKeys | None:
+        return cluster_secret.keys()
 
     @override
     def _make_worker_recv(self, socket: Any, timeout_ms: int = 500) -> Callable[[], Any]:
-        checked = CheckedSocket(socket, self.intake.screen)
+        checked = CheckedSocket(socket, self._screen)
         return super()._make_worker_recv(checked, timeout_ms)
+
+    def _screen(self, message: list[bytes], sender: str) -> list[bytes] | None:
+        if self.keys is not None:  # only who knows the secret can send it
+            listeners.admit(self.engine, sender)
+        return self.intake.screen(message, sender)
 
     @override
     def _send_multipart_locked(

@@ -16,6 +16,7 @@ from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
 from sglang_hma.transfer import messages, sglang_messages
 from sglang_hma.transfer.handshake import Handshake, introduction_of
 from sglang_hma.transfer.limited_log import LimitedLog, shown
+from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.page_lists import PageLists
 from sglang_hma.transfer.registrations import Registrations
 from sglang_hma.transfer.rooms import Rooms
@@ -110,7 +111,8 @@ class DecodeIntake(MessageIntake):
 
 
 class PrefillIntake(MessageIntake):
-    """`try_layout` raises what SGLang would raise for a registration. `drop_session` and
+    """`try_layout` raises what SGLang would raise for a registration; `registered` is called with
+    the control port of a rank that has registered. `drop_session` and
     `drop_room` make SGLang forget what the tables here have no room for. `waits` as above."""
 
     takes = TO_PREFILL
@@ -122,6 +124,7 @@ class PrefillIntake(MessageIntake):
         *,
         waits: bool = False,
         try_layout: Callable[[KVArgsRegisterInfo], None] = lambda info: None,
+        registered: Callable[[Address], None] = lambda address: None,
         drop_session: Callable[[str], None] = lambda session: None,
         drop_room: Callable[[int], None] = lambda room: None,
     ) -> None:
@@ -130,6 +133,7 @@ class PrefillIntake(MessageIntake):
         self.registrations = Registrations(self._drop_session)
         self.page_lists = PageLists(rooms, drop_room)
         self._try_layout = try_layout
+        self._registered = registered
         self._drop_session_of_sglang = drop_session
         self._introductions: dict[str, messages.Introduction | None] = {}
         self.checks = {
@@ -187,6 +191,7 @@ class PrefillIntake(MessageIntake):
         self._introductions.pop(new.session, None)
         with contextlib.suppress(ValueError):  # the handshake refuses it, in words
             self._introductions[new.session] = introduction_of(new)
+        self._registered(new.address)
         return True
 
     def _drop_session(self, session: str) -> None:

@@ -22,6 +22,7 @@ LANDED_TAG = b"HMA-LANDED"
 RESEND_TAG = b"HMA-RESEND"
 VERIFIED_TAG = b"HMA-VERIFIED"
 METADATA_TAG = b"HMA-METADATA"
+HELLO_TAG = b"HMA-HELLO"
 INTRODUCTION_TAG = b"HMA-KV"
 
 MAX_LAYERS = 4096
@@ -113,6 +114,11 @@ class Verified(msgspec.Struct, frozen=True, array_like=True):
     session: Name
 
 
+class Hello(msgspec.Struct, frozen=True, array_like=True):
+    """Prefill to decode, where there is a cluster secret, when a rank has registered: I know it
+    too, and am about to write from the address that this comes from."""
+
+
 class Introduction(msgspec.Struct, frozen=True, array_like=True):
     """Decode to prefill, with SGLang's registration: what the registered memory holds.
 
@@ -138,7 +144,7 @@ class Introduction(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.msgpack.decode(body, type=cls)
 
 
-Message = Claim | Renewal | Landed | Metadata | Resend | Verified
+Message = Claim | Renewal | Landed | Metadata | Resend | Verified | Hello
 
 TYPES: dict[bytes, type[Message]] = {
     CLAIM_TAG: Claim,
@@ -147,6 +153,7 @@ TYPES: dict[bytes, type[Message]] = {
     RESEND_TAG: Resend,
     VERIFIED_TAG: Verified,
     METADATA_TAG: Metadata,
+    HELLO_TAG: Hello,
 }
 TAGS = {kind: tag for tag, kind in TYPES.items()}
 

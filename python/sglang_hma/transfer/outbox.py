@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import zmq
@@ -55,9 +55,12 @@ class Outbox:
 
     A peer's socket is used under the lock. Only the thread waits for it, outside the lock, and only
     while the peer's queue is not empty; `put` leaves the socket alone then.
+
+    `options` are ZeroMQ's, for every socket.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[int, int | bytes] | None = None) -> None:
+        self._options = options or {}
         self._peers: dict[str, Peer] = {}
         self._evicted: list[Peer] = []
         self._lock = threading.Lock()
@@ -158,6 +161,8 @@ class Outbox:
             (zmq.TCP_KEEPALIVE_CNT, 3),
         ):
             socket.setsockopt(option, int(value))
+        for name, given in self._options.items():
+            socket.setsockopt(name, given)
         try:
             socket.connect(endpoint)
         except zmq.ZMQError:

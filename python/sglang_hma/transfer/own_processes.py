@@ -1,10 +1,10 @@
 """What tells this server's own processes from everybody else who reaches its ports.
 
-The launcher draws a key and puts it into the environment, which the processes that it starts
-inherit. The nodes of one server must be given the same: set it on each of them.
+They seal what they say with a key (seals.py). The launcher draws it and puts it into the
+environment, which the processes that it starts inherit. The nodes of one server must be given the
+same: set it on each of them.
 """
 
-import hmac
 import os
 import secrets
 
@@ -16,15 +16,11 @@ def prepare() -> None:
     os.environ.setdefault(KEY_ENV, secrets.token_hex(16))
 
 
-def key() -> str:
+def key() -> bytes:
+    """Raises RuntimeError if there is none."""
     found = os.environ.get(KEY_ENV)
     if not found:
         raise RuntimeError(
             f"{KEY_ENV} is not set: start the server with python -m sglang_hma.launch_server"
         )
-    return found
-
-
-def is_ours(given: object) -> bool:
-    """Whether `given` is this server's key."""
-    return isinstance(given, str) and hmac.compare_digest(given.encode(), key().encode())
+    return found.encode()

@@ -79,6 +79,8 @@ class HmaDecodeManager(HmaKVManager):
             return False
         answer = found.answer
         try:
+            if answer.denied is not None:
+                raise ValueError(answer.denied)
             route = routes.parse(answer.route)
             # Of the formats first: that line says most.
             reason = self.handshake.refuse_prefill(answer.route) or self._unsuitable(route)
@@ -122,15 +124,16 @@ class HmaDecodeManager(HmaKVManager):
 
         Raises ValueError if SGLang refuses that, or if it is not the one that was checked.
         """
+        sealed = routes.sealed_address(bootstrap_addr)
         try:
-            if not super().try_ensure_parallel_info(bootstrap_addr):
+            if not super().try_ensure_parallel_info(sealed):
                 return False
         except (RuntimeError, AssertionError) as error:
             raise ValueError(" ".join(str(error).split())) from error
-        info = self.prefill_info_table[bootstrap_addr]
+        info = self.prefill_info_table.pop(sealed)
         if any(getattr(info, name) != getattr(checked, name) for name in routes.CHECKED):
-            del self.prefill_info_table[bootstrap_addr]
             raise ValueError("its bootstrap server gave two different answers in a row")
+        self.prefill_info_table[bootstrap_addr] = info
         return True
 
     def _refuse(self, bootstrap_addr: str, route: dict[str, Any], reason: str) -> None:
@@ -162,10 +165,11 @@ class HmaDecodeManager(HmaKVManager):
         answer = routes.fetch(bootstrap_addr)
         if answer is None or bootstrap_addr not in self.prefill_info_table:
             return
-        if answer.boot == self._boots.get(bootstrap_addr):
+        if answer.denied is None and answer.boot == self._boots.get(bootstrap_addr):
             return
         rooms = self._waiting(bootstrap_addr)
-        logger.error("Prefill server %s was restarted", bootstrap_addr)
+        why = "was restarted" if answer.denied is None else f"is refused: {answer.denied}"
+        logger.error("Prefill server %s %s", bootstrap_addr, why)
         self._handle_node_failure(bootstrap_addr)
         self._abort_there(bootstrap_addr, answer.route, rooms)
 

@@ -28,7 +28,7 @@ def rank_endpoints(bootstrap_addr: str, route: dict[str, Any]) -> list[NetworkAd
     for dp in range(dp_size):
         for tp in range(tp_size):
             answer = routes.fetch(bootstrap_addr, (dp, 0, tp, 0))
-            if answer is None:
+            if answer is None or answer.denied is not None:
                 return endpoints
             try:
                 rank = routes.parse_rank(answer.route)

@@ -90,6 +90,8 @@ def find(bootstrap_addr: str) -> Found | None:
     if answer is None:
         return None
     ranks: dict[routes.Place, dict[str, Any]] = {}
+    if answer.denied is not None:
+        return Found(answer, ranks)
     try:
         route = routes.parse(answer.route)
     except ValueError:
@@ -102,7 +104,7 @@ def find(bootstrap_addr: str) -> Found | None:
     )
     for place in itertools.islice(places, MAX_RANKS_ASKED):
         rank = routes.fetch(bootstrap_addr, place)
-        if rank is None:
+        if rank is None or rank.denied is not None:
             break
         ranks[place] = rank.route
     return Found(answer, ranks)

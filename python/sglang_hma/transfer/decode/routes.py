@@ -7,18 +7,31 @@ process. A decode server must outlive any.
 import asyncio
 import logging
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
 
-from sglang_hma.transfer.bootstrap import BOOT_HEADER
+from sglang_hma import cluster_secret
+from sglang_hma.transfer.bootstrap import (
+    BOOT_HEADER,
+    PROOF_HEADER,
+    SAME_FILE,
+    SEAL_HEADER,
+    proof_of,
+    question,
+)
+from sglang_hma.transfer.seals import seal
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5
 MAX_BYTES = 1 << 16
 MAX_RANKS = 1024
+MAX_WORDS = 300  # characters of an explanation
+UNPROVEN = f"it does not prove that it knows the cluster secret: {SAME_FILE}"
 
 Place = tuple[int, int, int, int]  # a rank by its data, context, tensor and pipeline ranks
 SERVER: Place = (-1, -1, -1, -1)
@@ -71,10 +84,12 @@ class RankRoute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Answer:
-    """`boot` says which start of the server answered; None where it does not say."""
+    """`boot` says which start of the server answered; None where it does not say. `denied` is why
+    the rest says nothing: one of the two lacks the other's cluster secret."""
 
     route: dict[str, Any]
     boot: str | None
+    denied: str | None = None
 
 
 def fetch(bootstrap_addr: str, place: Place = SERVER) -> Answer | None:
@@ -91,23 +106,50 @@ def fetch(bootstrap_addr: str, place: Place = SERVER) -> Answer | None:
 
 
 async def _fetch(bootstrap_addr: str, place: Place) -> Answer | None:
-    names = "prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"
-    query = "&".join(f"{name}={rank}" for name, rank in zip(names, place, strict=True))
+    path = _path_of(place)
+    keys = cluster_secret.keys()
+    asked = seal(keys.bootstrap, question("GET", path), b"") if keys is not None else ""
     # In all: a server may also send a byte now and then.
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with (
-        aiohttp.ClientSession(timeout=timeout) as session,
-        session.get(f"http://{bootstrap_addr}/route?{query}", allow_redirects=False) as reply,
+        aiohttp.ClientSession(timeout=timeout, headers={SEAL_HEADER: asked}) as session,
+        session.get(f"http://{bootstrap_addr}{path}", allow_redirects=False) as reply,
     ):
-        if reply.status != 200:
+        if reply.status not in (200, HTTPStatus.UNAUTHORIZED):
             return None
         raw = b""
         async for part in reply.content.iter_any():
             raw += part
             if len(raw) > MAX_BYTES:
                 return None
+        if reply.status == HTTPStatus.UNAUTHORIZED:
+            return Answer({}, None, denied=_told(raw))
+        boot, proof = reply.headers.get(BOOT_HEADER), reply.headers.get(PROOF_HEADER)
+        if keys is not None and proof != proof_of(keys.bootstrap, asked, 200, boot or "", raw):
+            return Answer({}, None, denied=UNPROVEN)
         route = msgspec.json.decode(raw)
-        return Answer(route, reply.headers.get(BOOT_HEADER)) if isinstance(route, dict) else None
+        return Answer(route, boot) if isinstance(route, dict) else None
+
+
+def sealed_address(bootstrap_addr: str) -> str:
+    """For SGLang's own question of a server: an address whose URL carries the seal, as a password.
+    The answer proves nothing."""
+    keys = cluster_secret.keys()
+    if keys is None:
+        return bootstrap_addr
+    sealed = seal(keys.bootstrap, question("GET", _path_of(SERVER)), b"")
+    return f"hma:{quote(sealed, safe='')}@{bootstrap_addr}"
+
+
+def _path_of(place: Place) -> str:
+    names = "prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"
+    return "/route?" + "&".join(f"{name}={n}" for name, n in zip(names, place, strict=True))
+
+
+def _told(raw: bytes) -> str:
+    """Why a bootstrap server tells nothing, in its words."""
+    text = raw[:MAX_WORDS].decode(errors="replace")
+    return "it says " + "".join(one if one.isprintable() else " " for one in text)
 
 
 def parse(route: dict[str, Any]) -> Route:

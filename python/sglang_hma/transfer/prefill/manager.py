@@ -12,6 +12,7 @@ from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, Transfer
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
+from sglang_hma.transfer import messages
 from sglang_hma.transfer.bootstrap import registration
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
@@ -68,9 +69,15 @@ class HmaPrefillManager(HmaKVManager):
             self.rooms,
             waits=self.deferred_bootstrap is not None,
             try_layout=self._try_layout,
+            registered=self._greet,
             drop_session=self._drop_session,
             drop_room=self._drop_room,
         )
+
+    def _greet(self, address: Address) -> None:
+        """A decode server lets nobody write whom it has not heard of."""
+        if self.keys is not None:
+            self.tell(address, messages.Hello())
 
     def _try_layout(self, info: KVArgsRegisterInfo) -> None:
         """Raises what SGLang would raise for this registration."""
