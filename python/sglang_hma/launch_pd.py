@@ -8,7 +8,6 @@ import random
 import shlex
 import socket
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 import uuid
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 from sglang_hma import cluster_secret
 from sglang_hma.config import SHARE_ENV
+from sglang_hma.launch import run_folder
 from sglang_hma.launch.addresses import LOOPBACK
 from sglang_hma.launch.asking import direct
 from sglang_hma.launch.defaults import LIVE_PATH, LIVE_ROUTER_DEFAULTS
@@ -229,14 +229,8 @@ def check_router(args: list[str]) -> None:
 
 def main(argv: list[str] | None = None, commands: Commands | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
-    with tempfile.TemporaryDirectory(prefix="sglang-hma-") as folder:
-        secret = Path(folder) / "cluster-secret"
-        cluster_secret.make(secret)
-        return run(options, commands, secret)
-
-
-def run(options: Options, commands: Commands | None, secret: Path) -> int:
-    """Exit code."""
+    run_id = uuid.uuid4().hex
+    secret = run_folder.path(run_id) / "cluster-secret"
     servers, router = plan(options, commands or Commands(), secret)
     if commands is None or commands.router == Commands().router:
         check_router(options.router_args)
@@ -247,7 +241,7 @@ def run(options: Options, commands: Commands | None, secret: Path) -> int:
         lambda: first_request(options, decode_url),
         url=url_of(options.host, options.port),
         address=(options.host, options.port),
-        run_id=uuid.uuid4().hex,
+        run_id=run_id,
         timeout=options.timeout,
         log_dir=options.log_dir,
         restarts=options.restarts,
@@ -255,7 +249,15 @@ def run(options: Options, commands: Commands | None, secret: Path) -> int:
         hang_timeout=hang_timeout(options),
         verbose=options.verbose,
     )
-    return fleet.run()
+    try:
+        run_folder.make(run_id)
+        cluster_secret.make(secret)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}; set TMPDIR to a directory to write to")
+    try:
+        return fleet.run()
+    finally:
+        run_folder.remove(run_id)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import urllib.error
@@ -53,6 +54,13 @@ def test_killed_launcher_leaves_nothing(launch: Launch) -> None:
     run = launch("--decode-args", "--fake-orphans --fake-deaf")
     run.wait_for("  stop: ")
     until(lambda: len(run.pids("fake::scheduler")) == 2)
+    (secret,) = {
+        Path(command.split("--hma-cluster-secret-file ")[1].split()[0])
+        for command in carrying(run.mark).values()
+        if "--hma-cluster-secret-file" in command
+    }
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert stat.S_IMODE(secret.parent.stat().st_mode) == 0o700
     (guardian,) = run.pids("sglang_hma.launch.guardian")
     os.kill(guardian, signal.SIGKILL)
     run.wait_for("guardian process was killed; started again")
@@ -60,6 +68,7 @@ def test_killed_launcher_leaves_nothing(launch: Launch) -> None:
     run.popen.kill()
     assert run.popen.wait(STUCK_S) == -signal.SIGKILL
     until(lambda: carrying(run.mark) == {})
+    assert not secret.parent.exists()
 
 
 WORDS = {

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hma.config import ARCHITECTURES_ENV, SHARE_ENV, HmaConfig
+from sglang_hma.launch import run_folder
 from sglang_hma.launch.addresses import HOST_IP
+from sglang_hma.launch.guardian import RUN_ID_ENV
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,11 @@ def share_metrics() -> None:
     """prometheus_client decides when it is imported whether processes share their metrics."""
     global _metrics
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        _metrics = tempfile.TemporaryDirectory(prefix="sglang-hma-metrics-")
+        # Of a run of launch_pd, in its folder: who is killed removes nothing.
+        run = run_folder.path(os.environ.get(RUN_ID_ENV, ""))
+        _metrics = tempfile.TemporaryDirectory(
+            prefix="sglang-hma-metrics-", dir=run if run.is_dir() else None
+        )
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics.name
 
 

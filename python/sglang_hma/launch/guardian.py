@@ -7,7 +7,8 @@ SGLANG_HMA_PROGRAM=<run id>/<name> tells one program of a run, with all that it 
 others.
 
 `python -m sglang_hma.launch.guardian RUN_ID` is the guardian: it outlives a killed launcher for
-as long as it takes to kill the rest of the run and to clear away what the killed leave in /dev/shm.
+as long as it takes to kill the rest of the run and to clear away what the killed leave in /dev/shm
+and in the run's folder.
 Standard library only, so it starts at once.
 """
 
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from sglang_hma.launch import run_folder
 from sglang_hma.launch.shared_memory import Leftovers
 
 RUN_ID_ENV = "SGLANG_HMA_RUN_ID"
@@ -90,6 +92,7 @@ def guard(run_id: str) -> None:
     left.look(carrying(marked(run_id)))
     kill_run(run_id)
     left.clear()
+    run_folder.remove(run_id)
 
 
 class Guardian:
