@@ -15,6 +15,7 @@ from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.claims import ClaimRenewer
 from sglang_hma.transfer.decode import routes
+from sglang_hma.transfer.decode.news import News
 from sglang_hma.transfer.decode.quarantine import Quarantine
 from sglang_hma.transfer.decode.receiver import DecodeReceiver
 from sglang_hma.transfer.decode.refusal import abort_at_prefill
@@ -40,6 +41,7 @@ class HmaDecodeManager(HmaKVManager):
         self._hma_prefill_servers: set[str] = set()
         self._boots: dict[str, str | None] = {}  # of the prefill servers whose ports are known
         self._asker = RouteAsker()
+        self.news = News()
         self.rank_routes: dict[str, Mapping[routes.Place, dict[str, Any]]] = {}
         self.refused: dict[int, str] = {}  # rooms whose prefill server was refused, and why
         self.receiver: DecodeReceiver | None = None
@@ -225,6 +227,11 @@ class HmaDecodeManager(HmaKVManager):
         if success and self.receiver is not None and self.receiver.defers_success(room, rank):
             return
         super().apply_prefill_status(status=status, **kwargs)
+
+    @override
+    def update_status(self, bootstrap_room: int, status: int) -> None:
+        super().update_status(bootstrap_room, status)
+        self.news.note()
 
     # -- pages of failed requests --
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import zmq
 from sglang.srt.disaggregation.decode import (
     DecodePreallocQueue,
     DecodeRequest,
@@ -30,7 +31,10 @@ from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
 from sglang_hma.transfer.request_fields import configured_peers, refuse_one
 
-IDLE_POLL_S = 0.5e-3
+# Of a rank that alone decides when it goes on; SGLang's timeouts and deferred releases pass by.
+WAIT_S = 20e-3
+# Ranks of one server look together: none may keep the others waiting.
+SHARED_POLL_S = 0.5e-3
 ASK_AGAIN_S = 10.0
 
 
@@ -185,11 +189,19 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
 
     @override
     def pop_transferred(self, rids_to_check: list[str] | None = None) -> list[Any]:
-        """As SGLang's; sleeps if there is nothing to decode either: others need the core."""
+        """As SGLang's; waits if there is nothing to decode either: others need the core."""
         transferred: list[Any] = super().pop_transferred(rids_to_check)
         if self.queue and not transferred and self.scheduler.running_batch.is_empty():
-            time.sleep(IDLE_POLL_S)
+            self._wait()
         return transferred
+
+    def _wait(self) -> None:
+        requests = self.scheduler.recv_from_tokenizer
+        if self.scheduler.tp_size > 1 or not isinstance(requests, zmq.Socket):
+            time.sleep(SHARED_POLL_S)
+        else:
+            manager = self.scheduler.disagg_decode_prealloc_queue.kv_manager
+            manager.news.wait(requests, WAIT_S)
 
     @override
     def resolve_deferred_releases(self) -> None:
