@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -162,9 +163,9 @@ def test_nobody_reads(launch: Launch) -> None:
 
 
 @contextmanager
-def held_request(launch: Launch, hold: Path) -> Iterator[tuple[Run, Future[Any]]]:
+def held_request(launch: Launch, hold: Path, *more: str) -> Iterator[tuple[Run, Future[Any]]]:
     """A fleet, and a request that decode answers when the file `hold` is gone."""
-    run = launch("--decode-args", f"--fake-hold {hold}", driver="real-router")
+    run = launch("--decode-args", f"--fake-hold {hold}", *more, driver="real-router")
     run.wait_for("  stop: ")
     (line,) = [line for line in run.text().splitlines() if line.startswith("  try: ")]
     hold.touch()
@@ -216,6 +217,33 @@ def test_router_keeps_a_busy_prefill_server(launch: Launch, tmp_path: Path) -> N
     busy.touch()
     until(lambda: len(checks.findall(log.read_text())) > before + 6)  # three may fail
     printed_request(run)
+
+
+@pytest.mark.slow
+def test_more_than_the_limit_are_told_at_once(launch: Launch, tmp_path: Path) -> None:
+    """The router counts what runs, not what came in the last second."""
+    hold = tmp_path / "hold"
+    limit = "--max-concurrent-requests 1 --queue-size 0"
+    with held_request(launch, hold, "--router-args", limit) as (run, asked):
+        for _ in range(25):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                printed_request(run)
+            assert refused.value.code == 429
+            time.sleep(0.1)
+        assert not asked.done()
+        hold.unlink()
+        asked.result()
+        until(lambda: _answers(run))
+
+
+def _answers(run: Run) -> bool:
+    """Its place is free again a moment after a request's answer."""
+    try:
+        printed_request(run)
+    except urllib.error.HTTPError as error:
+        assert error.code == 429
+        return False
+    return True
 
 
 @pytest.mark.slow
