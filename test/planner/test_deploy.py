@@ -67,6 +67,9 @@ def test_every_line_is_understood(system: str, capsys: pytest.CaptureFixture[str
         assert args.hma_device_ids == ((0, 1, 2, 3) if on_cards else None)
         assert args.tp_size == (1 if on_cards else 2)
         assert args.enable_mixed_chunk == (system == "colocated-mixed")
+        takes = system not in COLOCATED and args.disaggregation_mode == "decode"
+        named = [f"prefill-{index}:8998" for index in range(3)]
+        assert args.hma_prefill_peers == (named if takes else None)
     prefills = 0 if system in COLOCATED else 3
     assert [host for host, _ in roles] == ["prefill"] * prefills + ["decode"] * 2
     if prefills:
