@@ -87,7 +87,7 @@ def check_probes(deployed: Deployed, *, stock: bool) -> None:
             port = named_ports(container)[container[probe]["httpGet"]["port"]]
             assert port == deployed.arguments(name).port
     router = deployed.container(deployed.router)
-    assert {router[probe]["httpGet"]["path"] for probe in PROBES[1:]} == ROUTERS_PATHS
+    assert {router[probe]["httpGet"]["path"] for probe in PROBES} == ROUTERS_PATHS
     live = not stock
     assert (routes(router).health_check_endpoint == LIVE_PATH) == live
 

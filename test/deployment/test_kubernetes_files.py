@@ -1,6 +1,8 @@
 """deploy/kubernetes: what `planner deploy` prints, as kustomize puts it together."""
 
 import copy
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +87,28 @@ def test_kustomize_reads_them_as_we_do(folder: str) -> None:
         ["kubectl", "kustomize", str(FOLDER / folder)], capture_output=True, text=True, check=True
     )
     assert by_name(list(yaml.safe_load_all(done.stdout))) == by_name(built(FOLDER / folder))
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, which has kustomize")
+def test_the_documents_kustomization(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    (text,) = re.findall(r"```\n(apiVersion: kustomize.*?)```", page, re.DOTALL)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    repository = os.path.relpath(ROOT, mine.resolve())
+    (mine / "kustomization.yaml").write_text(text.replace("[..", f"[{repository}"))
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(mine)], capture_output=True, text=True, check=True
+    )
+    deployed = Deployed(list(yaml.safe_load_all(done.stdout)))
+    check(deployed)
+    check_discovery(deployed)
+    assert {each["metadata"]["namespace"] for each in deployed.documents} == {"serving"}
+    sets = deployed.kind("StatefulSet")
+    counts = {name: each["spec"]["replicas"] for name, each in sets.items()}
+    assert counts == {"hma-prefill": 4, "hma-decode": 2}
+    for name in deployed.pods:
+        assert deployed.container(name)["image"].startswith("registry.example/sglang-hma-")
 
 
 def overlay(name: str) -> Deployed:

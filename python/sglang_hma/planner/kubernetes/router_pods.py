@@ -30,6 +30,7 @@ def routers(fleet: Fleet, cluster: Cluster) -> Manifest:
             {"name": "http", "containerPort": ROUTER_PORT},
             {"name": "metrics", "containerPort": ROUTER_METRICS},
         ],
+        "startupProbe": probe("/liveness", 5, 5, 60),  # it imports SGLang first
         "readinessProbe": probe("/readiness", 5, 5, 3),
         "livenessProbe": probe("/liveness", 10, 5, 3),
         "resources": {"requests": {"cpu": "1", "memory": "1Gi"}},
