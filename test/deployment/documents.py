@@ -11,22 +11,12 @@ from sglang_router.router_args import RouterArgs
 from sglang_hma.launch import arguments
 
 KUBERNETES = "1.34"  # the first whose claims are resource.k8s.io/v1
-SECRET_FLAG = "--hma-cluster-secret-file"
 Document = dict[str, Any]
 
 
 @cache
 def server_parser() -> argparse.ArgumentParser:
-    parser = arguments.full_parser()
-    if not takes_secret():
-        parser.add_argument(SECRET_FLAG)
-    return parser
-
-
-@cache
-def takes_secret() -> bool:
-    """Whether launch_server has the flag already: it is made beside these manifests."""
-    return SECRET_FLAG in arguments.full_parser().format_help()
+    return arguments.full_parser()
 
 
 def of_kind(documents: list[Document], kind: str) -> dict[str, Document]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 
 from benchmark.transfer.link import DECODE_IP, PREFILL_IP, LinkError, link
 
-from ..deployment.documents import SECRET_FLAG, takes_secret
 from .harness import Process, until
 
 pytestmark = [
@@ -42,21 +42,21 @@ def commands() -> list[tuple[str, list[str]]]:
     return [(host, shlex.split(words)) for host, words in (line.split("$ ", 1) for line in lines)]
 
 
-def taken(words: list[str]) -> list[str]:
-    """Without the secret, where launch_server does not take it yet."""
-    if takes_secret() or SECRET_FLAG not in words:
-        return words
-    at = words.index(SECRET_FLAG)
-    return words[:at] + words[at + 2 :]
+def as_kubernetes_mounts(folder: Path) -> Path:
+    """A secret that is a link through a link, which its group may read."""
+    (folder / "..2026").mkdir(parents=True)
+    (folder / "..data").symlink_to("..2026")
+    (folder / "secret").symlink_to("..data/secret")
+    (folder / "secret").write_text(secrets.token_hex(32))
+    (folder / "secret").chmod(0o440)
+    return folder / "secret"
 
 
 def test_two_hosts(model: Path, tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-    secret.write_text("s" * 44)
-    secret.chmod(0o600)
+    secret = as_kubernetes_mounts(tmp_path / "sglang-hma")
     put = {"/models/Qwen3-8B": str(model), "/etc/sglang-hma/secret": str(secret)}
     prefill, decode, router, curl = [
-        (host, taken([put.get(word, word) for word in words])) for host, words in commands()
+        (host, [put.get(word, word) for word in words]) for host, words in commands()
     ]
     started: list[Process] = []
     try:

@@ -17,6 +17,7 @@ Transfer = Literal["tcp", "rdma"]
 HostOf = Callable[[Role, int], str]
 
 PORT, BOOTSTRAP, ROUTER_PORT = 30001, 8998, 30000
+SECRET_FILE = "/etc/sglang-hma/secret"  # on every host and in every pod of a pair's servers
 SERVER = ("python", "-m", "sglang_hma.launch_server")
 STOCK_SERVER = ("python", "-m", "sglang.launch_server")
 BACKENDS: dict[Transfer, str] = {"tcp": "mooncake_tcp", "rdma": "mooncake"}
@@ -101,8 +102,9 @@ def of_pair(model: str, role: Role, host: str) -> list[str]:
     """How the command of a prefill or decode server begins."""
     command = [*SERVER, "--model-path", model, "--disaggregation-mode", role]
     command += ["--host", host, "--port", str(PORT)]
-    bootstrap = ["--disaggregation-bootstrap-port", str(BOOTSTRAP)]
-    return [*command, *(bootstrap if role == "prefill" else [])]
+    if role == "prefill":
+        command += ["--disaggregation-bootstrap-port", str(BOOTSTRAP)]
+    return [*command, "--hma-cluster-secret-file", SECRET_FILE]
 
 
 def router(plan: Plan, *flags: str) -> list[str]:

@@ -3,7 +3,7 @@
 from pathlib import PurePosixPath
 
 from sglang_hma.launch.defaults import LIVE_PATH
-from sglang_hma.planner.deployment import BOOTSTRAP, PORT, Role
+from sglang_hma.planner.deployment import BOOTSTRAP, PORT, SECRET_FILE, Role
 from sglang_hma.planner.kubernetes.cluster import Cluster, Manifest
 from sglang_hma.planner.kubernetes.fleet import Devices, Fleet
 
@@ -14,7 +14,6 @@ NAME_CARDS = (
     'exec "$@" --hma-device-ids "$(ls /dev/tenstorrent | grep -E \'^[0-9]+$\' | paste -sd, -)"'
 )
 HUGE_PAGES = "/dev/hugepages-1G"
-SECRET_FILE = PurePosixPath("/etc/sglang-hma/secret")
 SECRET_MODE = 0o440  # the pod's group reads it, nobody else
 USER = 10001  # of deploy/containers
 # The router takes a server out when it sees that its pod is to end; only then comes SIGTERM.
@@ -64,7 +63,6 @@ def _started(fleet: Fleet, cluster: Cluster, role: Role) -> Manifest:
     command = list(fleet.commands[role])
     if not fleet.stock:
         command += ["--hma-drain-timeout", str(cluster.drain_seconds)]
-        command += ["--hma-cluster-secret-file", str(SECRET_FILE)]
     if fleet.devices[role].cards:
         return {"command": ["sh", "-c", NAME_CARDS, "sh"], "args": command}
     return {"command": command}
@@ -108,10 +106,11 @@ def _volumes(
     mounts: list[Manifest] = [{"name": "shm", "mountPath": "/dev/shm"}]
     if not fleet.stock:
         source = {"secretName": cluster.secret, "defaultMode": SECRET_MODE}
-        item = {"key": "secret", "path": SECRET_FILE.name}
+        file = PurePosixPath(SECRET_FILE)
+        item = {"key": "secret", "path": file.name}
         volumes.append({"name": "cluster-secret", "secret": {**source, "items": [item]}})
-        folder = str(SECRET_FILE.parent)
-        mounts.append({"name": "cluster-secret", "mountPath": folder, "readOnly": True})
+        place = {"mountPath": str(file.parent), "readOnly": True}
+        mounts.append({"name": "cluster-secret", **place})
     if cluster.model_volume:
         volumes.append({"name": "models", **cluster.model_volume})
         folder = fleet.model.rstrip("/").rpartition("/")[0]
