@@ -67,6 +67,10 @@ def test_every_line_is_understood(system: str, capsys: pytest.CaptureFixture[str
         assert args.hma_device_ids == ((0, 1, 2, 3) if on_cards else None)
         assert args.tp_size == (1 if on_cards else 2)
         assert args.enable_mixed_chunk == (system == "colocated-mixed")
+        takes = system not in COLOCATED and args.disaggregation_mode == "decode"
+        named = [f"prefill-{index}:8998" for index in range(3)]
+        assert args.hma_prefill_peers == (named if takes else None)
+        assert (args.hma_cluster_secret_file is None) == (system in COLOCATED)
     prefills = 0 if system in COLOCATED else 3
     assert [host for host, _ in roles] == ["prefill"] * prefills + ["decode"] * 2
     if prefills:
@@ -117,7 +121,7 @@ def test_launch_pd_starts_the_line_of_one_box(
     assert [program, *argv[:2]] == ["python", "-m", "sglang_hma.launch_pd"]
     argv = argv[2:]
     argv[argv.index("--port") + 1] = str(launch_pd.FreePorts().take())
-    started, router = launch_pd.plan(pd_args.parse(argv), launch_pd.Commands())
+    started, router = launch_pd.plan(pd_args.parse(argv), launch_pd.Commands(), model / "secret")
     launch_pd.check_router(list(router.command[3:]))
     cards: list[int] = []
     gpus: list[int] = []

@@ -17,6 +17,9 @@ Transfer = Literal["tcp", "rdma"]
 HostOf = Callable[[Role, int], str]
 
 PORT, BOOTSTRAP, ROUTER_PORT = 30001, 8998, 30000
+SECRET_FILE = "/etc/sglang-hma/secret"  # on every host and in every pod of a pair's servers
+SERVER = ("python", "-m", "sglang_hma.launch_server")
+STOCK_SERVER = ("python", "-m", "sglang.launch_server")
 BACKENDS: dict[Transfer, str] = {"tcp": "mooncake_tcp", "rdma": "mooncake"}
 # The others are there to be compared with: nothing here serves them.
 DEPLOYABLE: tuple[System, ...] = ("ours", "hetero-serial", "pd-bf16", "pd-fp8", *COLOCATED)
@@ -77,34 +80,57 @@ def check(plan: Plan, shape: ModelShape) -> None:
         )
 
 
-def server(plan: Plan, role: Role, *, card_ids: bool = True) -> list[str]:
-    """The command of one server of a role, alone on its host. card_ids: name the GDDR cards."""
-    module = "sglang.launch_server" if plan.system in COLOCATED else "sglang_hma.launch_server"
-    command = ["python", "-m", module, "--model-path", plan.model]
-    if plan.prefill:
-        command += ["--disaggregation-mode", role]
-    command += ["--host", "0.0.0.0", "--port", str(PORT)]
-    if role == "prefill":
-        command += ["--disaggregation-bootstrap-port", str(BOOTSTRAP)]
+def server(
+    plan: Plan, role: Role, *, host: str = "0.0.0.0", peers: HostOf | None, card_ids: bool = True
+) -> list[str]:
+    """The command of one server of a role, alone on its host.
+
+    host: the address to listen on. peers: names of the prefill servers that decode takes pages
+    from; None for any. card_ids: name the GDDR cards.
+    """
+    if plan.system in COLOCATED:
+        command = [*STOCK_SERVER, "--model-path", plan.model, "--host", host, "--port", str(PORT)]
+    else:
+        command = of_pair(plan.model, role, host)
+    if role == "decode" and plan.prefill and peers:
+        allowed = [f"{peers('prefill', index)}:{BOOTSTRAP}" for index in range(plan.prefill)]
+        command += ["--hma-prefill-peers", *allowed]
     return [*command, *_shared(plan), *_own(plan, role, plan.site.gddr_cards * card_ids)]
 
 
-def router(plan: Plan, host: HostOf, *flags: str) -> list[str]:
-    """Its command, for servers that listen on `host`(role, index)."""
+def of_pair(model: str, role: Role, host: str) -> list[str]:
+    """How the command of a prefill or decode server begins."""
+    command = [*SERVER, "--model-path", model, "--disaggregation-mode", role]
+    command += ["--host", host, "--port", str(PORT)]
+    if role == "prefill":
+        command += ["--disaggregation-bootstrap-port", str(BOOTSTRAP)]
+    return [*command, "--hma-cluster-secret-file", SECRET_FILE]
+
+
+def router(plan: Plan, *flags: str) -> list[str]:
+    """Its command; `flags` say where the servers are."""
     command = ["python", "-m", "sglang_router.launch_router"]
+    if plan.prefill:
+        command += ["--pd-disaggregation", "--policy", "power_of_two", *LIVE_ROUTER_DEFAULTS]
+    else:
+        command += ROUTER_DEFAULTS
+    return [*command, "--host", "0.0.0.0", "--port", str(ROUTER_PORT), *flags]
+
+
+def named_servers(plan: Plan, host: HostOf) -> list[str]:
+    """The router's flags for servers that listen on `host`(role, index)."""
     urls = {
         role: [f"http://{host(role, index)}:{PORT}" for index in range(count)]
         for role, count in plan.roles.items()
     }
-    if plan.prefill:
-        command += ["--pd-disaggregation", "--policy", "power_of_two", *LIVE_ROUTER_DEFAULTS]
-        for url in urls["prefill"]:
-            command += ["--prefill", url, str(BOOTSTRAP)]
-        for url in urls["decode"]:
-            command += ["--decode", url]
-    else:
-        command += [*ROUTER_DEFAULTS, "--worker-urls", *urls["decode"]]
-    return [*command, "--host", "0.0.0.0", "--port", str(ROUTER_PORT), *flags]
+    if not plan.prefill:
+        return ["--worker-urls", *urls["decode"]]
+    flags = []
+    for url in urls["prefill"]:
+        flags += ["--prefill", url, str(BOOTSTRAP)]
+    for url in urls["decode"]:
+        flags += ["--decode", url]
+    return flags
 
 
 def lines(plan: Plan) -> list[str]:
@@ -114,11 +140,11 @@ def lines(plan: Plan) -> list[str]:
         return f"{role}-{index}"
 
     found = [
-        f"{host(role, index)} $ {shlex.join(server(plan, role))}"
+        f"{host(role, index)} $ {shlex.join(server(plan, role, peers=host))}"
         for role, count in plan.roles.items()
         for index in range(count)
     ]
-    return [*found, f"{host('decode', 0)} $ {shlex.join(router(plan, host))}"]
+    return [*found, f"{host('decode', 0)} $ {shlex.join(router(plan, *named_servers(plan, host)))}"]
 
 
 def launch_pd(plan: Plan) -> str:

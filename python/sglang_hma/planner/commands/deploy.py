@@ -8,8 +8,9 @@ from typing import Any, get_args
 from sglang_hma.planner import catalogue, chosen, deployment
 from sglang_hma.planner.commands.options import Refusal, add_command, add_site, site_of
 from sglang_hma.planner.deployment import DEPLOYABLE, Plan
-from sglang_hma.planner.kubernetes import manifests
-from sglang_hma.planner.kubernetes.cluster import Cluster, Manifest, board_of
+from sglang_hma.planner.kubernetes.cluster import ENDING_S, Cluster, Manifest, board_of
+from sglang_hma.planner.kubernetes.fleet import fleet_of
+from sglang_hma.planner.kubernetes.manifests import as_yaml, manifests
 from sglang_hma.planner.model_shape import shape_of
 from sglang_hma.planner.report import By
 from sglang_hma.planner.systems import COLOCATED, Site, System, offer
@@ -17,6 +18,7 @@ from sglang_hma.planner.systems import COLOCATED, Site, System, offer
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
 RESOURCE = re.compile(r"[a-z0-9][-.a-z0-9]*/[A-Za-z0-9][-_.A-Za-z0-9]{0,62}")
+CPUS = re.compile(r"\d+(\.\d+)?|\d+m")
 QUANTITY = re.compile(r"\d+(\.\d+)?([KMGT]i?)?")
 
 
@@ -62,6 +64,7 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     plain = Cluster(image="")
     add = group.add_argument
     add("--image", metavar="I", help="with this package, SGLang and sglang-router in it; needed")
+    add("--prefill-image", metavar="I", help="of prefill servers, where theirs is another")
     add("--name", default=plain.name, help="what names of all objects begin with")
     add("--namespace", metavar="NS", help="of all objects; without it kubectl's")
     add(
@@ -79,6 +82,26 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     add("--gddr-board", metavar="B", help="how that driver names --gddr; without it as p100 p100a")
     add("--rdma-resource", metavar="R", help="of an RDMA device plugin, one for each server")
     add("--host-network", action="store_true", help="servers use the node's; one on each node")
+    add(
+        "--service-discovery",
+        action="store_true",
+        help="the router finds servers by their labels, so that kubectl scale changes the mix; "
+        "without it servers have names, and decode takes pages from those alone",
+    )
+    add(
+        "--cluster-secret",
+        default=plain.secret,
+        metavar="NAME",
+        help="of the Secret with a key `secret` that all servers share",
+    )
+    add(
+        "--metrics-namespace",
+        default=plain.metrics_namespace,
+        metavar="NS",
+        help="whose pods may read servers' metrics",
+    )
+    add("--server-cpus", default=plain.server_cpus, metavar="N", help="that a server asks for")
+    add("--server-memory", default=plain.server_memory, metavar="SIZE", help="the same of memory")
     add("--shared-memory", default=plain.shared_memory, metavar="SIZE", help="of /dev/shm")
     add(
         "--startup-minutes",
@@ -103,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
     elif args.format == "launch-pd":
         print(deployment.launch_pd(plan))
     else:
-        print(manifests.text(plan, _cluster(args, plan.site.gddr)), end="")
+        cluster = _cluster(args, plan.site.gddr)
+        print(as_yaml(manifests(fleet_of(plan, cluster), cluster)), end="")
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -153,21 +177,26 @@ def _cluster(args: argparse.Namespace, gddr: str) -> Cluster:
     for flag, value, form, example in (
         ("--name", args.name, NAME, "hma"),
         ("--namespace", args.namespace, NAME, "serving"),
+        ("--metrics-namespace", args.metrics_namespace, NAME, "monitoring"),
+        ("--cluster-secret", args.cluster_secret, CLAIM, "sglang-hma-cluster"),
         ("--hbm-resource", args.hbm_resource, RESOURCE, "nvidia.com/gpu"),
         ("--gddr-resource", args.gddr_resource, RESOURCE, "tenstorrent.com/p150"),
         ("--rdma-resource", args.rdma_resource, RESOURCE, "rdma/hca"),
         ("--shared-memory", args.shared_memory, QUANTITY, "16Gi"),
+        ("--server-memory", args.server_memory, QUANTITY, "64Gi"),
+        ("--server-cpus", args.server_cpus, CPUS, "8 or 500m"),
     ):
         if value is not None and not form.fullmatch(value):
             raise Refusal(f"{flag} is {value!r}: Kubernetes takes one like {example}")
-    for flag, value in (
-        ("--startup-minutes", args.startup_minutes),
-        ("--grace-seconds", args.grace_seconds),
+    for flag, number, least in (
+        ("--startup-minutes", args.startup_minutes, 1),
+        ("--grace-seconds", args.grace_seconds, ENDING_S + 1),
     ):
-        if value < 1:
-            raise Refusal(f"{flag} is {value}; needs 1 or more")
+        if number < least:
+            raise Refusal(f"{flag} is {number}; needs {least} or more")
     return Cluster(
         image=args.image,
+        images={"prefill": args.prefill_image} if args.prefill_image else {},
         name=args.name,
         namespace=args.namespace,
         model_volume=_model_volume(args.model_path, args.model_volume),
@@ -176,6 +205,11 @@ def _cluster(args: argparse.Namespace, gddr: str) -> Cluster:
         hbm_resource=args.hbm_resource,
         rdma_resource=args.rdma_resource,
         host_network=args.host_network,
+        discovery=args.service_discovery,
+        secret=args.cluster_secret,
+        metrics_namespace=args.metrics_namespace,
+        server_cpus=args.server_cpus,
+        server_memory=args.server_memory,
         shared_memory=args.shared_memory,
         startup_minutes=args.startup_minutes,
         grace_seconds=args.grace_seconds,

@@ -1,21 +1,22 @@
-"""Kubernetes manifests of a mix: servers as StatefulSets, the router as a Deployment.
+"""Kubernetes manifests of a fleet: servers as StatefulSets, the routers as a Deployment.
 
-The router is given its servers by name, so they need names that outlive a pod: a StatefulSet's
-behind a headless Service.
+A StatefulSet's pod keeps its name, and a new one takes an old one's place only when its devices are
+free. `deploy/kubernetes` is written from these same functions (scripts/kubernetes_files.py).
 """
 
 from typing import Any
 
 import yaml
 
-from sglang_hma.planner.deployment import BOOTSTRAP, PORT, ROUTER_PORT, Plan, Role, router
+from sglang_hma.planner.deployment import BOOTSTRAP, PORT, Role
 from sglang_hma.planner.kubernetes.cluster import Cluster, Manifest
-from sglang_hma.planner.kubernetes.server_pod import claim_name, claims_cards, probe, server_pod
+from sglang_hma.planner.kubernetes.fleet import Fleet
+from sglang_hma.planner.kubernetes.network import headless, policy, router_service
+from sglang_hma.planner.kubernetes.router_pods import routers, scraped, sees_pods
+from sglang_hma.planner.kubernetes.server_pod import claim_name, server_pod
 
-# The router waits for requests under way (--shutdown-grace-period-secs, 180) after it has left the
-# Service's endpoints.
-ROUTER_LEAVES_S, ROUTER_GRACE_S = 5, 200
-ROUTER_METRICS = 29000  # sglang_router's own default
+# Where the router looks for a prefill pod's bootstrap port; it has no flag for the name.
+BOOTSTRAP_ANNOTATION = "sglang.ai/bootstrap-port"
 
 
 class Plain(yaml.SafeDumper):
@@ -25,25 +26,28 @@ class Plain(yaml.SafeDumper):
         return True
 
 
-def text(plan: Plan, cluster: Cluster) -> str:
-    """All of them as YAML documents."""
-    found = manifests(plan, cluster)
-    return str(yaml.dump_all(found, Dumper=Plain, sort_keys=False, width=100))
+def as_yaml(documents: list[Manifest]) -> str:
+    return str(yaml.dump_all(documents, Dumper=Plain, sort_keys=False, width=100))
 
 
-def manifests(plan: Plan, cluster: Cluster) -> list[Manifest]:
+def manifests(fleet: Fleet, cluster: Cluster) -> list[Manifest]:
     found = []
-    for role, count in plan.roles.items():
-        if claims_cards(plan, cluster, role):
-            found.append(_claim_template(plan, cluster))
-        found += [_headless(cluster, role), _stateful_set(plan, cluster, role, count)]
-    if plan.prefill:
-        found.append(_policy(cluster))
-    return [*found, _router_service(cluster), _router(plan, cluster)]
+    for role, count in fleet.replicas.items():
+        if claimed := fleet.devices[role].claimed:
+            found.append(_claim_template(cluster, claimed))
+        found += [headless(cluster, role), _stateful_set(fleet, cluster, role, count)]
+        found.append(policy(cluster, role, pair=not fleet.stock))
+        found.append(_disruptions(cluster, role))
+    if cluster.discovery:
+        found += sees_pods(cluster)
+    found += [router_service(cluster), routers(fleet, cluster)]
+    return [*found, _disruptions(cluster, "router")]
 
 
-def _stateful_set(plan: Plan, cluster: Cluster, role: Role, count: int) -> Manifest:
-    labels = cluster.labels(role)
+def _stateful_set(fleet: Fleet, cluster: Cluster, role: Role, count: int) -> Manifest:
+    labels, annotations = cluster.labels(role), scraped(PORT)
+    if role == "prefill":
+        annotations[BOOTSTRAP_ANNOTATION] = str(BOOTSTRAP)
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",
@@ -54,20 +58,20 @@ def _stateful_set(plan: Plan, cluster: Cluster, role: Role, count: int) -> Manif
             "podManagementPolicy": "Parallel",
             "selector": {"matchLabels": labels},
             "template": {
-                "metadata": {"labels": labels, "annotations": _scraped(PORT)},
-                "spec": server_pod(plan, cluster, role),
+                "metadata": {"labels": labels, "annotations": annotations},
+                "spec": server_pod(fleet, cluster, role),
             },
         },
     }
 
 
-def _claim_template(plan: Plan, cluster: Cluster) -> Manifest:
+def _claim_template(cluster: Cluster, count: int) -> Manifest:
     """The vendor's DRA driver publishes cards in the class tenstorrent.com
     (docs.tenstorrent.com/tt-dra-driver)."""
     board = f'device.attributes["tenstorrent.com"].boardName == "{cluster.board}"'
     cards = {
         "deviceClassName": "tenstorrent.com",
-        "count": plan.site.gddr_cards,
+        "count": count,
         "selectors": [{"cel": {"expression": board}}],
     }
     return {
@@ -78,89 +82,11 @@ def _claim_template(plan: Plan, cluster: Cluster) -> Manifest:
     }
 
 
-def _headless(cluster: Cluster, role: Role) -> Manifest:
-    """Names resolve before a server is ready: the router waits by itself, and transfers under way
-    must not lose their peer."""
-    ports = [{"name": "http", "port": PORT, "targetPort": "http"}]
-    if role == "prefill":
-        ports.append({"name": "bootstrap", "port": BOOTSTRAP, "targetPort": "bootstrap"})
+def _disruptions(cluster: Cluster, part: str) -> Manifest:
+    """Nodes that are emptied take one pod of a kind after the other."""
     return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": cluster.metadata(role),
-        "spec": {
-            "clusterIP": "None",
-            "publishNotReadyAddresses": True,
-            "selector": cluster.labels(role),
-            "ports": ports,
-        },
-    }
-
-
-def _policy(cluster: Cluster) -> Manifest:
-    """Whoever reaches Mooncake's ports can read and write KV pages: only this mix's servers do. The
-    HTTP port is open, to the router and to who reads metrics."""
-    http = [{"port": PORT, "protocol": "TCP"}]
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": cluster.metadata("servers"),
-        "spec": {
-            "podSelector": cluster.servers,
-            "policyTypes": ["Ingress"],
-            "ingress": [{"from": [{"podSelector": cluster.servers}]}, {"ports": http}],
-        },
-    }
-
-
-def _router_service(cluster: Cluster) -> Manifest:
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": cluster.metadata("router"),
-        "spec": {
-            "selector": cluster.labels("router"),
-            "ports": [{"name": "http", "port": ROUTER_PORT, "targetPort": "http"}],
-        },
-    }
-
-
-def _router(plan: Plan, cluster: Cluster) -> Manifest:
-    labels = cluster.labels("router")
-    waits = ("--worker-startup-timeout-secs", str(60 * cluster.startup_minutes))
-    container = {
-        "name": "router",
-        "image": cluster.image,
-        "command": router(plan, cluster.host, *waits),
-        "ports": [
-            {"name": "http", "containerPort": ROUTER_PORT},
-            {"name": "metrics", "containerPort": ROUTER_METRICS},
-        ],
-        "readinessProbe": probe("/readiness", 5, 5, 3),
-        "livenessProbe": probe("/liveness", 10, 5, 3),
-        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(ROUTER_LEAVES_S)]}}},
-    }
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": cluster.metadata("router"),
-        "spec": {
-            "replicas": 1,
-            "selector": {"matchLabels": labels},
-            "template": {
-                "metadata": {"labels": labels, "annotations": _scraped(ROUTER_METRICS)},
-                "spec": {
-                    "terminationGracePeriodSeconds": ROUTER_GRACE_S,
-                    "containers": [container],
-                },
-            },
-        },
-    }
-
-
-def _scraped(port: int) -> dict[str, str]:
-    return {
-        "prometheus.io/scrape": "true",
-        "prometheus.io/port": str(port),
-        "prometheus.io/path": "/metrics",
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": cluster.metadata(part),
+        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": cluster.labels(part)}},
     }
