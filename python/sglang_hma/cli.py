@@ -11,6 +11,7 @@ COMMANDS = {
     "demo-model": ("sglang_hma.demo_model", "get a small model to try the servers with"),
     "serve": ("sglang_hma.launch_pd", "prefill servers, decode servers and a router on one box"),
     "launch-server": ("sglang_hma.launch_server", "one server of a role: prefill, decode or both"),
+    "top": ("sglang_hma.top", "what servers do at the moment, in a table"),
     "compare": (
         "sglang_hma.prefill.compare",
         "compare a prefill runtime with transformers, layer by layer",

@@ -82,9 +82,13 @@ def test_others_go_on_while_a_peer_is_stopped(
             assert [reply["output_ids"] for reply in ask_others()] == quiet
             # Decode's last word about a request reaches prefill after the client has its answer.
             until(lambda: in_flight(pair.prefill) == GUESTS, pair.prefill)
+            # What an alert is made of.
+            until(lambda: pair.prefill.metric("sglang_hma:kv_stuck_peers") == 1, pair.prefill)
+            assert pair.prefill.metric("sglang_hma:kv_oldest_write_seconds") > 9
         finally:
             for process in stopped:
                 process.resume()
             faults.set()
         assert [one.result()["output_ids"] for one in asked] == expected
     assert_drained(pair.prefill, pair.decode, guest)
+    until(lambda: pair.prefill.metric("sglang_hma:kv_stuck_peers") == 0, pair.prefill)

@@ -87,6 +87,8 @@ class ArenaMachine(RuleBasedStateMachine):
     @invariant()
     def counts_are_true(self) -> None:
         assert self.arena.live_pages == len(self.owned)
+        for fmt in (BFP8, BF16):
+            assert self.arena.used(fmt) == list(self.owned.values()).count(fmt)
         formats = {page // IDS_PER_SLAB: fmt for page, fmt in self.owned.items()}
         expected = [formats.get(slab, PageFormat.FREE) for slab in range(self.arena.num_slabs + 1)]
         assert self.arena.formats.tolist() == expected

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from sglang_hma.kvcache.holds import HoldingAllocator
+from sglang_hma.kvcache.holds import HoldingAllocator, usage_of
 
 from .prefill_loop import PAGE, Content, PrefillLoop, configured
 
@@ -77,6 +77,7 @@ def test_no_page_is_lost_doubled_or_given_out_while_held(rng) -> None:  # type: 
         assert len(set(mine)) == len(mine)
         assert made.parked_tokens == PAGE * len(set(held) - set(mine))
         assert made.available_size() + made.parked_tokens + PAGE * len(mine) == PAGES * PAGE
+        assert usage_of(made) == (len(mine) + made.parked_tokens // PAGE, PAGES)
     made.clear()
     assert made.available_size() == PAGES * PAGE and made.parked_tokens == 0
 

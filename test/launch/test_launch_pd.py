@@ -220,33 +220,6 @@ def test_router_keeps_a_busy_prefill_server(launch: Launch, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_more_than_the_limit_are_told_at_once(launch: Launch, tmp_path: Path) -> None:
-    """The router counts what runs, not what came in the last second."""
-    hold = tmp_path / "hold"
-    limit = "--max-concurrent-requests 1 --queue-size 0"
-    with held_request(launch, hold, "--router-args", limit) as (run, asked):
-        for _ in range(25):
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                printed_request(run)
-            assert refused.value.code == 429
-            time.sleep(0.1)
-        assert not asked.done()
-        hold.unlink()
-        asked.result()
-        until(lambda: _answers(run))
-
-
-def _answers(run: Run) -> bool:
-    """Its place is free again a moment after a request's answer."""
-    try:
-        printed_request(run)
-    except urllib.error.HTTPError as error:
-        assert error.code == 429
-        return False
-    return True
-
-
-@pytest.mark.slow
 def test_second_signal_cuts_what_runs(launch: Launch, tmp_path: Path) -> None:
     with held_request(launch, tmp_path / "hold") as (run, asked):
         run.popen.send_signal(signal.SIGTERM)

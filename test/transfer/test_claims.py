@@ -267,6 +267,23 @@ def test_one_request_has_no_more_claimants_than_a_server_has_ranks(clock: Clock)
     assert len(claims._claimants[1]) == Claims.MAX_CLAIMANTS
 
 
+def test_requests_with_one_half_are_counted() -> None:
+    claims = Claims(expected=True)
+    claims.opened(1)
+    claims.claimed(2, A)
+    assert (claims.count_unclaimed(), claims.count_unopened()) == (1, 1)
+    claims.claimed(1, A)
+    claims.opened(2)
+    assert (claims.count_unclaimed(), claims.count_unopened()) == (0, 0)
+    claims.closed(1)
+    claims.opened(3)
+    claims.closed(3)
+    assert (claims.count_unclaimed(), claims.count_unopened()) == (0, 0)
+    stock = Claims(expected=False)
+    stock.opened(1)
+    assert stock.count_unclaimed() == 0
+
+
 def test_silence_ends_the_lease(clock: Clock, servers: list[socket.socket]) -> None:
     claims = Claims(expected=True)
     address = servers[0].getsockname()[:2]

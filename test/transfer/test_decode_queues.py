@@ -90,13 +90,14 @@ def test_a_rank_that_let_go_and_then_died_counts_once(
     queue._is_host_destination = lambda _: False
     queue._deferred_releases = [(entry, now, now + 1e6, 3, 2)]
 
+    assert queue.count_quarantined() == 1
     manager.note_abort_ack(ROOM, 0, ended._abort_generation)
     queue._liveness.gone.add(("10.0.0.1", 5000 + gone))
     queue.resolve_deferred_releases()
     assert released == ([] if gone == 0 else [3]), "rank 1 may still write"
     queue._liveness.gone |= {("10.0.0.1", 5000), ("10.0.0.1", 5001)}
     queue.resolve_deferred_releases()
-    assert released == [3]
+    assert released == [3] and queue.count_quarantined() == 0
 
 
 @pytest.mark.parametrize("tokens", [1, PAGE, PAGE + 1, 3 * PAGE + 5])

@@ -101,6 +101,7 @@ def test_a_peer_that_does_not_read_keeps_what_fits(
         assert peer.size <= 1 << 20 and peer.queue[-1][0][0] == b"1999"
         assert peer.lost >= 1900 and peer.lost + len(peer.queue) <= 2000
         assert not sender.put(where, [b"kept", body], kept=True)
+        assert sender.count_lost() == peer.lost and sender.count_waiting() > 0
         assert caplog.text.count("its queue is full") == 1
 
 

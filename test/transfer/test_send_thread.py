@@ -250,19 +250,50 @@ def test_no_peer_has_more_writes_than_its_queue_takes(seed: int, most: int) -> N
     assert all(listener.layers[id(one)] == LAYERS for one in jobs)
 
 
+class Wedged(SimulatedLink):
+    wedged = True
+
+    def check(self, handle: int) -> int:
+        if self.wedged and self.running[handle][0] == "a":
+            return 0
+        return super().check(handle)
+
+
+def test_the_oldest_write_and_stuck_peers_are_known(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are on the wire, after they were given up too, and no longer."""
+    link = Wedged(random.Random(seed))
+    listener = Recorder(link)
+    thread = SendThread(link, listener, GroupSizer(1))
+    assert (thread.oldest_write_s(), thread.stuck_peers()) == (0.0, 0)
+    jobs = [
+        job(room, session, [1, 2, 5], LayerGate.open(LAYERS), last=True)
+        for room, session in enumerate("ab")
+    ]
+    for one in jobs:
+        thread.put(one)
+    while jobs[1] not in listener.finished:
+        thread.step()
+    began = thread.peers["a"].window[0].started_s
+    monkeypatch.setattr(send_thread.time, "perf_counter", lambda: began + 40.0)
+    assert (thread.oldest_write_s(), thread.stuck_peers()) == (40.0, 0)
+    monkeypatch.setattr(send_thread, "SLOW_S", -1.0)
+    assert thread.stuck_peers() == 1
+    monkeypatch.setattr(send_thread, "STUCK_S", -1.0)
+    thread.step()
+    assert thread.peers["a"].stuck and not thread.peers["a"].window
+    assert (thread.oldest_write_s(), thread.stuck_peers()) == (40.0, 1)
+    link.wedged = False
+    while len(listener.finished) < len(jobs):
+        thread.step()
+    assert (thread.oldest_write_s(), thread.stuck_peers()) == (0.0, 0)
+
+
 def test_writes_that_never_end_fail_their_peers_requests(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And keep them from being drained until they end after all."""
-
-    class Wedged(SimulatedLink):
-        wedged = True
-
-        def check(self, handle: int) -> int:
-            if self.wedged and self.running[handle][0] == "a":
-                return 0
-            return super().check(handle)
-
     link = Wedged(random.Random(seed))
     listener = Recorder(link)
     thread = SendThread(link, listener, GroupSizer(1))

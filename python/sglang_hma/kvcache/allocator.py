@@ -8,6 +8,7 @@ as BF16 (its values are the same) when no BFP8 page is left.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from typing_extensions import override
 from hma_kernels.layout import PAGE, SLAB_TOKENS
 from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
 from sglang_hma.kvcache.pool import MixedKVPool
+from sglang_hma.kvcache.usage import Usage, show_usage
 
 BFP8, BF16 = PageFormat.BFP8, PageFormat.BF16
 
@@ -30,6 +32,12 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     """Token slots in BFP8 and BF16 pages. All bookkeeping is on the host."""
 
     _kvcache: MixedKVPool
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for fmt in (BFP8, BF16):
+            show_usage(self, fmt.name.lower(), partial(usage_of, fmt))
 
     @override
     def clear(self) -> None:
@@ -227,6 +235,11 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             if satisfied():
                 return True
         return satisfied()
+
+
+def usage_of(fmt: PageFormat, allocator: SlabPageAllocator) -> Usage:
+    used = allocator.arena.used(fmt)
+    return used, used + allocator.arena.available(fmt)
 
 
 class MixedPrefillBudget(PrefillBudget):

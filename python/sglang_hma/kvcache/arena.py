@@ -48,6 +48,10 @@ class SlabArena:
         """Pages of `fmt` that could be handed out if nothing else is."""
         return self._spare[fmt] + CAPACITY[fmt] * len(self._free_slabs)
 
+    def used(self, fmt: PageFormat) -> int:
+        """Pages of `fmt` that are handed out; from another thread, about as many."""
+        return CAPACITY[fmt] * int((self.formats == fmt).sum()) - self._spare[fmt]
+
     def fits(self, *, bfp8: int, bf16: int) -> bool:
         """Whether both counts could be handed out together."""
         return self._slabs_needed(bfp8, bf16) <= len(self._free_slabs)

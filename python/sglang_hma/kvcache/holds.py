@@ -24,6 +24,9 @@ from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from typing_extensions import override
 
+from sglang_hma.kvcache.pool import Bfp8KVPool
+from sglang_hma.kvcache.usage import Usage, show_usage
+
 PageIds = npt.NDArray[np.integer[Any]]
 
 
@@ -32,6 +35,12 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
 
     _held: npt.NDArray[np.bool_]
     _parked: list[torch.Tensor]
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        packs = isinstance(self._kvcache, Bfp8KVPool)
+        show_usage(self, "bfp8" if packs else "native", usage_of)
 
     def hold(self, pages: PageIds) -> Callable[[], None]:
         """Keep these pages from being handed out again until the result is called.
@@ -73,6 +82,11 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
     @override
     def create_prefill_budget(self, tree_cache: Any, **kwargs: Any) -> PrefillBudget:
         return HoldingBudget(self, tree_cache, **kwargs)
+
+
+def usage_of(allocator: HoldingAllocator) -> Usage:
+    total = int(allocator.num_pages)
+    return total - int(allocator.available_size()) // int(allocator.page_size), total
 
 
 class HoldingBudget(PrefillBudget):

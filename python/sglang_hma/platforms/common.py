@@ -6,6 +6,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
+from sglang_hma.gauges import GAUGES
 
 
 class HmaPlatformMixin(SRTPlatform):
@@ -49,5 +50,6 @@ class HmaPlatformMixin(SRTPlatform):
         # The launcher verified its own process; this is the one that serves.
         config = HmaConfig.require()
         seams.verify(config)
+        GAUGES.start()
         if not config.on_card:
             reference.prepare_model(model)

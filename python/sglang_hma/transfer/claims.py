@@ -188,6 +188,16 @@ class Claims:
         with self._lock:
             return list(self._early.overdue(time.monotonic(), self.UNOPENED_S).items())
 
+    def count_unclaimed(self) -> int:
+        """Requests that are here and that no decode rank has claimed."""
+        with self._lock:
+            return len(self._opened_s.keys() - self._claimants.keys()) if self.expected else 0
+
+    def count_unopened(self) -> int:
+        """Requests that decode ranks have claimed and that have not arrived here."""
+        with self._lock:
+            return self._early.rooms
+
     def _nobody_left(self) -> bool:
         """Whether there were decode servers, and all of them are gone. Asked only while a request
         waits for one."""

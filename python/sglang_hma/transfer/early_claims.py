@@ -32,6 +32,11 @@ class EarlyClaims:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def rooms(self) -> int:
+        """How many requests have been claimed."""
+        return len(self._by_room)
+
     def is_known(self, rank: Address) -> bool:
         return rank in self._known
 

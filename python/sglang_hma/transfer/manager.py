@@ -19,6 +19,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from sglang_hma import cluster_secret
 from sglang_hma.cluster_secret import ClusterKeys, server_role
 from sglang_hma.config import HmaConfig
+from sglang_hma.gauges import GAUGES
 from sglang_hma.kvcache.format import KVFormat
 from sglang_hma.transfer import curve, listeners, messages
 from sglang_hma.transfer.control_socket import MAX_FRAME_BYTES, CheckedSocket
@@ -52,6 +53,18 @@ class HmaKVManager(MooncakeKVManager):
             raise RuntimeError("SGLang's control socket takes messages without the cluster secret")
         layout = self.handshake.layout
         logger.info("KV format %s: %s", KVFormat.parse(layout).digest(), layout)
+        GAUGES.gauge(
+            "kv_blocked_messages",
+            "Control messages that wait because their peers take none",
+            self.outbox,
+            Outbox.count_waiting,
+        )
+        GAUGES.counter(
+            "kv_lost_messages",
+            "Control messages that were lost because their peers took none",
+            self.outbox,
+            Outbox.count_lost,
+        )
         ThreadWatch(self.watched_threads, lambda: self._stopped).start()
 
     @property

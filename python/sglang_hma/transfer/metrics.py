@@ -1,21 +1,25 @@
-"""Prometheus metrics of the transfer, on /metrics with --enable-metrics.
+"""What the transfer counts, on /metrics with --enable-metrics; gauges are in gauges.py.
 
 Created in the scheduler's process, after SGLang has set PROMETHEUS_MULTIPROC_DIR.
 """
 
-from functools import cache
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Histogram
 
-PREFIX = "sglang_hma:kv_"
-SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
+from sglang_hma.gauges import metric
+
+# A gauge has one text, whichever role shows it.
+STUCK_PEERS = (
+    "Peers to look at: decode servers to which writes are on their way and none ended for 10 s; "
+    "on a decode server, prefill servers whose last heartbeat has failed"
+)
+SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
 
-@cache
 def _metric(kind: Any, name: str, text: str, **kwargs: Any) -> Any:
-    return kind(PREFIX + name, text, **kwargs)
+    return metric(kind, f"kv_{name}", text, **kwargs)
 
 
 class PrefillMetrics:
@@ -40,12 +44,6 @@ class PrefillMetrics:
             "From the end of a request's last forward to its last byte acknowledged",
             buckets=SECONDS,
         )
-        self.unsettled_rooms = _metric(
-            Gauge,
-            "unsettled_rooms",
-            "Requests whose failed writes may still be on their way; decode keeps their pages",
-            multiprocess_mode="mostrecent",
-        )
 
     def sent(self, size: int, seconds: float) -> None:
         """A group of `size` bytes was acknowledged."""
@@ -65,10 +63,4 @@ class DecodeMetrics:
         self.mismatches = _metric(Counter, "checksum_failures", "Groups with a wrong checksum")
         self.verify_seconds = _metric(
             Counter, "verify_seconds", "CPU time spent on comparing checksums"
-        )
-        self.quarantined_pages = _metric(
-            Gauge,
-            "quarantined_pages",
-            "Pages of failed requests, kept until prefill says that no write is on its way",
-            multiprocess_mode="mostrecent",
         )

@@ -68,6 +68,7 @@ class Outbox:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._log = LimitedLog(logger)
         self._closed = False
+        self._lost = 0
         self.thread = threading.Thread(target=self._run, name="hma-outbox", daemon=True)
         self.thread.start()
 
@@ -99,6 +100,15 @@ class Outbox:
             peer = self._peers.get(endpoint)
             return len(peer.queue) if peer is not None else 0
 
+    def count_waiting(self) -> int:
+        """Messages that no peer has taken yet."""
+        with self._lock:
+            return sum(len(peer.queue) for peer in self._peers.values())
+
+    def count_lost(self) -> int:
+        """Messages that nobody will take, since the beginning."""
+        return self._lost
+
     def close(self) -> None:
         """Ends the thread; what has not been taken is lost."""
         with self._lock:
@@ -124,6 +134,7 @@ class Outbox:
         while peer.queue and (len(peer.queue) >= MAX_MESSAGES or peer.size + size > MAX_BYTES):
             oldest, stays = peer.queue[0]
             peer.lost += 1
+            self._lost += 1
             if kept or stays:
                 return False
             peer.queue.popleft()
@@ -142,6 +153,7 @@ class Outbox:
             return False
         except zmq.ZMQError as error:
             self._log.warning("A message to %s is lost: %s", peer.endpoint, error)
+            self._lost += 1
         peer.took_s = time.monotonic()
         return True
 
@@ -225,6 +237,8 @@ class Outbox:
         for peer in silent:
             if peer.socket is not None:
                 peer.socket.close()
+            with self._lock:
+                self._lost += len(peer.queue)
             if lost := len(peer.queue) + peer.lost:
                 silent_s = now - peer.took_s
                 self._log.warning(

@@ -36,6 +36,16 @@ class Server:
         if ranks == {"0"} and not part and math.isfinite(value):
             self._series[name][frozenset(labels.items())].append((at, value))
 
+    def then(self, later: "Server") -> "Server":
+        """What this one exported, and what it exported later."""
+        both = Server(self.name)
+        for each in (self, later):
+            for name, found in each._series.items():
+                for labels, points in found.items():
+                    both._series[name][labels] += points
+            both.begin, both.end = min(both.begin, each.begin), max(both.end, each.end)
+        return both
+
     def series(self, name: str, label: str = "", value: str = "") -> list[list[Point]]:
         """Of one metric; with `label`, where it has that value."""
         found = self._series.get(name, {}).items()

@@ -1,17 +1,17 @@
 """Where samples come from: servers' /metrics, read twice, or a Prometheus server."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_hma.planner.live.fetch import Unheard, get, shown
+from sglang_hma.planner.live.fetch import TIMEOUT_S, Unheard, get, shown
 from sglang_hma.planner.live.history import Server
 
-PREFIX = "sglang:"
+PREFIX, OURS = "sglang:", "sglang_hma:"
 WANTED = (
     "scheduler_stage_seconds_total",
     "realtime_tokens_total",
@@ -30,9 +30,6 @@ WANTED = (
 )
 ROUTER, ROUTED = "smg_", "smg_router_requests_total"
 NAMES = frozenset((*(PREFIX + name for name in WANTED), ROUTED))
-# prometheus_client writes the colon as an underscore where a Prometheus asks for OpenMetrics
-# without UTF-8 names, as version 2 does.
-RENAMED = "sglang_"
 
 
 def scrape(
@@ -45,9 +42,9 @@ def scrape(
     """Each server's metrics, twice. Raises Unheard."""
     servers = [Server(url) for url in dict.fromkeys(map(metrics_url, urls))]
     with ThreadPoolExecutor(len(servers)) as pool:
-        list(pool.map(partial(_read, clock), servers))
+        list(pool.map(partial(read, clock), servers))
         sleep(interval_s)
-        list(pool.map(partial(_read, clock), servers))
+        list(pool.map(partial(read, clock), servers))
     return servers
 
 
@@ -57,8 +54,15 @@ def metrics_url(url: str) -> str:
     return whole if whole.rstrip("/").endswith("/metrics") else f"{whole.rstrip('/')}/metrics"
 
 
-def _read(clock: Callable[[], float], server: Server) -> None:
-    status, body = get(server.name)
+def read(
+    clock: Callable[[], float],
+    server: Server,
+    *,
+    names: Collection[str] = NAMES,
+    timeout_s: float = TIMEOUT_S,
+) -> None:
+    """Add what a server exports now under these names. Raises Unheard."""
+    status, body = get(server.name, timeout_s=timeout_s)
     at = clock()
     if status == 404:
         raise Unheard(f"{server.name}: HTTP 404; start the server with --enable-metrics")
@@ -69,8 +73,8 @@ def _read(clock: Callable[[], float], server: Server) -> None:
         for family in text_string_to_metric_families(body.decode()):
             for sample in family.samples:
                 name = own_name(sample.name)
-                found += name in NAMES or name.startswith(ROUTER)
-                if name in NAMES:
+                found += name in names or name.startswith(ROUTER)
+                if name in names:
                     server.add(name, sample.labels, at, sample.value)
     except (ValueError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -83,8 +87,17 @@ def _read(clock: Callable[[], float], server: Server) -> None:
 
 
 def own_name(name: str) -> str:
-    """A metric's name as SGLang has it."""
-    return PREFIX + name.removeprefix(RENAMED) if name.startswith(RENAMED) else name
+    """A metric's name as SGLang or sglang-hma has it.
+
+    prometheus_client writes the colon as an underscore where a Prometheus asks for OpenMetrics
+    without UTF-8 names, as version 2 does.
+    """
+    for own in (OURS, PREFIX):
+        if name.startswith(own):
+            return name
+        if name.startswith(own.replace(":", "_")):
+            return own + name[len(own) :]
+    return name
 
 
 class Series(msgspec.Struct):

@@ -12,6 +12,7 @@ from sglang.srt.disaggregation.common.conn import AbortNotification, PrefillServ
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
+from sglang_hma.gauges import GAUGES
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.claims import ClaimRenewer
 from sglang_hma.transfer.decode import routes
@@ -23,6 +24,7 @@ from sglang_hma.transfer.decode.route_asker import RouteAsker
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
+from sglang_hma.transfer.metrics import STUCK_PEERS
 from sglang_hma.transfer.page_slices import Pages, PageSlice
 from sglang_hma.transfer.tcp_table import addresses_of, own_ports
 
@@ -60,6 +62,12 @@ class HmaDecodeManager(HmaKVManager):
             self.intake.handler = self.receiver.on_message
         low, high = (int(os.environ.get(name, value)) for name, value in MOONCAKE_PORTS)
         ports = own_ports(low, high) - {int(self.rank_port)}
+        GAUGES.gauge(
+            "kv_stuck_peers",
+            STUCK_PEERS,
+            self,
+            HmaDecodeManager.count_silent,
+        )
         self.quarantine = Quarantine(ports, self._prefill_addresses)
         self._gone: dict[int, set[str]] = {}  # addresses of a failed room's ranks that have ended
         me = str(self.local_ip), int(self.rank_port)
@@ -67,6 +75,10 @@ class HmaDecodeManager(HmaKVManager):
             lambda rank, room: self.tell(rank, messages.Claim(room, *me)),
             lambda rank, rooms: self.tell(rank, messages.Renewal(rooms, *me)),
         )
+
+    def count_silent(self) -> int:
+        """Prefill servers whose last heartbeat has failed."""
+        return sum(failures > 0 for failures in list(self.heartbeat_failures.values()))
 
     # -- handshake --
 

@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.addresses import canonical_host
+from sglang_hma.gauges import GAUGES
 from sglang_hma.kvcache.allocator import SlabPageAllocator
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
@@ -160,12 +161,22 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
     empties the pages of a request whose prompt nobody sends."""
 
     _liveness = PeerLiveness()
-    _quarantined = 0  # pages, as the gauge has them
 
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._asked_s: dict[int, float] = {}  # when prefill was asked about a failed request
+        GAUGES.gauge(
+            "kv_quarantined_pages",
+            "Pages of failed requests, kept until prefill says that no write is on its way",
+            self,
+            HmaDecodeTransferQueue.count_quarantined,
+        )
+
+    def count_quarantined(self) -> int:
+        """Pages of failed requests. From any thread."""
+        prompts = (len(entry[0].req.origin_input_ids) for entry in list(self._deferred_releases))
+        return sum(-(-tokens // PAGE) for tokens in prompts)
 
     @override
     def _commit_transfer_to_req(self, decode_req: DecodeRequest) -> None:
@@ -225,10 +236,3 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         super().resolve_deferred_releases()
         kept = {entry[0].req.bootstrap_room for entry in self._deferred_releases}
         self._asked_s = {room: at for room, at in self._asked_s.items() if room in kept}
-        receiver = self.scheduler.disagg_decode_prealloc_queue.kv_manager.receiver
-        if receiver is not None:
-            prompts = (len(entry[0].req.origin_input_ids) for entry in self._deferred_releases)
-            pages = sum(-(-tokens // PAGE) for tokens in prompts)
-            if pages != self._quarantined:
-                receiver.metrics.quarantined_pages.set(pages)
-                self._quarantined = pages

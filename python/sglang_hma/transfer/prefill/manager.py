@@ -19,6 +19,7 @@ from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
 from sglang_hma.transfer.message_intake import PrefillIntake
 from sglang_hma.transfer.page_slices import Block, Pages
+from sglang_hma.transfer.prefill import gauges
 from sglang_hma.transfer.prefill.jobs import EarlySend
 from sglang_hma.transfer.prefill.link import MooncakeLink
 from sglang_hma.transfer.prefill.link_model import GroupSizer
@@ -48,6 +49,7 @@ class HmaPrefillManager(HmaKVManager):
         if self.plain_pages:
             self.sender = self._make_sender(HmaConfig.require())
             self.intake.handler = self.sender.on_message
+            gauges.show(self.sender)
             self.sender.thread.start()
 
     def _make_sender(self, config: HmaConfig) -> PrefillSender:

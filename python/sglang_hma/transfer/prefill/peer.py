@@ -21,6 +21,10 @@ class Peer:
     progress_s: float = 0.0
     last_end_s: float = 0.0
 
+    def on_wire(self) -> list[Group]:
+        """From any thread."""
+        return [*self.stuck, *self.window]
+
     @property
     def idle(self) -> bool:
         return not (self.jobs or self.window or self.stuck)

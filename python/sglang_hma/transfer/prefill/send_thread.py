@@ -32,6 +32,7 @@ MAX_GROUP_BYTES = 16 << 20
 MAX_WRITES = 1024
 # Mooncake ends a write after a minute (MC_TRANSFER_TIMEOUT).
 STUCK_S = 90.0
+SLOW_S = 10.0  # a peer without the end of any write for so long is one to look at
 MIN_POLL_S, MAX_POLL_S = 50e-6, 400e-6
 TICK_S = 0.25
 KEPT_PEERS = 64  # idle peers beyond these are forgotten, with what was learnt about their links
@@ -87,6 +88,17 @@ class SendThread(threading.Thread):
         """A gate has grown or ended."""
         self._changed = True
         self._wake.set()
+
+    def oldest_write_s(self) -> float:
+        """Age of the oldest group on the wire, 0 without one."""
+        began = [group.started_s for peer in list(self.peers.values()) for group in peer.on_wire()]
+        return time.perf_counter() - min(began) if began else 0.0
+
+    def stuck_peers(self) -> int:
+        """Peers to which writes are on their way and none has ended for SLOW_S."""
+        late_s = time.monotonic() - SLOW_S
+        peers = list(self.peers.values())
+        return sum(bool(peer.on_wire()) and peer.progress_s < late_s for peer in peers)
 
     # -- the thread --
 

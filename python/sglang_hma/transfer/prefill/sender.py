@@ -264,7 +264,6 @@ class PrefillSender:
         if now - self._strays_s > STRAYS_S:
             self._strays_s = now
             self.manager.forget_strays()
-        self.metrics.unsettled_rooms.set(len(self._draining))
         self.trace.flush()
 
     def _look_at_drains(self) -> None:
@@ -299,6 +298,9 @@ class PrefillSender:
                 return
             self.requests.pop(room, None)
             self.manager.close_room(room)
+
+    def count_unsettled(self) -> int:
+        return len(self._draining)
 
     def is_drained(self, room: int) -> bool:
         """Whether no failed write of this room can still leave this host."""
