@@ -110,7 +110,7 @@ class Guarded:
         await send({"type": "http.response.body", "body": body})
 
     def asked_to_end(self) -> None:
-        """SIGTERM, in place of SGLang's own handler, which refuses requests at once."""
+        """SIGTERM, in place of SGLang's own handler, from which on requests are refused."""
         if self._leaves_at is None:
             self._leaves_at = time.monotonic() + ANNOUNCE_S
             logger.warning("SIGTERM: this server takes requests for %g s more", ANNOUNCE_S)
