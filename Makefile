@@ -151,8 +151,20 @@ quality-tasks: venv demo-model ## lm-evaluation-harness on ours and BF16; TASKS=
 train: venv ## Train the small Qwen3 of docs/quality.md (hours; minutes with ARGS='--device cuda'; goes on where it stopped)
 	$(RUN) -m benchmark.quality.train $(ARGS)
 
+.PHONY: faults
+faults: venv ## 2 prefill, 2 decode, router: faults at random under load, then a check; ARGS="--seconds 600 --seed N --json FILE"
+	@$(RUN) -m test.faults $(ARGS)
+
+.PHONY: recovery
+recovery: venv ## How soon requests are answered after a server's death, and what a rolling restart loses; ARGS="--check --json FILE"
+	@$(RUN) -m test.faults.recovery $(ARGS)
+
 .PHONY: soak
-soak: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead link, aborts, flipped bytes (hours)
+soak: venv ## Does memory grow with requests? ARGS="--requests 20000 --check --json FILE" (an hour or two)
+	@$(RUN) -m test.faults.soak $(ARGS)
+
+.PHONY: repeat-faults
+repeat-faults: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead link, aborts, flipped bytes (hours)
 	HMA_SOAK=$(SOAK) $(RUN) -m pytest -o timeout=0 test/e2e/test_faults.py test/e2e/test_link_down.py test/transfer/test_late_writes.py -s $(PYTEST_ARGS)
 
 .PHONY: sanitize

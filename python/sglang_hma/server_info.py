@@ -13,8 +13,16 @@ from sglang_hma.config import HmaConfig
 def get_internal_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
     """SGLang's answer of a scheduler, with ours in it."""
     answer = original(controller, recv_req)
-    answer.internal_state["hma"] = facts(HmaConfig.require())
+    answer.internal_state["hma"] = facts(HmaConfig.require()) | metadata_buffers(controller)
     return answer
+
+
+def metadata_buffers(controller: Any) -> dict[str, Any]:
+    """Where first tokens travel: a request has one until it has landed or failed."""
+    of = getattr(controller.scheduler, "req_to_metadata_buffer_idx_allocator", None)
+    if of is None:
+        return {}
+    return {"metadata_buffers": {"total": of.size, "in_use": of.size - of.available_size()}}
 
 
 def facts(config: HmaConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Faults in the middle of transfers, under load: every request is answered or refused in words,
 no other request changes a token, all pages return, both servers go on.
 
-Each fault is caused HMA_SOAK times (default 1; `make soak` takes 50).
+Each fault is caused HMA_SOAK times (default 1; `make repeat-faults` takes 50).
 """
 
 import contextlib

@@ -150,6 +150,18 @@ def test_a_stopped_scheduler(fleet: Fleet) -> None:
     until(fleet.answers, fleet)
 
 
+def test_a_server_that_is_asked_to_end_starts_again(fleet: Fleet) -> None:
+    again = "decode-0 serves again ("
+    before = fleet.text().count(again)
+    detokenizer = fleet.process("decode", "sglang::detokenizer")
+    detokenizer.parent().terminate()
+    fleet.wait_said("decode-0 has ended as it was asked; starts again")
+    log = (fleet.log.parent / "decode-0.log").read_text()
+    assert "SIGTERM: this server takes requests for 10 s more" in log
+    fleet.wait_said(again, before + 1)
+    until(fleet.answers, fleet)
+
+
 def test_sigterm_lets_requests_finish_and_leaves_nothing(fleet: Fleet) -> None:
     fleet.remember_shared_memory()
     assert len(fleet.shared_memory) >= 2

@@ -19,7 +19,7 @@ from .test_faults import REPEATS, REQUEST_TIMEOUT_S
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(REPEATS == 1, reason="takes minutes and root: make soak"),
+    pytest.mark.skipif(REPEATS == 1, reason="takes minutes and root: make repeat-faults"),
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
 ]
 

@@ -40,6 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--fake-orphans", action="store_true", help="leave processes of own session"
     )
     parser.add_argument("--fake-deaf", action="store_true", help="ignore SIGTERM")
+    parser.add_argument("--fake-polite", action="store_true", help="SIGTERM: exit with code 0")
     parser.add_argument("--fake-hold", help="a file: a POST is answered once it is not there")
     parser.add_argument("--fake-busy", help="a file: /health is answered once it is not there")
     parser.add_argument("--fake-flood", action="store_true", help="print without end")
@@ -136,6 +137,8 @@ def serve(argv: list[str], role: str) -> None:
 
     if args.fake_deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if args.fake_polite:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     ThreadingHTTPServer((args.host, args.port), Handler).serve_forever()
 
 

@@ -225,6 +225,48 @@ def test_an_ending_server_refuses_what_is_new(
     asyncio.run(main())
 
 
+def test_a_server_says_that_it_ends_before_it_refuses(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router that has not yet asked would send it requests, which the other half of the pair
+    then waits for."""
+
+    async def main() -> None:
+        engine = Engine()
+        client = Client(server, engine)
+        client.app._takes_sigterm = True
+        await client.begin()
+        await client.until(lambda status, _: status == 200)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await client.until(lambda *told: told == (503, "the server is ending"))
+        assert (await client.ask("/generate", "POST"))[0] == 299
+        assert not engine.gracefully_exit
+        monkeypatch.setattr(guarded, "ANNOUNCE_S", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)  # there is nobody to tell
+        await client.until(lambda *_: engine.gracefully_exit)
+        assert (await client.ask("/generate", "POST"))[0] == 503
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+
+    monkeypatch.setattr(guarded, "ANNOUNCE_S", 3600.0)
+    asyncio.run(main())
+
+
+def test_a_server_refuses_once_it_has_said_so_for_long_enough(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        engine = Engine()
+        client = Client(server, engine)
+        await client.begin()
+        await client.until(lambda status, _: status == 200)
+        client.app.asked_to_end()
+        await client.until(lambda *_: engine.gracefully_exit)
+        assert (await client.ask("/generate", "POST"))[0] == 503
+
+    monkeypatch.setattr(guarded, "ANNOUNCE_S", 0.3)
+    asyncio.run(main())
+
+
 def test_an_ending_server_waits_so_long(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         engine = Engine()

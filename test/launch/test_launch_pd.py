@@ -118,6 +118,26 @@ def test_one_dies_and_starts_again_on_its_ports(launch: Launch, victim: str) -> 
     assert run.end() == 0 and run.err.read_text() == ""
 
 
+def test_servers_restart_one_after_the_other_when_asked(launch: Launch) -> None:
+    polite = ["--prefill-args", "--fake-polite", "--decode-args", "--fake-polite"]
+    run = launch("--prefill", "2", "--max-restarts", "0", *polite)
+    run.wait_for("  stop: ")
+    before = set(carrying(run.mark))
+    names = ["prefill-0", "prefill-1", "decode-0"]
+    run.popen.send_signal(signal.SIGUSR1)
+    run.wait_for("sglang-hma: decode-0 serves again (")
+    lines = [line.partition(" (")[0] for line in run.lines() if "sglang-hma: " in line]
+    said = ["restarts, as asked", "has ended as it was asked; starts again", "serves again"]
+    expected = [f"sglang-hma: {name} {words}" for name in names for words in said]
+    assert [line for line in lines if line in expected] == expected
+    after = carrying(run.mark)
+    assert len(before - set(after)) == len(names), "the router and the launcher go on"
+    # No more is asked than what was: one of them that is killed still counts as dead.
+    (pid,) = run.pids(WORDS["decode-0"])
+    os.kill(pid, signal.SIGKILL)
+    assert run.end() == 1
+
+
 def test_one_dies_too_often(launch: Launch) -> None:
     run = launch("--max-restarts", "1")
     run.wait_for("  stop: ")

@@ -101,12 +101,30 @@ def test_unclaimed_requests_end_soon_when_every_decode_server_is_gone(
     assert claims.lost() == []  # no decode server has been heard of yet
     for server in servers:
         claims.renewed([], server.getsockname()[:2])
-    servers[0].close()
+        server.close()
+    wait_for(lambda: "all that were known are gone" in str(claims.lost()))
+
+
+def test_requests_that_may_have_gone_to_a_dead_server_do_not_wait_for_the_others(
+    clock: Clock, servers: list[socket.socket]
+) -> None:
+    """SGLang's router tries such a request again only when both servers have answered."""
+    claims = Claims(expected=True)
+    for server in servers:
+        claims.renewed([], server.getsockname()[:2])
+    claims.opened(1)
+    clock.now_s += Claims.ORPHANED_S + 1
     wait_until_probed(claims, servers[1])
-    assert claims.lost() == []  # one still listens
-    servers[1].close()
+    assert claims.lost() == []
+    host, port = servers[0].getsockname()[:2]
+    servers[0].close()
     wait_for(lambda: claims.lost() != [])
-    assert "all that were known are gone" in claims.lost()[0][1]
+    assert claims.lost() == [(1, f"no decode server claimed it, and {host}:{port} is gone")]
+    clock.now_s += Claims.LATELY_S
+    claims.opened(2)  # the router has long known that it is dead
+    clock.now_s += Claims.ORPHANED_S + 1
+    claims.closed(1)
+    assert claims.lost() == []
 
 
 def test_requests_that_never_came_are_told_of_while_they_are_wanted(clock: Clock) -> None:

@@ -15,13 +15,21 @@ SOON_BACK = (
     *("--health-success-threshold", "1"),
     *("--cb-timeout-duration-secs", "5", "--cb-success-threshold", "1"),
 )
+# A dead server refuses at once, and until the router has missed it each try of a request meets it
+# again by chance: one of two, five times within 0.4 s, as is the router's own default, for one
+# request in 32; ten times within 3.5 s for one in 1,000. No lower --cb-failure-threshold instead:
+# a failed request counts against both of its servers, also the one that is well.
+TRIES = ("--retry-max-retries", "10", "--retry-max-backoff-ms", "1000")
 ROUTER_DEFAULTS = ("--health-check-interval-secs", "10", *SOON_BACK)
 # Of sglang_hma.launch_server (launch/http_app.py). SGLang's /health makes a token, and waits for
 # the pass that is running: three in a row come too late, and the router drops a busy server.
 LIVE_PATH = "/health/live"
+# Two missed checks, not three: it answers at once, and one good check brings a server back.
 LIVE_ROUTER_DEFAULTS = (
     *("--health-check-endpoint", LIVE_PATH, "--health-check-interval-secs", "3"),
+    *("--health-failure-threshold", "2"),
     *SOON_BACK,
+    *TRIES,
 )
 NO_CUDA_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
@@ -16,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
 ASK_AFTER_S = 5.0  # without a word of a scheduler's own
+# Three checks of a router that asks every 3 seconds. A request that one half of a pair refuses is
+# one that the other half waits for: SGLang's router waits for both before it tries again.
+ANNOUNCE_S = 10.0
 STILL_TAKEN = ("/abort_request",)  # while a server ends
 # SGLang looks for it every few seconds while it waits for requests to end.
 FORCE_SHUTDOWN = "SGL_FORCE_SHUTDOWN"
@@ -39,8 +43,10 @@ class Guarded:
       waits for a token of the model's, so for whatever pass is running.
     - A server whose process is gone, stopped for long, or neither answers nor computes, ends with
       that reason in its log, after `hang_timeout` seconds.
-    - From SIGTERM on, requests that run may finish for `drain_timeout` seconds; new ones get 503
-      with Retry-After.
+    - From SIGTERM on `LIVE_PATH` says that the server is ending. It still takes requests for
+      ANNOUNCE_S seconds, so that a router that asks is told before it is refused; a second SIGTERM
+      ends that. Then new requests get 503 with Retry-After, and those that run may finish for
+      `drain_timeout` seconds.
 
     `started` gives the engine once it serves; `root` is the server's main process, and `end` ends
     all of it.
@@ -60,6 +66,8 @@ class Guarded:
         self._end = end
         self._drain_timeout, self._hang_timeout = drain_timeout, hang_timeout
         self._members: Members | None = None
+        self._takes_sigterm = root == os.getpid()
+        self._leaves_at: float | None = None  # from SIGTERM on: when new requests are refused
         self._ends_at: float | None = None
         self._heard = 0.0
         self._running: set[asyncio.Task[Any]] = set()
@@ -101,6 +109,21 @@ class Guarded:
         await send(start | {"headers": headers})
         await send({"type": "http.response.body", "body": body})
 
+    def asked_to_end(self) -> None:
+        """SIGTERM, in place of SGLang's own handler, from which on requests are refused."""
+        if self._leaves_at is None:
+            self._leaves_at = time.monotonic() + ANNOUNCE_S
+            logger.warning("SIGTERM: this server takes requests for %g s more", ANNOUNCE_S)
+        else:
+            self._leaves_at = 0.0
+            self._leave(self._started())
+
+    def _leave(self, engine: Engine | None) -> None:
+        """Have SGLang end, once the time is up."""
+        announced = self._leaves_at is not None and time.monotonic() >= self._leaves_at
+        if announced and engine is not None:
+            engine.gracefully_exit = True
+
     def _is_ending(self, engine: Engine | None) -> bool:
         if engine is None or not engine.gracefully_exit:
             return False
@@ -109,7 +132,7 @@ class Guarded:
         return True
 
     def _trouble(self, engine: Engine | None) -> str | None:
-        if self._is_ending(engine):
+        if self._leaves_at is not None or self._is_ending(engine):
             return "the server is ending"
         if self._members is None:
             return "the server is starting"
@@ -126,6 +149,11 @@ class Guarded:
     def _look(self, engine: Engine | None) -> None:
         if engine is None:
             return
+        if self._takes_sigterm:
+            self._takes_sigterm = False
+            # SGLang sets its own handler with its first request, so before it has started.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.asked_to_end)
+        self._leave(engine)
         if self._is_ending(engine):
             if self._ends_at is not None and time.monotonic() > self._ends_at:
                 self._cut()

@@ -68,6 +68,8 @@ what goes where:
 what ends:
   A server or the router that dies, or neither answers nor computes for --hma-hang-timeout, starts
   again with its ports, after 1 s, 2 s, 4 s and so on to 30 s.
+  On SIGTERM to a server that one restarts, on SIGUSR1 each server, one after the other; both let
+  running requests finish and tell the router before.
   After Ctrl-C or SIGTERM requests that run have --hma-drain-timeout to finish, new ones get 503;
   a second one kills.
 exit code: 0 after Ctrl-C or SIGTERM, 1 if a server or the router died too often, 2 for bad flags

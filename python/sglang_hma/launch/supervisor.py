@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -33,6 +34,9 @@ REASON_CHARS = 200
 # One Ctrl-C may arrive twice, from the terminal and from a wrapper that forwards it.
 SAME_SIGNAL_S = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ROLL_SIGNAL = signal.SIGUSR1
+# Between two SIGTERMs to a server: the second says that no router need be told.
+AGAIN_S = 0.5
 
 
 class FleetError(Exception):
@@ -50,9 +54,10 @@ class Fleet:
     `first_request` runs on a thread once everything is healthy; it returns a shell line that
     sends it again, a FleetError from it ends the fleet. From then on what dies is started again,
     as `restarts` allows, with its command and so its ports; so is what neither answers nor computes
-    for `hang_timeout` seconds. Told to stop, the router has `drain_timeout` seconds for the
-    requests that run, while `address` answers new ones with 503. The log of each program is
-    `log_dir`/NAME.log; `verbose` prints it too.
+    for `hang_timeout` seconds. What has ended as it was asked to (SIGTERM) starts again, too, and
+    that counts as no death; on ROLL_SIGNAL each server is asked, one after the other. Told to stop,
+    the router has `drain_timeout` seconds for the requests that run, while `address` answers new
+    ones with 503. The log of each program is `log_dir`/NAME.log; `verbose` prints it too.
     """
 
     def __init__(
@@ -85,6 +90,8 @@ class Fleet:
         self._guardian: Guardian | None = None
         self._serving = False
         self._signals: list[tuple[float, int]] = []
+        self._to_roll: deque[str] = deque()  # servers that are still to be restarted
+        self._rolled: Child | None = None  # the last that was asked to
 
     def run(self) -> int:
         """Exit code: 0 after a requested stop, 1 if something ended or failed by itself."""
@@ -136,6 +143,12 @@ class Fleet:
         nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         for number in STOP_SIGNALS[:2] if nohup else STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+
+        signal.signal(ROLL_SIGNAL, self._on_roll)
+
+    def _on_roll(self, number: int, frame: FrameType | None) -> None:
+        if self._serving and not self._to_roll:
+            self._to_roll.extend(program.name for program in self._servers)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -189,16 +202,33 @@ class Fleet:
                 self._await_return(child)
             elif self._serving and self._watches[name].silent_s > self._hang_timeout:
                 self._kill(child, f"neither answers nor computes for {self._hang_timeout:g} s")
+        if self._to_roll and not (self._due or self._returning or self._leaving):
+            self._roll(self._children[self._to_roll.popleft()])
         if self._guardian and not self._guardian.alive():
             self._console.line("sglang-hma: the guardian process was killed; started again")
             self._guardian = Guardian(self._run_id)
+
+    def _roll(self, child: Child) -> None:
+        """Ask it to end; `_bury` starts it again, and the next one's turn comes when it serves."""
+        self._console.line(f"sglang-hma: {child.name} restarts, as asked")
+        self._rolled = child
+        child.popen.terminate()
+
+    @property
+    def _leaving(self) -> bool:
+        return self._rolled is not None and self._rolled.alive()
 
     def _bury(self, child: Child) -> None:
         """Plan the start of a successor. Raises FleetError if there may be none."""
         child.drain()
         if not self._serving:
             raise FleetError(self._obituary(child))
-        self._returning.pop(child.name, None)
+        served = self._returning.pop(child.name, None) is None
+        if served and child.popen.returncode == 0:
+            self._console.line(f"sglang-hma: {child.name} has ended as it was asked; starts again")
+            kill_program(self._run_id, child.name)
+            self._due[child.name] = time.monotonic()
+            return
         restarts = self._restarts[child.name]
         delay, how = restarts.died(), child.end() + self._reason(child)
         if delay is None:
@@ -257,11 +287,16 @@ class Fleet:
         closed = ClosedPort(*self._address, lambda: until - time.monotonic())
         for group, grace in ((routers, drain), (servers, self._grace)):
             until = time.monotonic() + grace
+            again = [time.monotonic() + AGAIN_S] if group is servers else []
             for child in group:
                 child.popen.terminate()
             while any(child.alive() for child in group) and time.monotonic() < until:
                 if len(self._signals) > asked:
                     break
+                if again and time.monotonic() > again[0]:
+                    again.clear()
+                    for child in group:
+                        child.popen.terminate()
                 if self._serving and asked:
                     closed.try_to_open()
                 time.sleep(TICK_S / 2)

@@ -86,13 +86,16 @@ class Claims:
 
     The router sends each server its half of a request, and may lose either. A request that nobody
     has claimed for UNCLAIMED_S never reached a decode server, or reached one that died at once;
-    ORPHANED_S is enough if every known decode server is gone. A request that was claimed UNOPENED_S
+    ORPHANED_S is enough if every known decode server is gone, or if one was found gone less than
+    LATELY_S before the request came, or since: SGLang's router waits for both servers before it
+    tries a request again, so for this one. A request that was claimed UNOPENED_S
     ago and has not arrived here never will. A decode server that was not heard for LEASE_S is cut
     off.
     """
 
     UNCLAIMED_S = 45.0
     ORPHANED_S = 10.0
+    LATELY_S = 30.0
     UNOPENED_S = 45.0
     LEASE_S = 30.0
     MAX_CLAIMANTS = 1024  # ranks of one request, and ranks that are remembered without one
@@ -105,6 +108,7 @@ class Claims:
         self._claimants: dict[int, dict[Address, bool]] = {}
         self._early = EarlyClaims()
         self._heard_s: dict[Address, float] = {}  # the one heard last stands last
+        self._gone_s: dict[Address, float] = {}  # of those in `_heard_s`: when that was seen
         self._liveness = PeerLiveness()
         self._lock = threading.Lock()
 
@@ -155,6 +159,7 @@ class Claims:
 
     def _heard(self, address: Address) -> None:
         self._heard_s.pop(address, None)
+        self._gone_s.pop(address, None)
         self._heard_s[address] = time.monotonic()
         if len(self._heard_s) <= 2 * self.MAX_CLAIMANTS:
             return
@@ -164,18 +169,19 @@ class Claims:
         ]
         for rank in strangers[: -self.MAX_CLAIMANTS]:
             del self._heard_s[rank]
+            self._gone_s.pop(rank, None)
 
     def lost(self) -> list[tuple[int, str]]:
         """(room, reason) of each open request whose decode server cannot answer any more."""
         found = []
         with self._lock:
-            nobody_left = self._nobody_left()
+            nobody_left = self._look_for_the_gone()
             for room, since in self._opened_s.items():
                 claimants = self._claimants.get(room, {})
                 reasons = (self._loss(address, wants) for address, wants in claimants.items())
                 reason = next(filter(None, reasons), None)
                 if self.expected and not claimants:
-                    reason = self._unclaimed(time.monotonic() - since, nobody_left)
+                    reason = self._unclaimed(since, nobody_left)
                 if reason is not None:
                     found.append((room, reason))
         return found
@@ -198,7 +204,7 @@ class Claims:
         with self._lock:
             return self._early.rooms
 
-    def _nobody_left(self) -> bool:
+    def _look_for_the_gone(self) -> bool:
         """Whether there were decode servers, and all of them are gone. Asked only while a request
         waits for one."""
         waiting_since = time.monotonic() - self.ORPHANED_S
@@ -209,13 +215,21 @@ class Claims:
             return False
         known = [rank for rank in self._heard_s if self._early.is_known(rank)]
         servers = known or list(self._heard_s)[-self.MAX_PROBED :]
-        return bool(servers) and all([self._liveness.is_gone(rank) for rank in servers])
+        gone = [rank for rank in servers if self._liveness.is_gone(rank)]
+        for rank in gone:
+            self._gone_s.setdefault(rank, time.monotonic())
+        return bool(servers) and gone == servers
 
-    def _unclaimed(self, waited_s: float, nobody_left: bool) -> str | None:
+    def _unclaimed(self, since: float, nobody_left: bool) -> str | None:
+        waited_s = time.monotonic() - since
         if waited_s > self.UNCLAIMED_S:
             return f"no decode server claimed it for {self.UNCLAIMED_S:g} s"
-        if waited_s > self.ORPHANED_S and nobody_left:
-            return "no decode server claimed it, and all that were known are gone"
+        if waited_s > self.ORPHANED_S:
+            if nobody_left:
+                return "no decode server claimed it, and all that were known are gone"
+            for (host, port), gone_s in self._gone_s.items():
+                if since < gone_s + self.LATELY_S:
+                    return f"no decode server claimed it, and {host}:{port} is gone"
         return None
 
     def _loss(self, address: Address, wants: bool) -> str | None:

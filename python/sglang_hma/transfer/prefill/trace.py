@@ -1,7 +1,9 @@
 """--hma-trace: when layers were computed and groups were on the wire, as a Chrome trace."""
 
 import atexit
+import contextlib
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -11,13 +13,16 @@ from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer.prefill.jobs import Group
 
+logger = logging.getLogger(__name__)
+
 FLUSH_S = 1.0
 COMPUTE, SEND = 1, 2
 
 
 class Trace:
     """Writes the JSON array format, whose closing bracket is optional, so that a file that was cut
-    off still opens. Without a path nothing is recorded."""
+    off still opens. Without a path nothing is recorded. A full disk ends the trace, after its last
+    whole event, and nothing else."""
 
     def __init__(self, path: Path | None, name: str) -> None:
         self._path = path
@@ -86,5 +91,25 @@ class Trace:
             if gate.ended_s is not None and gate.ended_s > begin:
                 self._span(COMPUTE, "rest", begin, gate.ended_s)
         events, self._events = self._events, []
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(event) + ",\n" for event in events)
+        self._append("".join(json.dumps(event) + ",\n" for event in events))
+
+    def _append(self, lines: str) -> None:
+        path = self._path
+        assert path is not None
+        size = None
+        try:
+            size = path.stat().st_size
+            with path.open("a") as file:
+                file.write(lines)
+        except OSError as error:
+            self._path = None
+            self._gates.clear()
+            logger.error(
+                "--hma-trace %s: %s, so the trace ends here; make room and restart the server "
+                "for another",
+                path,
+                error.strerror,
+            )
+            with contextlib.suppress(OSError):
+                if size is not None:
+                    os.truncate(path, size)

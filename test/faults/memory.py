@@ -1,0 +1,67 @@
+"""Resident memory of processes over time, and how fast it grows."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MB = 1e6
+Who = tuple[int, str]  # process, and what it is
+
+
+@dataclass
+class Sample:
+    time_s: float
+    requests: int
+    rss: dict[Who, int]
+
+
+@dataclass
+class Memory:
+    """Samples `look()` every `every_s` seconds, beside what `requests()` says then."""
+
+    look: Callable[[], dict[Who, int]]
+    requests: Callable[[], int]
+    every_s: float = 2.0
+    samples: list[Sample] = field(default_factory=list)
+
+    def __enter__(self) -> "Memory":
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._stop.wait(self.every_s):
+            self.samples.append(Sample(time.monotonic(), self.requests(), self.look()))
+
+    def whole(self) -> set[Who]:
+        """Processes that are in every sample."""
+        return (
+            set.intersection(*(set(each.rss) for each in self.samples)) if self.samples else set()
+        )
+
+
+def slope(samples: list[Sample], who: Who) -> float:
+    """MB per 1,000 requests, by least squares over the samples that have this process."""
+    points = [(each.requests, each.rss[who]) for each in samples if who in each.rss]
+    if len({requests for requests, _ in points}) < 2:
+        return 0.0
+    requests, rss = np.array(points, dtype=np.float64).T
+    return float(np.polyfit(requests / 1000, rss / MB, 1)[0])
+
+
+def growth(samples: list[Sample], who: Who, settled_s: float) -> float:
+    """MB between the median of the first three samples `settled_s` seconds after this process was
+    first seen, and that of the last three; 0 if it did not live for so long."""
+    own = [each for each in samples if who in each.rss]
+    old = [each.rss[who] for each in own if each.time_s >= own[0].time_s + settled_s]
+    if len(old) < 6:
+        return 0.0
+    return float(np.median(old[-3:]) - np.median(old[:3])) / MB
