@@ -153,7 +153,7 @@ train: venv ## Train the small Qwen3 of docs/quality.md (hours; minutes with ARG
 
 .PHONY: soak
 soak: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead link, aborts, flipped bytes (hours)
-	HMA_SOAK=$(SOAK) $(RUN) -m pytest -o timeout=0 test/e2e/test_faults.py test/e2e/test_link_down.py test/transfer/test_late_writes.py -s $(PYTEST_ARGS)
+	HMA_SOAK=$(SOAK) $(RUN) -m pytest -o timeout=0 test/e2e/test_faults.py test/e2e/test_link_down.py test/transfer/test_late_writes.py test/transfer/test_protocol.py -s $(PYTEST_ARGS)
 
 .PHONY: sanitize
 sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan
