@@ -88,6 +88,11 @@ bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, an
 fuzz-messages: venv ## 10,000 mutated control messages to each role of real managers; ARGS='COUNT SEED'
 	$(RUN) -m test.transfer.fuzz_messages $(ARGS)
 
+.PHONY: fuzz-inputs
+fuzz-inputs: venv ## 100,000 inputs to what parses messages, formats, routes and request fields (atheris); ARGS='COUNT SEED'
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) -r requirements/fuzz.txt
+	$(RUN) -m test.transfer.fuzz_inputs $(ARGS)
+
 .PHONY: check-planner
 check-planner: venv ## The planner's simulator against closed forms; ARGS=--check
 	@mkdir -p build/bench
