@@ -266,6 +266,7 @@ class World:
             found += [
                 Connection((DECODE_IP, to.rpc_port), (PREFILL_IP, 40000 + port), 1, 0, 0, 7)
                 for to, port, _ in self.half_open
+                if all(one.remote[1] != 40000 + port for one in found)
             ]
         return found
 
