@@ -88,6 +88,11 @@ bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, an
 fuzz-messages: venv ## 10,000 mutated control messages to each role of real managers; ARGS='COUNT SEED'
 	$(RUN) -m test.transfer.fuzz_messages $(ARGS)
 
+.PHONY: fuzz-inputs
+fuzz-inputs: venv ## 100,000 inputs to what parses messages, formats, routes and request fields (atheris); ARGS='COUNT SEED'
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) -r requirements/fuzz.txt
+	$(RUN) -m test.transfer.fuzz_inputs $(ARGS)
+
 .PHONY: check-planner
 check-planner: venv ## The planner's simulator against closed forms; ARGS=--check
 	@mkdir -p build/bench
@@ -165,7 +170,7 @@ soak: venv ## Does memory grow with requests? ARGS="--requests 20000 --check --j
 
 .PHONY: repeat-faults
 repeat-faults: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGSTOP, dead link, aborts, flipped bytes (hours)
-	HMA_SOAK=$(SOAK) $(RUN) -m pytest -o timeout=0 test/e2e/test_faults.py test/e2e/test_link_down.py test/transfer/test_late_writes.py -s $(PYTEST_ARGS)
+	HMA_SOAK=$(SOAK) $(RUN) -m pytest -o timeout=0 test/e2e/test_faults.py test/e2e/test_link_down.py test/transfer/test_late_writes.py test/transfer/test_protocol.py -s $(PYTEST_ARGS)
 
 .PHONY: sanitize
 sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan

@@ -44,8 +44,8 @@ def valid(pair: Pair, rng: random.Random) -> list[bytes]:
             [name, str(rng.randrange(6)).encode(), b"0", b"a reason"],
             messages.frames(messages.Claim(room, host, port)),
             messages.frames(messages.Renewal([room], host, port)),
-            messages.frames(messages.Landed(room, 1, 0, 0, 1, 0, 2, [1, 2])),
-            messages.frames(messages.Resend(room, 1, session, 0, 1, 0, 2)),
+            messages.frames(messages.Landed(room, 1, 0, 0, 1, 0, 2, [1, 2], 0)),
+            messages.frames(messages.Resend(room, 1, session, 0, 1, 0, 2, 1)),
             messages.frames(messages.Verified(room, 1, session)),
         )
     )

@@ -149,6 +149,19 @@ def test_requests_that_never_came_are_told_of_while_they_are_wanted(clock: Clock
     assert len(claims._early) == 0, "claims of requests that never came are forgotten"
 
 
+def test_claims_of_a_server_that_has_died_are_forgotten(clock: Clock) -> None:
+    """It sends no list that is without them. One that was only cut off claims them again."""
+    claims = Claims(expected=True)
+    claims.claimed(1, A)
+    for _ in range(5):
+        clock.now_s += Claims.UNOPENED_S + 1
+        claims.unopened()
+    assert len(claims._early) == 0
+    claims.renewed([1], A)
+    clock.now_s += Claims.UNOPENED_S + 1
+    assert claims.unopened() == [(1, [A])]
+
+
 def given_up(claims: Claims) -> set[int]:
     return {room for room, why in claims.lost() if "given it up" in why}
 

@@ -61,9 +61,9 @@ def refusal(message: list[bytes]) -> str | None:
         ([introduction()], 3, ["registered 3 KV buffers", "4"]),
         ([b"HMA-KV" + str(OURS).encode()], 4, ["does not say which protocol it speaks"]),
         (
-            [introduction().replace(b"/1 ", b"/2 ", 1)],
+            [introduction().replace(b"/2 ", b"/3 ", 1)],
             4,
-            ["10.0.0.2", "version 2", "this server version 1", "the same sglang-hma"],
+            ["10.0.0.2", "version 3", "this server version 2", "the same sglang-hma"],
         ),
         ([introduction()[:-1]], 4, ["10.0.0.2"]),
     ],

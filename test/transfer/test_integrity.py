@@ -3,6 +3,7 @@
 import random
 import struct
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
@@ -47,7 +48,7 @@ class Decode:
             for kv in (0, 1)
         ]
         return messages.Landed(
-            9, generation, 0, layers.start, layers.stop - layers.start, first, count, found
+            9, generation, 0, layers.start, layers.stop - layers.start, first, count, found, 0
         )
 
 
@@ -88,9 +89,12 @@ def test_any_flipped_byte_is_found_and_the_range_asked_for_again(seed: int) -> N
     flipped = rng.randrange(1, 256)
     damaged[byte] ^= flipped
     resend = decode.verifier.compare(landed, "10.0.0.2:15000")
-    assert resend == messages.Resend(9, 5, "10.0.0.2:15000", 1, 2, 1, 5)
-    for _ in range(MAX_RESENDS - 1):
-        assert decode.verifier.compare(landed, "s") is not None
+    assert resend == messages.Resend(9, 5, "10.0.0.2:15000", 1, 2, 1, 5, 1)
+    for attempt in range(1, MAX_RESENDS):
+        assert decode.verifier.compare(landed, "s") is None, "what was sent first, announced twice"
+        landed = msgspec.structs.replace(landed, attempt=attempt)
+        assert decode.verifier.compare(landed, "s").attempt == attempt + 1
+    landed = msgspec.structs.replace(landed, attempt=MAX_RESENDS)
     with pytest.raises(CorruptPages, match=r"pages 1\.\.5 of layers 1\.\.2 arrived with wrong"):
         decode.verifier.compare(landed, "s")
     damaged[byte] ^= flipped
@@ -116,7 +120,7 @@ def test_ranges_outside_the_request_are_refused(
     decode.verifier.expect(9, 5, np.arange(2, dtype=np.int32), 1)
     span = layers.start, layers.stop - layers.start, first, count
     with pytest.raises(CorruptPages, match="announced layers"):
-        decode.verifier.compare(messages.Landed(9, 5, 0, *span, [0] * digests), "s")
+        decode.verifier.compare(messages.Landed(9, 5, 0, *span, [0] * digests, 0), "s")
 
 
 @given(st.integers(2, 4), st.integers(0, 2**32 - 1))
@@ -132,7 +136,7 @@ def test_slices_of_pages_from_several_ranks(ranks: int, seed: int) -> None:
             for layer in range(LAYERS)
             for index in (layer, LAYERS + layer)
         ]
-        landed = messages.Landed(9, 5, rank, 0, LAYERS, 0, 3, found)
+        landed = messages.Landed(9, 5, rank, 0, LAYERS, 0, 3, found, 0)
         assert decode.verifier.compare(landed, "s") is None
     assert decode.verifier.complete(9)
 

@@ -164,7 +164,7 @@ def test_our_messages_go_to_the_handler_and_no_further() -> None:
     made.handler = heard.append
     assert made.screen(messages.frames(claim)) is None and heard == [claim]
     assert made.screen([messages.CLAIM_TAG, b"junk"]) is None and heard == [claim]
-    assert made.screen(messages.frames(messages.Landed(1, 2, 3, 4, 5, 6, 7, [8]))) is None
+    assert made.screen(messages.frames(messages.Landed(1, 2, 3, 4, 5, 6, 7, [8], 0))) is None
     assert heard == [claim], "a message for the other role"
 
 
@@ -199,6 +199,6 @@ def test_what_decode_takes() -> None:
 
 def test_other_protocol_versions_are_named(caplog: pytest.LogCaptureFixture) -> None:
     tag, _, body = messages.frames(messages.Claim(77, "10.0.0.2", 5000))
-    for version, words in ((b"2", "version 2"), (b"\xff", "version unknown")):
+    for version, words in ((b"3", "version 3"), (b"\xff", "version unknown")):
         assert intake().screen([tag, version, body]) is None
-        assert words in caplog.text and "this server version 1" in caplog.text
+        assert words in caplog.text and "this server version 2" in caplog.text

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sglang.srt.disaggregation.base import KVPoll
 
+from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.prefill import strays
 from sglang_hma.transfer.prefill.manager import MAX_BATCH_ENTRIES, HmaPrefillManager
 
@@ -42,6 +43,46 @@ def test_long_block_lists_travel_in_bounded_batches() -> None:
     assert made._transfer_data(session, wanted) == 0
     assert max(batches) <= MAX_BATCH_ENTRIES and sum(batches) == blocks
     assert torch.equal(target[order], source)
+
+
+def test_a_request_that_is_aborted_before_its_pass_leaves_nothing(
+    managers: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang drops it then without a word to the transfer but `abort`."""
+    room = next(managers.rooms)
+    sender, receiver = managers.sender(room), managers.receiver(room)
+    receiver.send_metadata(np.array([1], dtype=np.int32), aux_index=1)
+    until(lambda: sender.poll() == KVPoll.WaitingForInput)
+    prefill = managers.prefill
+    assert prefill.sender is not None
+    claims = prefill.sender.claims
+    until(lambda: room in claims._claimants)
+    sender.abort()
+    assert room not in claims._opened_s and room not in claims._claimants
+    monkeypatch.setattr(strays, "KEPT_S", -1.0)
+    prefill.forget_strays()
+    prefill.forget_strays()
+    for table in (prefill.transfer_infos, prefill.request_status, prefill.failure_records):
+        assert room not in table
+    receiver.abort()
+    receiver.clear()
+
+
+def test_decode_gets_its_pages_back_though_its_registration_was_lost(managers: Pair) -> None:
+    """Prefill listens to no server that has not registered."""
+    receiver = managers.receiver(next(managers.rooms))
+    room, decode = receiver.bootstrap_room, managers.decode
+    registrations = managers.prefill.intake.registrations
+    until(lambda: registrations.get(decode.get_session_id()))
+    with registrations._lock:
+        registrations._sessions.clear()
+    receiver.send_metadata(np.array([1], dtype=np.int32), aux_index=1)
+    receiver.abort()
+    ranks = control_ports(receiver.bootstrap_infos)
+    decode.repeat_abort(room, receiver._abort_generation, ranks)
+    until(lambda: decode.confirmed_ranks(room) == {0})
+    decode.clear_deferred_abort_state(room)
+    receiver.clear()
 
 
 def test_what_decode_says_of_a_room_that_never_begins_is_forgotten(

@@ -105,7 +105,8 @@ class Recorder:
 
 def announcement(layers: LayerRange) -> Landed:
     job = layers.job
-    return Landed(job.room, 0, 0, layers.first_layer, layers.layers, job.first_page, job.pages, [])
+    place = layers.first_layer, layers.layers, job.first_page, job.pages
+    return Landed(job.room, 0, 0, *place, [], job.attempt)
 
 
 def job(room: int, session: str, pages: list[int], gate: LayerGate, *, last: bool) -> Job:
@@ -196,6 +197,21 @@ def test_a_failed_forward_fails_its_requests_and_no_others(seed: int) -> None:
     drive(thread, [whole], rng)
     assert listener.failed == {1: "the forward pass failed: out of memory"}
     assert {one.room for one in listener.finished} == {1, 2}
+
+
+def test_what_is_sent_again_leaves_in_one_piece(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode knows a range by where it begins."""
+    link = SimulatedLink(random.Random(seed))
+    listener = Recorder(link)
+    thread = SendThread(link, listener, GroupSizer())
+    jobs = [job(room, "a", [1, 2, 5], LayerGate.open(LAYERS), last=True) for room in range(2)]
+    jobs[1].attempt = 1
+    monkeypatch.setattr(send_thread, "MAX_GROUP_BYTES", jobs[0].layer_bytes * (LAYERS + 2))
+    for one in jobs:
+        thread.put(one)
+    thread.step()
+    groups = [[(r.job.room, r.layers) for r in each.ranges] for each in thread.peers["a"].window]
+    assert groups == [[(0, LAYERS)], [(1, LAYERS)]]
 
 
 def test_a_failed_write_is_not_tried_again(seed: int) -> None:

@@ -131,9 +131,24 @@ def test_nothing_is_sent_again_after_a_success(seed: int) -> None:
     servers.sender.on_message(messages.Verified(0, generation, SESSION))
     assert servers.sent_status[0] == "succeeded"
     submitted = servers.link.handles
-    late = messages.Resend(0, generation, SESSION, first_layer=0, layers=1, first_page=0, pages=1)
+    late = messages.Resend(0, generation, SESSION, 0, 1, 0, 1, attempt=1)
     servers.sender.on_message(late)
     assert not servers.sender.thread.step() and servers.link.handles == submitted
+
+
+def test_a_range_is_sent_again_once_for_each_question(seed: int) -> None:
+    """A second copy of a write would still be on its way when decode has verified the first."""
+    servers = Servers(seed)
+    (one,) = requests(servers, 1)
+    one.add(slice(0, len(one.source)), None, one.row)
+    while servers.link.running or servers.sender.thread.step():
+        servers.sender.thread.step()
+    generation = one.destination.generation
+    asked = messages.Resend(0, generation, SESSION, 0, LAYERS, 0, len(one.source), attempt=1)
+    again = msgspec.structs.replace(asked, attempt=2)
+    for question, jobs in ((asked, 1), (asked, 1), (again, 2), (asked, 2), (again, 2)):
+        servers.sender.on_message(question)
+        assert servers.sends(0) == jobs
 
 
 @pytest.mark.parametrize("lasting", [False, True])
@@ -243,7 +258,7 @@ def test_decode_cannot_ask_for_pages_of_others(
     one = Request(servers, 0, [4, 5, 6], [1, 2, 3])
     one.add(slice(0, 2), EarlySend(one.gate, one.gate), None)
     generation = one.destination.generation
-    resend = messages.Resend(0, generation, SESSION, *layers, *pages)
+    resend = messages.Resend(0, generation, SESSION, *layers, *pages, attempt=1)
     servers.sender.on_message(msgspec.structs.replace(resend, generation=generation + 1))
     servers.sender.on_message(msgspec.structs.replace(resend, session="10.0.0.3:15001"))
     assert servers.sent_status[0] == "sending"

@@ -98,6 +98,7 @@ class Claims:
     LATELY_S = 30.0
     UNOPENED_S = 45.0
     LEASE_S = 30.0
+    FORGOTTEN_S = 180.0  # a silent rank's claims of requests that never came
     MAX_CLAIMANTS = 1024  # ranks of one request, and ranks that are remembered without one
     MAX_PROBED = 64  # ranks that have claimed nothing that was here
 
@@ -192,7 +193,12 @@ class Claims:
         A room is returned once every UNOPENED_S as long as a rank wants it.
         """
         with self._lock:
-            return list(self._early.overdue(time.monotonic(), self.UNOPENED_S).items())
+            now = time.monotonic()
+
+            def is_silent(rank: Address) -> bool:
+                return now - self._heard_s.get(rank, 0.0) > self.FORGOTTEN_S
+
+            return list(self._early.overdue(now, self.UNOPENED_S, is_silent).items())
 
     def count_unclaimed(self) -> int:
         """Requests that are here and that no decode rank has claimed."""

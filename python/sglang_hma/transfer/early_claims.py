@@ -5,7 +5,7 @@ belongs here may be lost, which decode must be told. But anybody can claim numbe
 knows. So what is kept is bounded, and strangers only push out what strangers have claimed.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from sglang_hma.transfer.liveness import Address
@@ -70,9 +70,12 @@ class EarlyClaims:
             self._drop(rank, room)
         return wants
 
-    def overdue(self, now_s: float, after_s: float) -> dict[int, list[Address]]:
+    def overdue(
+        self, now_s: float, after_s: float, is_silent: Callable[[Address], bool]
+    ) -> dict[int, list[Address]]:
         """Rooms that were claimed more than `after_s` ago, with the ranks that want them; their
-        time begins anew. Old claims that nobody wants are removed."""
+        time begins anew. Old claims that nobody wants are removed, and those of silent ranks: one
+        that lives claims them again with its next list."""
         found: dict[int, list[Address]] = {}
         for rank, claims in list(self._by_rank.items()):
             for room, claim in list(claims.items()):
@@ -81,7 +84,7 @@ class EarlyClaims:
                 if claim.wants:
                     claim.since_s = now_s
                     found.setdefault(room, []).append(rank)
-                else:
+                if not claim.wants or is_silent(rank):
                     self._drop(rank, room)
         return found
 

@@ -100,7 +100,7 @@ class HmaKVSender(MooncakeKVSender):
             return
         try:
             super().abort()
-            self.kv_mgr.rooms.close(self.bootstrap_room)
+            self.kv_mgr.let_go(self.bootstrap_room)
         finally:
             self._let_go()
 

@@ -175,7 +175,8 @@ class Verifier:
 
     def compare(self, landed: Landed, session: str) -> Resend | None:
         """Hash the range's pages. None if they match or the request has ended, else what to ask
-        for again; `session` is this server's.
+        for again; `session` is this server's. A range is asked for once after each attempt, however
+        often that is announced: a write that nobody waits for could land in pages that are read.
 
         Raises CorruptPages when the range has been resent too often, or does not lie within the
         request.
@@ -186,10 +187,12 @@ class Verifier:
         self._check(landed, arrival)
         part = landed.rank % arrival.ranks
         key = (part, landed.first_layer, landed.first_page)
+        tries = arrival.resends.get(key, 0)
+        if key in arrival.verified or landed.attempt != tries:
+            return None
         if self._digests(landed, arrival, part) == landed.digests:
             arrival.verified[key] = landed.layers * landed.pages
             return None
-        tries = arrival.resends.get(key, 0)
         last = landed.first_layer + landed.layers - 1
         if tries >= MAX_RESENDS:
             raise CorruptPages(
@@ -205,6 +208,7 @@ class Verifier:
             layers=landed.layers,
             first_page=landed.first_page,
             pages=landed.pages,
+            attempt=tries + 1,
         )
 
     def _check(self, landed: Landed, arrival: Arrival) -> None:

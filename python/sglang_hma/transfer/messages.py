@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 
 # Raised whenever a server of the version before would misread a message or a field.
-PROTOCOL = 1
+PROTOCOL = 2
 VERSION = str(PROTOCOL).encode()
 
 CLAIM_TAG = b"HMA-CLAIM"
@@ -37,6 +37,7 @@ Page = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PAGES)]
 PageCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES)]
 Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+Attempt = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 Word = Annotated[int, msgspec.Meta(ge=0)]
 Host = Annotated[str, msgspec.Meta(max_length=MAX_HOST)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
@@ -70,7 +71,7 @@ class Landed(msgspec.Struct, frozen=True, array_like=True):
     """Prefill to decode: these pages of these layers have landed, and these are their digests.
 
     `first_page` is an index into the request's page list. `digests` is [layers][K, V], flattened:
-    integrity.digests of those pages.
+    integrity.digests of those pages. `attempt` counts how often the range was sent before.
     """
 
     room: Word
@@ -81,6 +82,7 @@ class Landed(msgspec.Struct, frozen=True, array_like=True):
     first_page: Page
     pages: PageCount
     digests: Annotated[list[Word], msgspec.Meta(max_length=2 * MAX_LAYERS)]
+    attempt: Attempt
 
 
 class Metadata(msgspec.Struct, frozen=True, array_like=True):
@@ -95,7 +97,7 @@ class Metadata(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Resend(msgspec.Struct, frozen=True, array_like=True):
-    """Decode to prefill: send this range again, its digests differ."""
+    """Decode to prefill: send this range again, for the `attempt`-th time; its digests differ."""
 
     room: Word
     generation: Word
@@ -104,6 +106,7 @@ class Resend(msgspec.Struct, frozen=True, array_like=True):
     layers: Layers
     first_page: Page
     pages: PageCount
+    attempt: Attempt
 
 
 class Verified(msgspec.Struct, frozen=True, array_like=True):

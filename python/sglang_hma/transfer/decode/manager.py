@@ -271,10 +271,12 @@ class HmaDecodeManager(HmaKVManager):
             self._gone[room] = set().union(*(addresses_of(host) for host, _ in ranks))
 
     def repeat_abort(self, room: int, generation: int | None, ranks: Sequence[Address]) -> None:
-        """Ask prefill ranks once more to confirm that nothing is on its way."""
+        """Ask prefill ranks once more to confirm that nothing is on its way. They listen to none
+        that has not registered, and that message may be the one that was lost."""
         me = str(self.local_ip), int(self.rank_port)
         question = AbortNotification(room, *me, generation).to_zmq()
         for rank in ranks:
+            self.send(rank, self.build_receiver_registration_message())
             self.send(rank, question)
 
     def _prefill_addresses(self) -> set[str]:

@@ -36,7 +36,7 @@ class Job:
     gate: LayerGate
     metadata: Sequence[Block] = ()
     last: bool = False
-    resent: bool = False
+    attempt: int = 0  # how often its range was sent before
     next_layer: int = 0
     end_layer: int = -1
     in_flight: int = 0  # groups

@@ -102,6 +102,8 @@ class HmaPrefillManager(HmaKVManager):
             self.transfer_infos.pop(room, None)
             self.req_to_decode_prefix_len.pop(room, None)
             self.request_status.pop(room, None)
+            with self.failure_lock:
+                self.failure_records.pop(room, None)
 
     def watched_threads(self) -> list[threading.Thread]:
         more = [self.sender.thread] if self.sender is not None else []
@@ -229,6 +231,13 @@ class HmaPrefillManager(HmaKVManager):
             if code != 0:
                 return int(code)
         return 0
+
+    def let_go(self, room: int) -> None:
+        """A request was aborted. SGLang may not speak of it again: what decode has said of it is
+        then a stray's."""
+        self.rooms.close(room)
+        if self.sender is not None:
+            self.sender.claims.closed(room)
 
     def forget(self, room: int) -> None:
         super().forget(room)

@@ -86,6 +86,8 @@ class OutgoingRequest:
     verified: set[str] = field(default_factory=set)
     all_sent_s: float | None = None
     resends: int = 0
+    # The last attempt that decode has asked for, by (session, first layer, first page).
+    attempts: dict[tuple[str, int, int], int] = field(default_factory=dict)
     submitted: list[tuple[float, int]] = field(default_factory=list)
     forward: LayerGate | None = None
     last_send_s: float = 0.0
@@ -124,8 +126,12 @@ class OutgoingRequest:
             for one in self.destinations.values()
         ]
 
-    def resend_job(self, resend: Resend) -> Job:
-        """Raises ValueError unless decode may ask for this range."""
+    def resend_job(self, resend: Resend) -> Job | None:
+        """None for a question that came before: nobody would wait for the write that answers it.
+        Raises ValueError unless decode may ask for this range."""
+        key = resend.session, resend.first_layer, resend.first_page
+        if resend.attempt != self.attempts.get(key, 0) + 1:
+            return None
         destination = self.destinations[resend.session]
         end_layer = resend.first_layer + resend.layers
         end_page = resend.first_page + resend.pages
@@ -138,6 +144,7 @@ class OutgoingRequest:
             or self.resends > MAX_RESENDS_PER_ROOM
         ):
             raise ValueError("decode asked again for pages that it has no claim to")
+        self.attempts[key] = resend.attempt
         return Job(
             self.room,
             destination.session,
@@ -145,13 +152,13 @@ class OutgoingRequest:
             page_runs(source, destination.pages[resend.first_page : end_page]),
             destination.slices,
             LayerGate.open(self.layers),
-            resent=True,
+            attempt=resend.attempt,
             next_layer=resend.first_layer,
             end_layer=end_layer,
         )
 
     def note_submitted(self, layers: LayerRange) -> None:
-        if not layers.job.resent:
+        if not layers.job.attempt:
             self.submitted.append((time.perf_counter(), layers.bytes))
 
     def note_sent(self, session: str) -> bool:

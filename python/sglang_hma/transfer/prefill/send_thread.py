@@ -208,8 +208,8 @@ class SendThread(threading.Thread):
             )
             # One layer always fits an empty group.
             layers = min(ready - job.next_layer, max(fits, 0 if ranges else 1))
-            if layers <= 0:
-                break
+            if layers <= 0 or (job.attempt and ranges and layers < ready - job.next_layer):
+                break  # What is sent again is announced as it was before: in one piece.
             ranges.append(LayerRange(job, job.next_layer, layers))
             job.next_layer += layers
             size += layers * layer_bytes

@@ -132,6 +132,8 @@ class PrefillSender:
         except ValueError as error:
             self._fail(request.room, str(error))
             return
+        if job is None:
+            return
         logger.warning(
             "Room %s: pages %d..%d of layers %d..%d arrived with wrong bytes, sending them again",
             request.room,
@@ -176,6 +178,7 @@ class PrefillSender:
             first_page=layers.job.first_page,
             pages=layers.job.pages,
             digests=made,
+            attempt=layers.job.attempt,
         )
 
     def on_group_done(self, group: Group, now_s: float) -> None:
