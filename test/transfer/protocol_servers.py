@@ -70,7 +70,7 @@ class Server:
             socket = self.address[1], self.inbox
             patch.setattr(common_conn, "get_zmq_socket_on_host", lambda *_, **__: socket)
             patch.setattr(mooncake_conn, "get_mooncake_transfer_engine", lambda: self)
-            patch.setattr(manager_module, "Outbox", lambda: self)
+            patch.setattr(manager_module, "Outbox", lambda _=None: self)
             patch.setattr(decode_manager, "own_ports", lambda *_: {self.rpc_port})
             mode, arguments = DisaggregationMode(self.role), get_server_args()
             self.manager = self.kind(self.memory.kv_args(), mode, arguments, False)
