@@ -44,6 +44,8 @@ class Queue(HmaDecodeTransferQueue):
             enable_hisparse=False,
             output_streamer=server,
             metrics_reporter=SimpleNamespace(enable_metrics=False),
+            recv_from_tokenizer=None,
+            tp_size=1,
             running_batch=SimpleNamespace(is_empty=lambda: True),
             disagg_decode_prealloc_queue=SimpleNamespace(kv_manager=server.manager),
         )

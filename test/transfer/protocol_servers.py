@@ -6,6 +6,7 @@ hands.
 """
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,11 +71,13 @@ class Server:
             socket = self.address[1], self.inbox
             patch.setattr(common_conn, "get_zmq_socket_on_host", lambda *_, **__: socket)
             patch.setattr(mooncake_conn, "get_mooncake_transfer_engine", lambda: self)
-            patch.setattr(manager_module, "Outbox", lambda _=None: self)
+            outbox = SimpleNamespace(count_waiting=_none, count_lost=_none)
+            patch.setattr(manager_module, "Outbox", outbox)
+            patch.setattr(self.kind, "outbox", self)
             patch.setattr(decode_manager, "own_ports", lambda *_: {self.rpc_port})
             mode, arguments = DisaggregationMode(self.role), get_server_args()
             self.manager = self.kind(self.memory.kv_args(), mode, arguments, False)
-            assert self.manager.outbox is self
+            vars(self.manager)["outbox"] = self
         self.receive_loop = self.manager._worker_threads[0].target
         self.free_pages, self.free_rows = list(range(PAGES)), list(range(ROWS))
         world.servers[self.address] = world.by_session[self.session] = self
@@ -135,3 +138,7 @@ class Server:
         """Whether a write is to pages (or to metadata rows), and to which."""
         data, _, first = self.place(write.target)
         return data.shape[1] == PAGES, set(range(first, first + write.length // data[0, 0].nbytes))
+
+
+def _none(_: object) -> int:
+    return 0
