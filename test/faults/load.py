@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from ..e2e.client import Greedy, greedy, payload
+from .background import Background
 from .outcome import Outcome, Reply, judge
 
 LENGTHS, OUTPUTS = (20, 33, 64, 150, 400), (4, 12, 40)
@@ -37,7 +37,7 @@ def quiet_answers(url: str, asked: list[Question]) -> list[Greedy]:
 
 
 @dataclass
-class Load:
+class Load(Background):
     """`clients` of them in a thread of their own; every second question is asked as a stream."""
 
     url: str
@@ -49,24 +49,10 @@ class Load:
     limit: int | None = None  # of requests
     begun: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
-    failure: BaseException | None = None
-
-    def __enter__(self) -> "Load":
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Every request that was begun has its outcome then."""
-        self._stop.set()
-        self._thread.join()
-        if self.failure is not None:
-            raise self.failure
 
     @property
     def done(self) -> bool:
-        return not self._thread.is_alive()
+        return not self.thread.is_alive()
 
     @property
     def lost(self) -> int:
@@ -81,10 +67,7 @@ class Load:
         return min(filter(test, list(self.outcomes)), key=lambda each: each.ended_s, default=None)
 
     def _work(self) -> None:
-        try:
-            asyncio.run(self._all())
-        except BaseException as error:
-            self.failure = error
+        asyncio.run(self._all())
 
     async def _all(self) -> None:
         timeout = aiohttp.ClientTimeout(total=self.wait_s)
@@ -94,7 +77,7 @@ class Load:
 
     async def _client(self, session: aiohttp.ClientSession, index: int) -> None:
         rng = random.Random(f"{self.seed}/{index}")
-        while not self._stop.is_set() and (self.limit is None or self.begun < self.limit):
+        while not self.stop.is_set() and (self.limit is None or self.begun < self.limit):
             self.begun += 1
             which, streams = rng.randrange(len(self.asked)), rng.random() < 0.5
             began = time.monotonic()

@@ -1,11 +1,12 @@
 """Resident memory of processes over time, and how fast it grows."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from .background import Background
 
 MB = 1e6
 Who = tuple[int, str]  # process, and what it is
@@ -19,7 +20,7 @@ class Sample:
 
 
 @dataclass
-class Memory:
+class Memory(Background):
     """Samples `look()` every `every_s` seconds, beside what `requests()` says then."""
 
     look: Callable[[], dict[Who, int]]
@@ -27,18 +28,8 @@ class Memory:
     every_s: float = 2.0
     samples: list[Sample] = field(default_factory=list)
 
-    def __enter__(self) -> "Memory":
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
     def _work(self) -> None:
-        while not self._stop.wait(self.every_s):
+        while not self.stop.wait(self.every_s):
             self.samples.append(Sample(time.monotonic(), self.requests(), self.look()))
 
     def whole(self) -> set[Who]:

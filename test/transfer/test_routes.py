@@ -143,10 +143,16 @@ def look(asker: RouteAsker, address: str) -> Found:
     return found
 
 
-def test_a_server_and_its_ranks_are_asked_elsewhere(bootstrap: Bootstrap) -> None:
+def waiting_asker(bootstrap: Bootstrap) -> RouteAsker:
+    """One that has asked a server which does not answer yet."""
     asker = RouteAsker()
     bootstrap.may.clear()
     assert asker.look(bootstrap.address) is None
+    return asker
+
+
+def test_a_server_and_its_ranks_are_asked_elsewhere(bootstrap: Bootstrap) -> None:
+    asker = waiting_asker(bootstrap)
     bootstrap.may.set()
     found = look(asker, bootstrap.address)
     assert routes.parse(found.answer.route).attn_tp_size == 2
@@ -161,9 +167,7 @@ def test_silent_servers_hold_up_the_scheduler_once(
     bootstrap: Bootstrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes, "TIMEOUT_S", 1e6)
-    asker = RouteAsker()
-    bootstrap.may.clear()
-    assert asker.look(bootstrap.address) is None
+    asker = waiting_asker(bootstrap)
     monkeypatch.setattr(route_asker, "PATIENCE_S", 1e6)  # another wait would not end
     for address in (bootstrap.address, bootstrap.address.replace("127.0.0.1", "localhost")) * 3:
         assert asker.look(address) is None
@@ -173,9 +177,7 @@ def test_silent_servers_hold_up_the_scheduler_once(
 def test_an_answer_that_nobody_fetched_is_no_news(
     bootstrap: Bootstrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asker = RouteAsker()
-    bootstrap.may.clear()
-    assert asker.look(bootstrap.address) is None
+    asker = waiting_asker(bootstrap)
     bootstrap.may.set()
     first = asker._asked[bootstrap.address].future.result(600)
     monkeypatch.setattr(route_asker, "FRESH_S", -1.0)

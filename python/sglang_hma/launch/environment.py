@@ -181,10 +181,11 @@ def share_metrics() -> None:
     global _metrics
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         # Of a run of launch_pd, in its folder: who is killed removes nothing.
-        run = run_folder.path(os.environ.get(RUN_ID_ENV, ""))
-        _metrics = tempfile.TemporaryDirectory(
-            prefix="sglang-hma-metrics-", dir=run if run.is_dir() else None
-        )
+        run_id = os.environ.get(RUN_ID_ENV)
+        folder = run_folder.path(run_id) if run_id else None
+        if folder is not None and not folder.is_dir():
+            folder = None
+        _metrics = tempfile.TemporaryDirectory(prefix="sglang-hma-metrics-", dir=folder)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics.name
 
 

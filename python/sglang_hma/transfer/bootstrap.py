@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import psutil
@@ -21,7 +21,7 @@ from typing_extensions import override
 from sglang_hma import cluster_secret
 from sglang_hma.transfer import own_processes, thread_watch
 from sglang_hma.transfer.rooms import MAX_ROOM
-from sglang_hma.transfer.seals import Seals, answer_seal, seal
+from sglang_hma.transfer.seals import Seals, answer_seal, is_answer, seal
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,16 @@ def question(method: str, path_and_query: str) -> str:
     return f"{method} {path_and_query}"
 
 
-def proof_of(key: bytes, asked: str, status: int, boot: str, body: bytes) -> str:
-    """Goes with the answer to a request that was sealed with `asked`."""
-    return answer_seal(key, asked, str(status).encode(), boot.encode(), body)
+def _answer(status: int, boot: str, body: bytes) -> tuple[bytes, ...]:
+    """What an answer's proof is of."""
+    return str(status).encode(), boot.encode(errors="replace"), body
+
+
+def proves(key: bytes, asked: str, status: int, headers: Mapping[str, str], body: bytes) -> bool:
+    """Whether the answer to a request that was sealed with `asked` comes from a holder of the
+    key."""
+    parts = _answer(status, headers.get(BOOT_HEADER, ""), body)
+    return is_answer(key, asked, headers.get(PROOF_HEADER), *parts)
 
 
 class HmaBootstrapServer(MooncakeKVBootstrapServer):
@@ -112,8 +119,8 @@ class HmaBootstrapServer(MooncakeKVBootstrapServer):
         response = await handler(request)
         if isinstance(response, web.Response) and self._key is not None and asked is not None:
             body = response.body if isinstance(response.body, bytes) else b""
-            proof = proof_of(self._key, asked, response.status, self.boot, body)
-            response.headers[PROOF_HEADER] = proof
+            parts = _answer(response.status, self.boot, body)
+            response.headers[PROOF_HEADER] = answer_seal(self._key, asked, *parts)
         return response
 
     @override

@@ -16,14 +16,10 @@ from sglang_hma.cluster_secret import PEER, ClusterKeys, Server
 DOMAIN = "sglang-hma"
 
 
-class NoCurveError(RuntimeError):
-    """ZeroMQ was built without CURVE."""
-
-
 def _pair(private: bytes) -> tuple[bytes, bytes]:
-    """(public, private) as ZeroMQ writes them."""
+    """(public, private) as ZeroMQ writes them. Raises RuntimeError where it has no CURVE."""
     if not zmq.has("curve"):
-        raise NoCurveError(
+        raise RuntimeError(
             "--hma-cluster-secret-file needs a pyzmq with CURVE (libsodium): install pyzmq's wheel"
         )
     text = zmq.utils.z85.encode(private)

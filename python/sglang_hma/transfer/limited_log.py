@@ -35,6 +35,12 @@ class LimitedLog:
             self._logger.warning(text, *args, exc_info=error)
 
 
+def one_line(raw: bytes, most: int) -> str:
+    """A text of a peer's, in one line of at most `most` bytes of it."""
+    text = raw[:most].decode(errors="replace")
+    return "".join(one if one.isprintable() else " " for one in text)
+
+
 def shown(raw: bytes) -> str:
     """Bytes from a peer, short and printable."""
     text = repr(raw[:SHOWN_BYTES])

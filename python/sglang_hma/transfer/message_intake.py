@@ -15,7 +15,7 @@ from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
 
 from sglang_hma.transfer import messages, sglang_messages
 from sglang_hma.transfer.handshake import Handshake, introduction_of
-from sglang_hma.transfer.limited_log import LimitedLog, shown
+from sglang_hma.transfer.limited_log import LimitedLog, one_line, shown
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.page_lists import PageLists
 from sglang_hma.transfer.registrations import Registrations
@@ -99,7 +99,8 @@ class DecodeIntake(MessageIntake):
 
     def check_untagged(self, message: list[bytes]) -> bool:
         room, status = sglang_messages.status(message, waits=self.waits)
-        message[3:] = [printable(frame) for frame in message[3:]]  # SGLang logs and answers it
+        # SGLang logs the reason and answers it.
+        message[3:] = [one_line(each, MAX_REASON).encode() for each in message[3:]]
         # SGLang's scheduler ends when a request succeeds that has no pages yet.
         if status == KVPoll.Success and not self.open_rooms.is_published(room):
             raise ValueError(f"room {room} is said to have succeeded, but waits for nothing")
@@ -211,11 +212,6 @@ class PrefillIntake(MessageIntake):
     def _check_known(self, address: tuple[str, int]) -> None:
         if not self.registrations.has_address(address):
             raise ValueError(f"no decode server has registered from {address}")
-
-
-def printable(reason: bytes) -> bytes:
-    text = reason[:MAX_REASON].decode("utf-8", errors="replace")
-    return "".join(one if one.isprintable() else " " for one in text).encode()
 
 
 def _generation(pages: PageList) -> int | None:

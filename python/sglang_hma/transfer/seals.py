@@ -37,7 +37,9 @@ def answer_seal(key: bytes, question: str, *parts: bytes) -> str:
 def is_answer(key: bytes, question: str, given: str | None, *parts: bytes) -> bool:
     """Whether `given` is the answer_seal of these parts."""
     expected = answer_seal(key, question, *parts)
-    return given is not None and hmac.compare_digest(given.encode(), expected.encode())
+    return given is not None and hmac.compare_digest(
+        given.encode(errors="replace"), expected.encode()
+    )
 
 
 class Seals:

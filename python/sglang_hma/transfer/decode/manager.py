@@ -274,9 +274,10 @@ class HmaDecodeManager(HmaKVManager):
         """Ask prefill ranks once more to confirm that nothing is on its way. They listen to none
         that has not registered, and that message may be the one that was lost."""
         me = str(self.local_ip), int(self.rank_port)
+        registration = self.build_receiver_registration_message()
         question = AbortNotification(room, *me, generation).to_zmq()
         for rank in ranks:
-            self.send(rank, self.build_receiver_registration_message())
+            self.send(rank, registration)
             self.send(rank, question)
 
     def _prefill_addresses(self) -> set[str]:

@@ -17,12 +17,12 @@ import msgspec
 from sglang_hma import cluster_secret
 from sglang_hma.transfer.bootstrap import (
     BOOT_HEADER,
-    PROOF_HEADER,
     SAME_FILE,
     SEAL_HEADER,
-    proof_of,
+    proves,
     question,
 )
+from sglang_hma.transfer.limited_log import one_line
 from sglang_hma.transfer.seals import seal
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 TIMEOUT_S = 5
 MAX_BYTES = 1 << 16
 MAX_RANKS = 1024
-MAX_WORDS = 300  # characters of an explanation
+MAX_WORDS = 300  # bytes of an explanation
 UNPROVEN = f"it does not prove that it knows the cluster secret: {SAME_FILE}"
 
 Place = tuple[int, int, int, int]  # a rank by its data, context, tensor and pipeline ranks
@@ -123,12 +123,11 @@ async def _fetch(bootstrap_addr: str, place: Place) -> Answer | None:
             if len(raw) > MAX_BYTES:
                 return None
         if reply.status == HTTPStatus.UNAUTHORIZED:
-            return Answer({}, None, denied=_told(raw))
-        boot, proof = reply.headers.get(BOOT_HEADER), reply.headers.get(PROOF_HEADER)
-        if keys is not None and proof != proof_of(keys.bootstrap, asked, 200, boot or "", raw):
+            return Answer({}, None, denied=f"it says {one_line(raw, MAX_WORDS)}")
+        if keys is not None and not proves(keys.bootstrap, asked, 200, reply.headers, raw):
             return Answer({}, None, denied=UNPROVEN)
         route = msgspec.json.decode(raw)
-        return Answer(route, boot) if isinstance(route, dict) else None
+        return Answer(route, reply.headers.get(BOOT_HEADER)) if isinstance(route, dict) else None
 
 
 def sealed_address(bootstrap_addr: str) -> str:
@@ -144,12 +143,6 @@ def sealed_address(bootstrap_addr: str) -> str:
 def _path_of(place: Place) -> str:
     names = "prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"
     return "/route?" + "&".join(f"{name}={n}" for name, n in zip(names, place, strict=True))
-
-
-def _told(raw: bytes) -> str:
-    """Why a bootstrap server tells nothing, in its words."""
-    text = raw[:MAX_WORDS].decode(errors="replace")
-    return "it says " + "".join(one if one.isprintable() else " " for one in text)
 
 
 def parse(route: dict[str, Any]) -> Route:

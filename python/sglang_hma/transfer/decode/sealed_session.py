@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from sglang_hma import cluster_secret
-from sglang_hma.transfer.bootstrap import BOOT_HEADER, PROOF_HEADER, SEAL_HEADER, proof_of, question
+from sglang_hma.transfer.bootstrap import SEAL_HEADER, proves, question
 from sglang_hma.transfer.seals import seal
 
 
@@ -34,7 +34,6 @@ class Sealed:
         return request
 
     def _check(self, asked: str, response: Any, **_: Any) -> None:
-        boot = response.headers.get(BOOT_HEADER, "")
-        proof = proof_of(self._key, asked, response.status_code, boot, response.content)
-        if response.headers.get(PROOF_HEADER) != proof:
+        status, body = response.status_code, response.content
+        if not proves(self._key, asked, status, response.headers, body):
             raise ConnectionError(f"{response.url} does not prove that it knows the cluster secret")
