@@ -50,12 +50,15 @@ def test_time_alone_frees_nothing(world: World) -> None:
 
 
 def test_confirmed_pages_are_kept_until_what_has_come_is_read(world: World) -> None:
-    """A server that was stopped finds the confirmation and the bytes at the same time."""
+    """A server that was stopped finds the confirmation and the bytes at the same time. What has
+    just been read may be on its way to a device."""
     world.rows = [incoming(unread=4096), incoming(NEIGHBOUR)]
     assert not world.safe(confirmed=True)
     world.now += 3600
     assert not world.safe(confirmed=True)
     world.rows[0] = incoming()
+    assert not world.safe(confirmed=True)
+    world.now += COPY_S
     assert world.safe(confirmed=True)
 
 

@@ -195,11 +195,12 @@ def test_a_failed_write_fails_its_request_and_decode_keeps_the_pages(
     (one,) = requests(servers, 1)
     one.add(slice(0, len(one.source)), EarlySend(one.gate, one.gate), None)
     one.gate.advance(0)
-    servers.link.fails = True
+    servers.link.fails = servers.link.silent = True
     while not servers.link.running:
         servers.sender.thread.step()
     if aborted:
         servers.sent_status[0] = "failed"
+    servers.link.silent = False
     table = [held("10.0.0.2", unacked=1), held("10.0.0.3", unacked=1)]
     monkeypatch.setattr(sender, "connections", lambda: table)
     monkeypatch.setattr(sender, "NETWORK_S", 0.0)

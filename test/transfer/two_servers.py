@@ -47,12 +47,12 @@ class Memory:
 
 
 class Link:
-    """Ends writes at random times; changes a byte of every one of pages while `flips` is set, of
+    """Ends writes at random times, and none while `silent` is set; changes a byte of every one of pages while `flips` is set, of
     metadata while `flips_rows` is."""
 
     def __init__(self, source: Memory, target: Memory, rng: random.Random) -> None:
         self.source, self.target, self.rng = source, target, rng
-        self.flips = self.fails = self.flips_rows = False
+        self.flips = self.fails = self.flips_rows = self.silent = False
         self.running: dict[int, tuple[int, int, int]] = {}
         self.handles = 0
 
@@ -63,7 +63,7 @@ class Link:
         return self.handles
 
     def check(self, handle: int) -> int:
-        if self.rng.random() < 0.4:
+        if self.silent or self.rng.random() < 0.4:
             return 0
         source, target, length = self.running.pop(handle)
         if self.fails:

@@ -68,7 +68,7 @@ class Quarantine:
         if kept.drain is None:
             if not confirmed and (gone is None or not self._ended(kept, incoming, gone, now)):
                 return False
-            kept.drain = Drain(incoming, attrgetter("unread"), least_s=COPY_S)
+            kept.drain = Drain(incoming, attrgetter("unread"), least_s=COPY_S, settle_s=COPY_S)
         return kept.drain.update(incoming)
 
     def forget(self, room: int) -> None:

@@ -217,7 +217,8 @@ class PrefillSender:
         if by_peer:
             self.metrics.failures.inc()
             self.manager.suspect(job.session)
-        self._fail(job.room, reason)
+        if not self.manager.is_failed(job.room):
+            self._fail(job.room, reason)
 
     def on_done(self, job: Job) -> None:
         with self._lock:
