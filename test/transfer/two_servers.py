@@ -47,8 +47,8 @@ class Memory:
 
 
 class Link:
-    """Ends writes at random times, and none while `silent` is set; changes a byte of every one of pages while `flips` is set, of
-    metadata while `flips_rows` is."""
+    """Ends writes at random times, and none while `silent` is set; changes a byte of every one of
+    pages while `flips` is set, of metadata while `flips_rows` is."""
 
     def __init__(self, source: Memory, target: Memory, rng: random.Random) -> None:
         self.source, self.target, self.rng = source, target, rng
