@@ -1,5 +1,6 @@
 """The decode server of the protocol's simulation, and where late writes are found."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +72,8 @@ class Decode(Server):
         manager.quarantine._read = lambda: world.rows(DECODE_IP)
         manager._asker = SimpleNamespace(look=self.look)  # type: ignore[assignment]
         manager._heartbeat_shutdown = self.beat = Beat()
-        manager.session_pool = {BOOTSTRAP: SimpleNamespace(get=self.ask_health)}
+        # SGLang forgets the session of a server that is lost, and makes another.
+        manager.session_pool = defaultdict(lambda: SimpleNamespace(get=self.ask_health))
         self.heartbeat_loop = manager._worker_threads[1].target
         self.queue = Queue(self)
         self.waiting: list[DecodeHalf] = []

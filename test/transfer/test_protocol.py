@@ -227,7 +227,6 @@ class Protocol(RuleBasedStateMachine):
     @rule(orphans=st.booleans())
     def restart_prefill(self, orphans: bool) -> None:
         self.prefill.alive = False
-        self.decode.registration_lost = True  # it may have been on its way
         self.world.end_of(self.prefill, orphans=orphans)
         for half in self.prefill.halves:
             half.request.end("prefill", "died")
