@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zmq
-from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.decode import (
     DecodePreallocQueue,
     DecodeRequest,
@@ -29,6 +28,7 @@ from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.addresses import canonical_host
 from sglang_hma.gauges import GAUGES
 from sglang_hma.kvcache.allocator import SlabPageAllocator
+from sglang_hma.transfer.decode.local_prefill import ShortPrompts
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
 from sglang_hma.transfer.request_fields import configured_peers, refuse_one
@@ -46,7 +46,6 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
 
     token_to_kv_pool_allocator: SlabPageAllocator
     num_reserved_decode_tokens: int
-    queue: list[DecodeRequest]
 
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,15 +56,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         self._candidate: Any = None
         self._room_to_go_on = 0  # tokens that must fit beside the request just priced
         self._peers = configured_peers()
-        self._short: list[DecodeRequest] = []  # in the queue, and computed here
-        self._short_lack_pages = False
-        self._begun = 0
-        GAUGES.counter(
-            "short_prompts_total",
-            "Prompts below --hma-offload-threshold, computed on this decode server",
-            self,
-            lambda queue: queue._begun,
-        )
+        self.short = ShortPrompts(self)
 
     @override
     def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
@@ -83,14 +74,13 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     def _init_receiver(self, decode_req: DecodeRequest, prefill_dp_rank: int) -> None:
         """The prefill server is known by now, and with it which prompts are too short for it."""
         if self.kv_manager.leaves_to_decode(decode_req.kv_receiver.bootstrap_addr, decode_req.req):
-            self._short.append(decode_req)
-            self.kv_manager.update_status(decode_req.req.bootstrap_room, KVPoll.WaitingForInput)
+            self.short.add(decode_req)
         else:
             super()._init_receiver(decode_req, prefill_dp_rank)
 
     @override
     def _update_handshake_waiters(self, *args: Any, **kwargs: Any) -> None:
-        """As SGLang's; a refused prefill server is the fault of the request that named it. No
+        """As SGLang's; a refused prefill server is the fault of the request that named it, and no
         pages are reserved for what is computed here."""
         refused = self.kv_manager.refused
         reasons = [(entry.req, refused.get(entry.req.bootstrap_room)) for entry in self.queue]
@@ -98,53 +88,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         for req, reason in reasons:
             if reason is not None and is_aborted(req):
                 prepare_abort(req, reason, status_code=400)
-        queued = set(map(id, self.queue))
-        self._short = [entry for entry in self._short if id(entry) in queued]
-        for entry in self._short:
-            entry.is_short, entry.waiting_for_input = entry.waiting_for_input, False
-
-    def short_prompts(self) -> list[DecodeRequest]:
-        """Requests to compute here now, whose pages are free; on all ranks the same. None goes
-        before an older one that waits for pages."""
-        self._short_lack_pages = False
-        found: list[DecodeRequest] = []
-        if self.retracted_queue or not self._short:
-            return found
-        for entry in self.queue:
-            if entry.waiting_for_input:
-                break
-            if getattr(entry, "is_short", False) and not is_aborted(entry.req):
-                if not self._fit([*found, entry]):
-                    self._short_lack_pages = not found
-                    break
-                found.append(entry)
-        return found
-
-    def _fit(self, entries: list[DecodeRequest]) -> bool:
-        """As SGLang prices the last of them, and their pages."""
-        *before, last = (entry.req for entry in entries)
-        running = self.scheduler.running_batch.reqs
-        retractable = sum(len(req.origin_input_ids) + len(req.output_ids) for req in running)
-        prompts = [len(req.origin_input_ids) for req in (*before, last)]
-        taken = [self._required_alloc_tokens(fill_len=n, prefix_len=0) for n in prompts]
-        budget = self._allocatable_token_budgets(
-            retractable_tokens=retractable, extra_reserved_reqs=len(before)
-        )
-        required = self._required_admission_tokens(last, taken[-1], 0, retractable)
-        allocator = self.token_to_kv_pool_allocator
-        return required <= budget - sum(taken[:-1]) and allocator.fits_prompts(prompts)
-
-    def note_begun(self, entries: list[DecodeRequest]) -> None:
-        """They have pages of SGLang's own scheduling now."""
-        if not entries:
-            return
-        self._begun += len(entries)
-        gone = set(map(id, entries))
-        self.queue = [entry for entry in self.queue if id(entry) not in gone]
-        self._short = [entry for entry in self._short if id(entry) not in gone]
-        for entry in entries:
-            entry.kv_receiver.clear()
-            entry.kv_receiver = None
+        self.short.keep_from_reservation()
 
     @override
     def _check_if_req_exceed_kv_capacity(self, req: Any) -> bool:
@@ -172,10 +116,9 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
 
     @override
     def _prealloc_reservation_fits(self, *args: Any, **kwargs: Any) -> bool:
-        """The token budget, and the pages themselves for the request just priced; and no older
-        one that is computed here waits for them."""
+        """The token budget, and the pages themselves for the request just priced."""
         req = self._candidate
-        fits = not self._short_lack_pages and super()._prealloc_reservation_fits(*args, **kwargs)
+        fits = not self.short.lack_pages and super()._prealloc_reservation_fits(*args, **kwargs)
         return fits and self.token_to_kv_pool_allocator.fits_landing(
             len(req.origin_input_ids), self._pre_alloc_fill_len(req) + self._room_to_go_on
         )
