@@ -16,6 +16,7 @@ WeightGroup = Literal["attention", "mlp", "head"]
 Role = Literal["prefill", "decode", "null"]
 PrefillRuntime = Literal["reference", "ttnn"]
 
+OffloadThreshold = int | Literal["auto"]
 LayersPerSend = int | Literal["auto", "all"]
 
 # A mesh is a row of chips that are linked to each other.
@@ -24,6 +25,7 @@ MESHES = {"1x1": 1, "1x2": 2, "1x4": 4}
 CONFIG_ENV = "SGLANG_HMA_CONFIG"
 SHARE_ENV = "SGLANG_HMA_SHARE"  # how many servers share this box
 ARCHITECTURES_ENV = "SGLANG_HMA_ARCHITECTURES"
+MAX_OFFLOAD = 8192  # tokens that a decode server computes in one pass, at most
 PAGE_TOKENS = 32  # hma_kernels.layout.PAGE, for launchers that do not import torch
 
 _PLATFORM_CLASSES = {
@@ -78,6 +80,8 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     torch_ops: bool = False  # on a GPU: SGLang's layers do without sgl_kernel
     # Bootstrap addresses that a decode server takes pages from (addresses.canonical); None: any.
     prefill_peers: tuple[str, ...] | None = None
+    # A prefill server leaves prompts of fewer tokens to decode; 0: none.
+    offload_below: int = 0
     cluster_secret_file: str | None = None  # an absolute path
     bind: str | None = None  # the address of all ports; None: what SGLang and Mooncake choose
     drain_timeout: float = 60.0
@@ -143,6 +147,15 @@ def layers_per_send(text: str) -> LayersPerSend:
         return "all"
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto, all nor a number from 1")
+    return int(text)
+
+
+def offload_threshold(text: str) -> OffloadThreshold:
+    """The value of --hma-offload-threshold; raises argparse.ArgumentTypeError."""
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdecimal()) or int(text) > MAX_OFFLOAD:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor 0 to {MAX_OFFLOAD}")
     return int(text)
 
 
@@ -282,6 +295,16 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="On a prefill server: how many layers' pages are collected into one write while "
         "earlier ones are on the wire. 'auto' measures the link; a number fixes it; 'all' sends "
         "nothing before the forward pass has ended, as SGLang does. Default: auto.",
+    )
+    group.add_argument(
+        "--hma-offload-threshold",
+        type=offload_threshold,
+        default=0,
+        metavar="N|auto",
+        help="On a prefill server: prompts of fewer than N tokens are computed by the decode "
+        "server, with its own weights; this one answers its half of the request at once "
+        "(docs/transfer.md). 'auto', with launch_pd: as many as its GPU computes while it reads "
+        "the weights once. Default: 0, none.",
     )
     group.add_argument(
         "--hma-kv-checksum",

@@ -104,6 +104,8 @@ def plan(options: Options, commands: Commands, secret: Path) -> tuple[list[Progr
                 command += ["--nccl-port", str(ports.take())]
             command += [*flags, *own_cards(asked, i, number)]
             command += own_trace(asked, f"{role}-{i}" if i else "")
+            if role == "prefill" and options.offload is not None:
+                command += ["--hma-offload-threshold", str(options.offload.below)]
             ready, alive = f"{url}/health", f"{url}{LIVE_PATH}"
             servers.append(Program(f"{role}-{i}", command, ready, alive, share, "importing SGLang"))
     router = [*commands.router, "--pd-disaggregation", "--policy", "random"]
@@ -229,6 +231,8 @@ def check_router(args: list[str]) -> None:
 
 def main(argv: list[str] | None = None, commands: Commands | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
+    if options.offload is not None:
+        print(f"--hma-offload-threshold is {options.offload.below}: {options.offload.because}")
     run_id = uuid.uuid4().hex
     secret = run_folder.path(run_id) / "cluster-secret"
     servers, router = plan(options, commands or Commands(), secret)

@@ -156,6 +156,24 @@ SEAMS = (
         lambda config: config.role != "null",
         "prefill, decode",
     ),
+    *(
+        Seam(
+            f"sglang.srt.managers.tokenizer_manager.TokenizerManager.{method}",
+            "answers at once, without a token, the half of a request whose short prompt decode "
+            "computes",
+            _from("transfer.short_prompts", method.removeprefix("_")),
+            lambda config: config.offload_below > 0,
+            "prefill, `--hma-offload-threshold`",
+        )
+        for method in ("_send_one_request", "_send_batch_request")
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler.Scheduler.get_next_disagg_decode_batch_to_run",
+        "short prompts, which a prefill server leaves to decode, run between its steps",
+        _from("transfer.decode.local_prefill", "get_next_batch"),
+        lambda config: config.packs_kv and config.role == "decode",
+        "bfp8, decode",
+    ),
     Seam(
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         "before a prefill batch runs, its requests' pages are queued behind a gate that the pool "

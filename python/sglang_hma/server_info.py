@@ -35,6 +35,7 @@ def facts(config: HmaConfig) -> dict[str, Any]:
     if config.role == "prefill":
         told["prefill_runtime"] = config.prefill_runtime
         told["layers_per_send"] = config.layers_per_send
+        told["offload_threshold"] = config.offload_below
     if config.role != "prefill":
         told["kv_checksum"] = config.kv_checksum
     if config.on_card:

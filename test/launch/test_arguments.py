@@ -82,6 +82,12 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
             ["--hma-layers-per-send", "0"],
             ["--hma-layers-per-send", "'0'", "auto, all nor a number"],
         ),
+        (["--hma-offload-threshold", "9000"], ["'9000'", "neither auto nor 0 to 8192"]),
+        (["--hma-offload-threshold", "auto", *PREFILL], ["is auto", "launch_pd"]),
+        (
+            ["--hma-offload-threshold", "9", *PREFILL, "--hma-kv-format", "native"],
+            ["--hma-offload-threshold is 9", "leave one of them out"],
+        ),
         (["--hma-kv-checksum", "maybe"], ["--hma-kv-checksum", "maybe", "on"]),
         (["--hma-prefill-runtime", "ttnn"], ["--hma-prefill-runtime", "mode prefill"]),
         (

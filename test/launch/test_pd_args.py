@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from sglang_hma import cluster_secret
+from sglang_hma.launch.offload import CARDS
 from sglang_hma.launch.pd_args import parse
 from sglang_hma.launch_pd import PORT_POOL, Commands, main, plan
+from sglang_hma.planner import catalogue
 
 from .fleet import FAKE, free_port
 
@@ -205,6 +208,50 @@ def test_prefill_servers_share_the_cards(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         planned(*argv, "--hma-device-ids 0,1,2")
     assert "2 prefill servers cannot share 3 cards" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What nvidia-smi says, a line a card."""
+    said, tool = tmp_path / "gpus", tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\ncat "{said}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("cards", "flags", "below"),
+    [
+        ("NVIDIA H100 80GB HBM3", [], "295"),
+        ("NVIDIA H100 80GB HBM3\nNVIDIA A100-SXM4-80GB", [], "153"),
+        ("NVIDIA H200\nNVIDIA Own 1", [], "0"),
+        ("", [], "0"),
+        ("NVIDIA H100 80GB HBM3", ["--decode-args", "--device cpu"], "0"),
+    ],
+)
+def test_short_prompts_by_the_decode_card(
+    cards: str, flags: list[str], below: str, gpus: Path
+) -> None:
+    gpus.write_text(cards)
+    flag = "--hma-offload-threshold"
+    prefill, decode = planned("--model-path", "a/b", flag, "auto", *flags)
+    assert last(prefill, flag) == below and last(decode, flag) == "auto"
+    prefill, _ = planned("--model-path", "a/b", "--prefill-args", f"{flag} 48")
+    assert last(prefill, flag) == "48"
+
+
+def test_a_tool_that_fails_is_no_card(gpus: Path) -> None:
+    prefill, _ = planned("--model-path", "a/b", "--hma-offload-threshold", "auto")
+    assert last(prefill, "--hma-offload-threshold") == "0"
+
+
+def test_figures_of_cards_are_the_planners() -> None:
+    cards = [card for card in catalogue.load().cards.values() if "bf16" in card.tflops]
+    titles = {card.title: (card.tflops["bf16"].value, card.bandwidth_gb_s.value) for card in cards}
+    for words, figures in CARDS.items():
+        assert figures in [told for title, told in titles.items() if words in title], words
 
 
 @pytest.mark.parametrize("given", ["--no-such-flag 3", "--log-level loud"])

@@ -10,15 +10,20 @@ from typing import Any
 import pytest
 import requests
 
+from sglang_hma.config import CONFIG_ENV, MAX_OFFLOAD, HmaConfig
 from sglang_hma.transfer import own_processes
 from sglang_hma.transfer.bootstrap import (
     BOOT_HEADER,
     KEY_FIELD,
+    OFFLOAD_HEADER,
+    PROOF_HEADER,
     HmaBootstrapServer,
+    proves,
     register,
     registration,
 )
 from sglang_hma.transfer.decode import routes
+from sglang_hma.transfer.seals import answer_seal, seal
 
 ROW = {
     **{f"attn_{kind}_size": 1 for kind in ("tp", "cp", "dp")},
@@ -46,6 +51,7 @@ def serving(port: int) -> Iterator[str]:
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv(own_processes.KEY_ENV, "the key of this server")
+    monkeypatch.setenv(CONFIG_ENV, HmaConfig(role="prefill").environment()[CONFIG_ENV])
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
@@ -84,6 +90,43 @@ def test_a_restarted_server_has_another_number(port: int) -> None:
             assert again == answer.boot
             boots.append(answer.boot)
     assert boots[0] != boots[1]
+
+
+@pytest.mark.parametrize("below", [0, 1, MAX_OFFLOAD])
+def test_it_says_which_prompts_are_decodes(
+    port: int, below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = HmaConfig(role="prefill", offload_below=below)
+    monkeypatch.setenv(CONFIG_ENV, config.environment()[CONFIG_ENV])
+    with serving(port) as address:
+        assert put(address, registration(ROW)) == 200
+        answer = routes.fetch(address)
+        assert answer is not None and answer.offload_below == below
+
+
+@pytest.mark.parametrize("said", ["-1", "x", str(MAX_OFFLOAD + 1), "1.5", ""])
+def test_nonsense_about_prompts_is_no_answer(
+    port: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(HmaBootstrapServer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self._said[OFFLOAD_HEADER] = said
+
+    monkeypatch.setattr("test.transfer.test_bootstrap.HmaBootstrapServer", Odd)
+    with serving(port) as address:
+        assert put(address, registration(ROW)) == 200
+        assert routes.fetch(address) is None
+
+
+@pytest.mark.parametrize("header", [BOOT_HEADER, OFFLOAD_HEADER])
+def test_the_proof_is_of_the_headers_too(header: str) -> None:
+    key, asked, body = b"k" * 32, seal(b"k" * 32, "GET /route", b""), b"{}"
+    headers = {BOOT_HEADER: "1a", OFFLOAD_HEADER: "64"}
+    proof = answer_seal(key, asked, b"200", b"1a", b"64", body)
+    proven = headers | {PROOF_HEADER: proof}
+    assert proves(key, asked, 200, proven, body)
+    assert not proves(key, asked, 200, proven | {header: "65"}, body)
 
 
 def test_ranks_of_rooms(port: int) -> None:

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from typing_extensions import override
 
 from hma_kernels.layout import PAGE, SLAB_TOKENS
+from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
 from sglang_hma.kvcache.pool import MixedKVPool
 from sglang_hma.kvcache.usage import Usage, show_usage
@@ -130,6 +131,13 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         fits = self.arena.fits_when_empty if when_empty else self.arena.fits
         return fits(bfp8=num_bfp8 + 1, bf16=num_bf16)
 
+    def fits_prompts(self, lengths: list[int]) -> bool:
+        """Whether `alloc_extend` would succeed for whole prompts of these lengths together, and
+        leave room for one more token of each."""
+        counts = [page_counts(0, length, length + 1) for length in lengths]
+        num_bfp8, num_bf16 = (sum(column) for column in zip(*counts, strict=True))
+        return self.arena.fits(bfp8=num_bfp8, bf16=num_bf16)
+
     def _take(self, num_bfp8: int, num_bf16: int) -> tuple[PageIds, PageIds] | None:
         pages = self.arena.alloc_both(bfp8=num_bfp8, bf16=num_bf16)
         if pages is not None:
@@ -183,7 +191,10 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     @override
     def create_prefill_budget(
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
-    ) -> "MixedPrefillBudget":
+    ) -> PrefillBudget:
+        config = HmaConfig.from_env()
+        if config is not None and config.role == "decode":
+            return AdmittedBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         self.evict_until(tree_cache, lambda: self.arena.available(BF16) > 0)
         return MixedPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
@@ -275,6 +286,14 @@ class MixedPrefillBudget(PrefillBudget):
     def reserve(self, *args: Any, **kwargs: Any) -> None:
         super().reserve(*args, **kwargs)
         self.tails += 1
+
+
+class AdmittedBudget(PrefillBudget):
+    """On decode: what is asked for has been admitted (transfer/decode/queues.py)."""
+
+    @override
+    def _available_and_evictable(self) -> int:
+        return 1 << 40
 
 
 def page_counts(start: int, prompt_end: int, end: int) -> tuple[int, int]:

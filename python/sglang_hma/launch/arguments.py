@@ -73,6 +73,16 @@ def configure(given: argparse.Namespace) -> HmaConfig:
             f"--hma-weight-format is {formats} but --hma-kv-format is native, which switches all "
             "formats off: leave one of them out"
         )
+    if given.hma_offload_threshold and given.hma_kv_format == "native":
+        raise Refusal(
+            f"--hma-offload-threshold is {given.hma_offload_threshold}, which a decode server with "
+            "--hma-kv-format native does not know: leave one of them out"
+        )
+    if given.hma_offload_threshold == "auto" and role == "prefill":
+        raise Refusal(
+            "--hma-offload-threshold is auto: only launch_pd knows the decode servers' GPU; give "
+            "a number of tokens"
+        )
     return HmaConfig(
         role=role,
         device=device,  # type: ignore[arg-type]
@@ -86,6 +96,7 @@ def configure(given: argparse.Namespace) -> HmaConfig:
         chips=chips,
         torch_ops=torch_ops.needed(device),
         prefill_peers=tuple(given.hma_prefill_peers) if given.hma_prefill_peers else None,
+        offload_below=given.hma_offload_threshold if role == "prefill" else 0,
         cluster_secret_file=secret_file(given.hma_cluster_secret_file, role),
         bind=bind_address(given.hma_bind, given.host),
         drain_timeout=given.hma_drain_timeout,

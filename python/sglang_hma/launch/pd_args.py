@@ -14,6 +14,7 @@ from sglang_hma.launch.addresses import LOOPBACK
 from sglang_hma.launch.checks import check_early
 from sglang_hma.launch.flags import Refusal, read
 from sglang_hma.launch.logs import default_dir
+from sglang_hma.launch.offload import Offload, offload_to
 from sglang_hma.launch.pd_checks import (
     NOT_FOR_ONE_ROLE,
     NOT_FOR_THE_ROUTER,
@@ -92,6 +93,7 @@ class Options:
     verbose: bool
     timeout: float
     restarts: RestartPolicy
+    offload: Offload | None  # of --hma-offload-threshold auto
 
 
 def fail(message: str) -> NoReturn:
@@ -211,6 +213,7 @@ def parse(argv: list[str]) -> Options:
         verbose=ours.verbose,
         timeout=ours.timeout,
         restarts=RestartPolicy(ours.max_restarts, ours.restart_window),
+        offload=offload_to(asked) if asked["prefill"].hma_offload_threshold == "auto" else None,
     )
 
 

@@ -59,6 +59,7 @@ ASKED = {
     "dp_size": ("--dp-size", "--data-parallel-size"),
     "page_size": ("--page-size",),
     "api_key": ("--api-key",),
+    "device": ("--device",),
 }
 SWITCHES = ("--grpc-mode", "--smg-grpc-mode", "--pd-disaggregation", "--mini-lb")
 

@@ -3,7 +3,8 @@
 Whoever can register there leads every decode server to ports of his choice, so only this server's
 own processes may. With a cluster secret only its holders are told anything, and each answer proves
 that a holder gives it. Answers carry the number of this start of the server: control ports change
-with it, the bootstrap port does not.
+with it, the bootstrap port does not. And they say which prompts are too short for it
+(short_prompts.py).
 """
 
 import json
@@ -19,6 +20,7 @@ from sglang.srt.disaggregation.mooncake.conn import MooncakeKVBootstrapServer
 from typing_extensions import override
 
 from sglang_hma import cluster_secret
+from sglang_hma.config import HmaConfig
 from sglang_hma.transfer import own_processes, thread_watch
 from sglang_hma.transfer.rooms import MAX_ROOM
 from sglang_hma.transfer.seals import Seals, answer_seal, is_answer, seal
@@ -26,8 +28,10 @@ from sglang_hma.transfer.seals import Seals, answer_seal, is_answer, seal
 logger = logging.getLogger(__name__)
 
 BOOT_HEADER = "X-HMA-Boot"
+OFFLOAD_HEADER = "X-HMA-Offload-Below"
 SEAL_HEADER = "X-HMA-Seal"
 PROOF_HEADER = "X-HMA-Proof"
+SAID_HEADERS = (BOOT_HEADER, OFFLOAD_HEADER)
 KEY_FIELD = "hma_own_seal"
 TIMEOUT_S = 5
 SAME_FILE = "give both servers the same --hma-cluster-secret-file"
@@ -60,15 +64,16 @@ def question(method: str, path_and_query: str) -> str:
     return f"{method} {path_and_query}"
 
 
-def _answer(status: int, boot: str, body: bytes) -> tuple[bytes, ...]:
+def _answer(status: int, headers: Mapping[str, str], body: bytes) -> tuple[bytes, ...]:
     """What an answer's proof is of."""
-    return str(status).encode(), boot.encode(errors="replace"), body
+    said = (headers.get(name, "").encode(errors="replace") for name in SAID_HEADERS)
+    return str(status).encode(), *said, body
 
 
 def proves(key: bytes, asked: str, status: int, headers: Mapping[str, str], body: bytes) -> bool:
     """Whether the answer to a request that was sealed with `asked` comes from a holder of the
     key."""
-    parts = _answer(status, headers.get(BOOT_HEADER, ""), body)
+    parts = _answer(status, headers, body)
     return is_answer(key, asked, headers.get(PROOF_HEADER), *parts)
 
 
@@ -79,6 +84,8 @@ class HmaBootstrapServer(MooncakeKVBootstrapServer):
     @override
     def __init__(self, host: str, port: int) -> None:
         self.boot = secrets.token_hex(8)
+        below = HmaConfig.require().offload_below
+        self._said = {BOOT_HEADER: self.boot, OFFLOAD_HEADER: str(below)}
         self._closing = False
         # What fails, fails here rather than with every request.
         self._own = Seals(own_processes.key())
@@ -97,11 +104,11 @@ class HmaBootstrapServer(MooncakeKVBootstrapServer):
     @override
     def _setup_routes(self) -> None:
         self.app.middlewares.append(self._for_the_cluster)
-        self.app.on_response_prepare.append(self._add_boot)
+        self.app.on_response_prepare.append(self._add_headers)
         super()._setup_routes()
 
-    async def _add_boot(self, request: web.Request, response: web.StreamResponse) -> None:
-        response.headers[BOOT_HEADER] = self.boot
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(self._said)
 
     @web.middleware
     async def _for_the_cluster(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -119,7 +126,7 @@ class HmaBootstrapServer(MooncakeKVBootstrapServer):
         response = await handler(request)
         if isinstance(response, web.Response) and self._key is not None and asked is not None:
             body = response.body if isinstance(response.body, bytes) else b""
-            parts = _answer(response.status, self.boot, body)
+            parts = _answer(response.status, self._said, body)
             response.headers[PROOF_HEADER] = answer_seal(self._key, asked, *parts)
         return response
 

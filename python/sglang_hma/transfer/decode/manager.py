@@ -26,6 +26,7 @@ from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
 from sglang_hma.transfer.metrics import STUCK_PEERS
 from sglang_hma.transfer.page_slices import Pages, PageSlice
+from sglang_hma.transfer.short_prompts import is_short
 from sglang_hma.transfer.tcp_table import addresses_of, own_ports
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class HmaDecodeManager(HmaKVManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._hma_prefill_servers: set[str] = set()
         self._boots: dict[str, str | None] = {}  # of the prefill servers whose ports are known
+        self._offload_below: dict[str, int] = {}  # tokens of a prompt, by prefill server
         self._asker = RouteAsker()
         self.news = News()
         self.rank_routes: dict[str, Mapping[routes.Place, dict[str, Any]]] = {}
@@ -101,6 +103,7 @@ class HmaDecodeManager(HmaKVManager):
             if reason is not None:
                 raise ValueError(reason)
             self._boots[bootstrap_addr] = answer.boot
+            self._offload_below[bootstrap_addr] = answer.offload_below
             self.rank_routes[bootstrap_addr] = found.ranks
             if route.kv_layout is None:
                 self._hma_prefill_servers.discard(bootstrap_addr)
@@ -194,6 +197,11 @@ class HmaDecodeManager(HmaKVManager):
     def is_hma_prefill(self, bootstrap_addr: str) -> bool:
         """Whether a prefill server publishes a format descriptor, as ours do."""
         return bootstrap_addr in self._hma_prefill_servers
+
+    def leaves_to_decode(self, bootstrap_addr: str, req: Any) -> bool:
+        """Whether that prefill server, which is known, leaves a request's prompt to this server."""
+        below = self._offload_below.get(bootstrap_addr, 0)
+        return is_short(req, len(req.origin_input_ids), below)
 
     # -- what one request's HmaKVReceiver asks for --
 

@@ -28,6 +28,7 @@ from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.addresses import canonical_host
 from sglang_hma.gauges import GAUGES
 from sglang_hma.kvcache.allocator import SlabPageAllocator
+from sglang_hma.transfer.decode.local_prefill import ShortPrompts
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
 from sglang_hma.transfer.request_fields import configured_peers, refuse_one
@@ -55,6 +56,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         self._candidate: Any = None
         self._room_to_go_on = 0  # tokens that must fit beside the request just priced
         self._peers = configured_peers()
+        self.short = ShortPrompts(self)
 
     @override
     def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
@@ -69,14 +71,24 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         super().add(req, is_retracted=is_retracted, is_rebootstrap=is_rebootstrap)
 
     @override
+    def _init_receiver(self, decode_req: DecodeRequest, prefill_dp_rank: int) -> None:
+        """The prefill server is known by now, and with it which prompts are too short for it."""
+        if self.kv_manager.leaves_to_decode(decode_req.kv_receiver.bootstrap_addr, decode_req.req):
+            self.short.add(decode_req)
+        else:
+            super()._init_receiver(decode_req, prefill_dp_rank)
+
+    @override
     def _update_handshake_waiters(self, *args: Any, **kwargs: Any) -> None:
-        """As SGLang's; a refused prefill server is the fault of the request that named it."""
+        """As SGLang's; a refused prefill server is the fault of the request that named it, and no
+        pages are reserved for what is computed here."""
         refused = self.kv_manager.refused
         reasons = [(entry.req, refused.get(entry.req.bootstrap_room)) for entry in self.queue]
         super()._update_handshake_waiters(*args, **kwargs)
         for req, reason in reasons:
             if reason is not None and is_aborted(req):
                 prepare_abort(req, reason, status_code=400)
+        self.short.keep_from_reservation()
 
     @override
     def _check_if_req_exceed_kv_capacity(self, req: Any) -> bool:
@@ -106,9 +118,8 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     def _prealloc_reservation_fits(self, *args: Any, **kwargs: Any) -> bool:
         """The token budget, and the pages themselves for the request just priced."""
         req = self._candidate
-        return super()._prealloc_reservation_fits(
-            *args, **kwargs
-        ) and self.token_to_kv_pool_allocator.fits_landing(
+        fits = not self.short.lack_pages and super()._prealloc_reservation_fits(*args, **kwargs)
+        return fits and self.token_to_kv_pool_allocator.fits_landing(
             len(req.origin_input_ids), self._pre_alloc_fill_len(req) + self._room_to_go_on
         )
 

@@ -15,8 +15,10 @@ import aiohttp
 import msgspec
 
 from sglang_hma import cluster_secret
+from sglang_hma.config import MAX_OFFLOAD
 from sglang_hma.transfer.bootstrap import (
     BOOT_HEADER,
+    OFFLOAD_HEADER,
     SAME_FILE,
     SEAL_HEADER,
     proves,
@@ -38,6 +40,7 @@ SERVER: Place = (-1, -1, -1, -1)
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
 Port = Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
+OffloadBelow = Annotated[int, msgspec.Meta(ge=0, le=MAX_OFFLOAD)]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 RANK_HOST = r"[A-Za-z0-9._:%-]{1,253}"
 
@@ -84,11 +87,13 @@ class RankRoute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Answer:
-    """`boot` says which start of the server answered; None where it does not say. `denied` is why
-    the rest says nothing: one of the two lacks the other's cluster secret."""
+    """`boot` says which start of the server answered; None where it does not say. Prompts of fewer
+    tokens than `offload_below` are decode's. `denied` is why the rest says nothing: one of the two
+    lacks the other's cluster secret."""
 
     route: dict[str, Any]
     boot: str | None
+    offload_below: int = 0
     denied: str | None = None
 
 
@@ -127,7 +132,10 @@ async def _fetch(bootstrap_addr: str, place: Place) -> Answer | None:
         if keys is not None and not proves(keys.bootstrap, asked, 200, reply.headers, raw):
             return Answer({}, None, denied=UNPROVEN)
         route = msgspec.json.decode(raw)
-        return Answer(route, reply.headers.get(BOOT_HEADER)) if isinstance(route, dict) else None
+        if not isinstance(route, dict):
+            return None
+        below = msgspec.convert(reply.headers.get(OFFLOAD_HEADER, "0"), OffloadBelow, strict=False)
+        return Answer(route, reply.headers.get(BOOT_HEADER), below)
 
 
 def sealed_address(bootstrap_addr: str) -> str:
