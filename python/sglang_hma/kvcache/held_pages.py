@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 
-
 make_event: Callable[[], Any] = torch.cuda.Event
 
 
