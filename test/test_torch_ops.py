@@ -34,6 +34,10 @@ from sglang_hma.config import HmaConfig
 
 load_plugins()
 seams.verify(HmaConfig.require())
+if HmaConfig.require().device == "cuda":
+    from sglang.srt.models import qwen3_moe  # it has the hooked function by name
+    qwen3_moe.enable_fused_set_kv_buffer.__globals__["_is_cuda"] = True
+    assert qwen3_moe.enable_fused_set_kv_buffer(None) is False
 print("platform", type(current_platform).__name__, current_platform.device_type)
 """
 

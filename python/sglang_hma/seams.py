@@ -185,6 +185,14 @@ SEAMS = (
         "prefill, unless `--hma-layers-per-send all` without `--hma-trace`",
     ),
     Seam(
+        "sglang.srt.models.utils.enable_fused_set_kv_buffer",
+        "some models (Qwen3-MoE, GPT-OSS and others) rotate K and store K and V in one CUDA "
+        "kernel, as bfloat16 rows, if the pool's dtype is bfloat16: they would ruin BFP8 pages",
+        _from("attention.fused_store", "enable_fused_set_kv_buffer"),
+        lambda config: config.packs_kv and config.device == "cuda",
+        "bfp8, on CUDA",
+    ),
+    Seam(
         "sglang.srt.disaggregation.utils.get_pd_kv_layout",
         "publishes the `KVFormat` descriptor in SGLang's own bootstrap handshake",
         _from("transfer.classes", "get_pd_kv_layout"),

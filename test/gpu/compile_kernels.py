@@ -15,7 +15,17 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hma_kernels.triton import codec, decode, merge, page_table, prefill, schedule, store, xxh3
+from hma_kernels.triton import (
+    codec,
+    decode,
+    landing,
+    merge,
+    page_table,
+    prefill,
+    schedule,
+    store,
+    xxh3,
+)
 
 INT64S = ("bfp8_", "bf16_", "q_indptr", "block_", "rows", "seq_lens", "prefix_lens")
 TYPES = {
@@ -66,6 +76,11 @@ KERNELS = [
     ),
     (codec._pack_rows, CODEC_TYPES, PACK | {"SCATTER": True}),
     (codec._unpack_rows, CODEC_TYPES | {"out": "*bf16"}, {"WIDTH": 128, "COLUMNS": 128}),
+    (
+        landing._unpack_page,
+        {"packed": "*i64", "plain": "*i64", "source_offset": "i64", "target_offset": "i64"},
+        {"STRIP_BYTES": 4 * 1088, "DIM": 128, "DIM_PADDED": 128},
+    ),
     (xxh3._accumulate, HASH_TYPES, {"LENGTH": 34816, "BLOCKS": xxh3.BLOCKS_PER_WARP}),
 ]
 

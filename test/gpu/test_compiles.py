@@ -27,7 +27,7 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    assert done.stdout.count(f"sm_{architecture} ") == 11
+    assert done.stdout.count(f"sm_{architecture} ") == 12
 
 
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc in CUDA_HOME, PATH or wheels")
@@ -35,6 +35,10 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
     ("architecture", "query", "dims", "tiles", "stages"),
     [
         (90, "__nv_bfloat16", (128, 128), 1, 3),
+        (80, "__nv_bfloat16", (128, 128), 2, 2),
+        (89, "__nv_bfloat16", (128, 128), 1, 2),
+        (100, "__nv_bfloat16", (128, 128), 1, 3),
+        (120, "__nv_bfloat16", (128, 128), 1, 2),
         (90, "__half", (64, 64), 2, 3),
         (80, "__nv_bfloat16", (256, 256), 1, 2),
     ],

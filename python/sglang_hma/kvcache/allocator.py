@@ -7,7 +7,7 @@ BF16. Where nothing arrives over the wire, a full prompt page may also be stored
 as BF16 (its values are the same) when no BFP8 page is left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ from typing_extensions import override
 from hma_kernels.layout import PAGE, SLAB_TOKENS
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
+from sglang_hma.kvcache.held_pages import Fence, HeldPages, NoFence, StreamFence
 from sglang_hma.kvcache.pool import MixedKVPool
 from sglang_hma.kvcache.usage import Usage, show_usage
 
@@ -30,18 +31,28 @@ BFP8, BF16 = PageFormat.BFP8, PageFormat.BF16
 
 
 class SlabPageAllocator(PagedTokenToKVPoolAllocator):
-    """Token slots in BFP8 and BF16 pages. All bookkeeping is on the host."""
+    """Token slots in BFP8 and BF16 pages. All bookkeeping is on the host, and nothing waits for the
+    device but an allocation that finds no page while returned ones are still in use there.
+
+    `other_streams` gives the streams that use pages beside the scheduler's own.
+    """
 
     _kvcache: MixedKVPool
+    _held: HeldPages
 
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.other_streams: Callable[[], Sequence[Any]] = tuple
         super().__init__(*args, **kwargs)
         for fmt in (BFP8, BF16):
             show_usage(self, fmt.name.lower(), partial(usage_of, fmt))
 
     @override
     def clear(self) -> None:
+        if hasattr(self, "_held"):
+            self._held.take(wait=True)
+        self._held = HeldPages(self.fence)
+        self._mirrored: npt.NDArray[np.bool_] | None = None
         self.arena = SlabArena(self.size // SLAB_TOKENS)
         self.landing: dict[int, int] = {}
         self.free_group = None
@@ -49,17 +60,26 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         self._extend_demand: tuple[int, ...] | None = None
         self._mirror_formats()
 
+    def fence(self) -> Fence:
+        """The present point in the device's work."""
+        if torch.device(self.device).type == "cpu":
+            return NoFence()
+        return StreamFence(self.other_streams())
+
     @override
     def available_size(self) -> int:
         """Free room in tokens, as if all of it became BFP8 pages."""
+        self._reclaim()
         return self.arena.free_in_bfp8_pages() * PAGE
 
     def live_tokens(self) -> int:
-        """Tokens that the handed-out pages could hold, landing pages left out."""
-        return (self.arena.live_pages - len(self.landing)) * PAGE
+        """Tokens that the handed-out pages could hold, without landing pages and returned ones."""
+        self._reclaim()
+        return (self.arena.live_pages - len(self.landing) - len(self._held)) * PAGE
 
     @override
     def get_all_free_pages(self) -> torch.Tensor:
+        self._reclaim()
         return torch.as_tensor(self.arena.free_page_ids(), device=self.device)
 
     @override
@@ -89,6 +109,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     def _alloc_prompts(
         self, spans: list[tuple[int, int]], last_slots: list[int]
     ) -> torch.Tensor | None:
+        self._reclaim()
         counts = [page_counts(start, end, end) for start, end in spans]
         num_bfp8, num_bf16 = (sum(column) for column in zip(*counts, strict=True))
         kept = tail_to_come(spans)
@@ -105,10 +126,10 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             chosen = [*islice(bfp8, full)]
             chosen += islice(bf16, full + tails - len(chosen))
             slots.append(slots_of(chosen, start, end, last_slot))
-        return torch.from_numpy(np.concatenate(slots)).to(self.device)
+        return self.to_device(torch.from_numpy(np.concatenate(slots)))
 
     def alloc_landing(self, prompt_len: int, end: int) -> torch.Tensor | None:
-        """Slots int64 [end] for a request whose prompt a peer will write.
+        """Slots int64 [end] on the host for a request whose prompt a peer will write.
 
         Tokens behind `prompt_len` are generated ones (a retracted request that
         resumes; nothing lands then). The peer writes raw BFP8, so a part-full last
@@ -122,11 +143,17 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         bfp8, bf16 = pages
         if lands:
             self.landing[int(bf16[0])] = int(bfp8[-1])
-        slots = slots_of([*bfp8[:num_bfp8], *bf16], 0, end, -1)
-        return torch.from_numpy(slots).to(self.device)
+        return torch.from_numpy(slots_of([*bfp8[:num_bfp8], *bf16], 0, end, -1))
+
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        """Enqueues the copy; the host goes on."""
+        if torch.device(self.device).type == "cpu":
+            return host
+        return host.pin_memory().to(self.device, non_blocking=True)
 
     def fits_landing(self, prompt_len: int, end: int, *, when_empty: bool = False) -> bool:
         """Whether `alloc_landing` would succeed and leave room for one more token."""
+        self._reclaim()
         num_bfp8, num_bf16 = page_counts(0, prompt_len, end + 1)
         fits = self.arena.fits_when_empty if when_empty else self.arena.fits
         return fits(bfp8=num_bfp8 + 1, bf16=num_bf16)
@@ -134,12 +161,16 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     def fits_prompts(self, lengths: list[int]) -> bool:
         """Whether `alloc_extend` would succeed for whole prompts of these lengths together, and
         leave room for one more token of each."""
+        self._reclaim()
         counts = [page_counts(0, length, length + 1) for length in lengths]
         num_bfp8, num_bf16 = (sum(column) for column in zip(*counts, strict=True))
         return self.arena.fits(bfp8=num_bfp8, bf16=num_bf16)
 
     def _take(self, num_bfp8: int, num_bf16: int) -> tuple[PageIds, PageIds] | None:
+        self._reclaim()
         pages = self.arena.alloc_both(bfp8=num_bfp8, bf16=num_bf16)
+        if pages is None and self._reclaim(wait=True):
+            pages = self.arena.alloc_both(bfp8=num_bfp8, bf16=num_bf16)
         if pages is not None:
             self._mirror_formats()
         return pages
@@ -149,14 +180,18 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
         """One slot for each request's next token; seq_lens already count it."""
-        opens_page = (seq_lens_cpu - 1) % PAGE == 0
-        pages = self.arena.alloc(BF16, int(opens_page.sum()))
+        self._reclaim()
+        opening = ((seq_lens_cpu - 1) % PAGE == 0).nonzero()[:, 0]
+        pages = self.arena.alloc(BF16, len(opening))
+        if pages is None and self._reclaim(wait=True):
+            pages = self.arena.alloc(BF16, len(opening))
         if pages is None:
             return None
         slots = last_loc + 1
         if len(pages):
             self._mirror_formats()
-            slots[opens_page.to(slots.device)] = torch.from_numpy(pages * PAGE).to(slots)
+            new = self.to_device(torch.from_numpy(pages * PAGE).to(slots.dtype))
+            slots[self.to_device(opening)] = new
         return slots
 
     def transfer_pages(self, pages: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -168,23 +203,35 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         source = self.landing.pop(page, None)
         if source is not None:
             self._kvcache.unpack_page(source, page)
-            self.arena.free([source])
-            self._mirror_formats()
+            self._release_page_ids(torch.tensor([source]))
 
     @override
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
-        pages = torch.cat(page_ids).tolist()
+        """The pages wait until all that the device has been asked to do so far is done."""
+        self._held.hold(torch.cat(page_ids))
+        self._reclaim()
+
+    def _reclaim(self, *, wait: bool = False) -> bool:
+        """Whether returned pages have become free, those that the device is done with; with `wait`
+        all of them. Ranks of a server must count alike, and their devices do not keep step."""
+        pages = self._held.take(wait=wait or has_other_ranks())
+        if not pages:
+            return False
         self.arena.free(pages)
         self.arena.free([self.landing.pop(p) for p in pages if p in self.landing])
         self._mirror_formats()
+        return True
 
     @override
     def _debug_check_no_duplicate_pages(self) -> None:
         """The arena itself refuses a page that is not handed out."""
 
     def _mirror_formats(self) -> None:
-        formats = torch.from_numpy(self.arena.formats == BF16)
-        self._kvcache.slab_is_bf16.copy_(formats)
+        is_bf16 = self.arena.formats == BF16
+        if self._mirrored is None or not np.array_equal(is_bf16, self._mirrored):
+            self._mirrored = is_bf16
+            formats = self.to_device(torch.from_numpy(is_bf16))
+            self._kvcache.slab_is_bf16.copy_(formats, non_blocking=True)
 
     # -- capacity questions that SGLang asks its allocator --
 
@@ -236,7 +283,8 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
 
     def evict_until(self, tree_cache: Any, satisfied: Callable[[], bool]) -> bool:
         """Evict unlocked prefixes until `satisfied()` or nothing is left to evict."""
-        if satisfied():
+        self._reclaim()
+        if satisfied() or (self._reclaim(wait=True) and satisfied()):
             return True
         if tree_cache is None or not tree_cache.supports_prefix_sharing():
             return False
@@ -246,6 +294,12 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             if satisfied():
                 return True
         return satisfied()
+
+
+def has_other_ranks() -> bool:
+    """Whether this process is one of several of a server."""
+    ranks = torch.distributed
+    return ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1
 
 
 def usage_of(fmt: PageFormat, allocator: SlabPageAllocator) -> Usage:

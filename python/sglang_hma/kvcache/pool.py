@@ -121,11 +121,17 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
 
     @override
     def _get_key_buffer(self, layer_id: int) -> torch.Tensor:
-        return self.k_buffer[layer_id - self.start_layer]
+        raise NotImplementedError(self._no_rows(layer_id))
 
     @override
     def _get_value_buffer(self, layer_id: int) -> torch.Tensor:
-        return self.v_buffer[layer_id - self.start_layer]
+        raise NotImplementedError(self._no_rows(layer_id))
+
+    def _no_rows(self, layer_id: int) -> str:
+        return (
+            f"layer {layer_id} of this model reads or writes rows of the KV pool by itself, which "
+            "holds BFP8 pages; serve it with --hma-kv-format native"
+        )
 
     @override
     def set_kv_buffer(
@@ -215,10 +221,20 @@ class MixedKVPool(Bfp8KVPool):
 
     def unpack_page(self, source: int, target: int) -> None:
         """Copy BFP8 page `source` into BF16 page `target` in every layer, exactly."""
-        index = int(bf16_index(torch.tensor(target)))
-        for layer in range(self.layer_num):
-            self.kv.k_bf16[layer][index] = bfp8_unpack(self.k_buffer[layer][source, :, None])
-            self.kv.v_bf16[layer][index] = bfp8_unpack(self.v_buffer[layer][source, :, None])
+        index = bf16_index(target)
+        if torch.device(self.device).type == "cpu":
+            for packed, plain in self._kinds():
+                for layer in range(self.layer_num):
+                    plain[layer][index] = bfp8_unpack(packed[layer][source, :, None])
+        else:
+            for unpacker in self._unpackers:
+                unpacker.unpack(source, index)
+
+    @cached_property
+    def _unpackers(self) -> list[Any]:
+        from hma_kernels.triton.landing import PageUnpacker
+
+        return [PageUnpacker(packed, plain) for packed, plain in self._kinds()]
 
     def empty_pages(self, pages: npt.NDArray[np.int32]) -> None:
         """Zeros in these BFP8 pages, in every layer."""

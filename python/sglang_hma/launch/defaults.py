@@ -51,9 +51,8 @@ def defaults(config: HmaConfig) -> list[str]:
     if on_cpu or config.torch_ops or (config.packs_kv and config.role != "decode"):
         flags += NO_CUDA_GRAPHS
     # On a CPU, or with a card that the host waits for, there is nothing to overlap with: a result
-    # would be looked at one pass or step late. On a GPU, an ended request's extra decode step may
-    # write to a page that a transfer has been given since.
-    if on_cpu or (config.packs_kv and config.role == "decode"):
+    # would be looked at one pass or step late.
+    if on_cpu:
         flags += ["--disable-overlap-schedule"]
     if on_cpu:
         flags += ["--sleep-on-idle"]

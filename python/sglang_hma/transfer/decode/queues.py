@@ -57,6 +57,8 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         self._room_to_go_on = 0  # tokens that must fit beside the request just priced
         self._peers = configured_peers()
         self.short = ShortPrompts(self)
+        # A step on its way may still use pages that are returned meanwhile.
+        self.token_to_kv_pool_allocator.other_streams = lambda: (self.scheduler.forward_stream,)
 
     @override
     def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
@@ -151,8 +153,13 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     def _alloc_for_decode_prealloc(
         self, allocator: SlabPageAllocator, *, req: Any, fill_len: int, **_: Any
     ) -> torch.Tensor | None:
+        prompt = len(req.origin_input_ids)
         req.kv.kv_allocated_len = fill_len
-        return allocator.alloc_landing(len(req.origin_input_ids), fill_len)
+        slots = allocator.alloc_landing(prompt, fill_len)
+        if slots is None:
+            return None
+        req.hma_last_prompt_page = int(slots[(prompt - 1) // PAGE * PAGE]) // PAGE
+        return allocator.to_device(slots)
 
     @override
     def _transfer_page_indices(
@@ -197,9 +204,7 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         super()._commit_transfer_to_req(decode_req)
         if is_aborted(req) or len(req.origin_input_ids) % PAGE == 0:
             return
-        tail = len(req.origin_input_ids) // PAGE * PAGE
-        slot = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, tail]
-        self.scheduler.token_to_kv_pool_allocator.commit_landing(int(slot) // PAGE)
+        self.scheduler.token_to_kv_pool_allocator.commit_landing(req.hma_last_prompt_page)
 
     def _empty_pages(self, req: Any) -> None:
         """They still hold the bytes of whoever had them before."""
