@@ -93,6 +93,11 @@ fuzz-inputs: venv ## 100,000 inputs to what parses messages, formats, routes and
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) -r requirements/fuzz.txt
 	$(RUN) -m test.transfer.fuzz_inputs $(ARGS)
 
+.PHONY: fuzz-http
+fuzz-http: venv ## 10,000 requests, right, wrong and broken (schemathesis), to each HTTP port of a pair; ARGS="--count N --seed N"
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) -r requirements/fuzz.txt
+	$(RUN) -m test.fuzz_http $(ARGS)
+
 .PHONY: check-planner
 check-planner: venv ## The planner's simulator against closed forms; ARGS=--check
 	@mkdir -p build/bench

@@ -175,6 +175,21 @@ SEAMS = (
         "bfp8, decode",
     ),
     Seam(
+        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        "lists as long as a client's `n` are made before anything is checked",
+        _from("transfer.request_values", "normalize"),
+        lambda config: config.role != "null",
+        "prefill, decode",
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        "a token id that is not in the vocabulary, or a number that no tensor takes, ends the "
+        "scheduler: refused with HTTP 400",
+        _from("transfer.request_values", "create_tokenized_object"),
+        lambda config: config.role != "null",
+        "prefill, decode",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         "before a prefill batch runs, its requests' pages are queued behind a gate that the pool "
         "completes layer by layer; the gate ends with the forward, whatever happens; between "

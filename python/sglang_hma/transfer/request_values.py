@@ -1,0 +1,90 @@
+"""Values in a client's request that SGLang passes on and its scheduler ends on.
+
+A scheduler looks token ids up and makes tensors of what a request says, without a check: an
+exception there ends the server, with all other requests. So they are checked in the HTTP process,
+where a ValueError is answered with HTTP 400.
+"""
+
+from typing import Any
+
+from sglang_hma.transfer.request_fields import shown
+
+# Of one prompt. SGLang makes lists as long as a client says before it looks at anything else.
+MAX_SAMPLES = 1024
+MAX_INT32 = (1 << 31) - 1
+
+
+def normalize(original: Any, obj: Any) -> Any:
+    """Around GenerateReqInput.normalize_batch_and_arguments. Raises ValueError."""
+    given = obj.sampling_params
+    for params in given if isinstance(given, list) else [given]:
+        if params is not None and (reason := refuse_samples(params)):
+            raise ValueError(reason)
+    return original(obj)
+
+
+def refuse_samples(params: object) -> str | None:
+    """Why the sampling parameters of a prompt are refused before anything is made of them."""
+    if not isinstance(params, dict):
+        return f"sampling_params is {shown(params)}, not an object"
+    samples = params.get("n", 1)
+    if samples is not None and not (type(samples) is int and 1 <= samples <= MAX_SAMPLES):
+        return f"n is {shown(samples)}, not a number of samples from 1 to {MAX_SAMPLES}"
+    return None
+
+
+def create_tokenized_object(
+    original: Any,
+    manager: Any,
+    obj: Any,
+    input_text: Any,
+    input_ids: Any,
+    input_embeds: Any = None,
+    mm_inputs: Any = None,
+    token_type_ids: Any = None,
+) -> Any:
+    """Around TokenizerManager._create_tokenized_object, from which everything goes to the
+    scheduler. Raises ValueError."""
+    made = original(manager, obj, input_text, input_ids, input_embeds, mm_inputs, token_type_ids)
+    if (reason := refuse(made, manager.model_config.vocab_size)) is not None:
+        raise ValueError(reason)
+    return made
+
+
+def refuse(made: Any, vocabulary: int) -> str | None:
+    """Why a tokenized request of SGLang's is refused, or None. `vocabulary`: tokens."""
+    for name in ("input_embeds", "positional_embed_overrides"):
+        if getattr(made, name, None) is not None:
+            return f"{name} is given: prefill and decode servers take text or input_ids"
+    ids = made.input_ids
+    if ids is not None and len(ids) and not (min(ids) >= 0 and max(ids) < vocabulary):
+        wrong = next(one for one in ids if not 0 <= one < vocabulary)
+        return f"input_ids has {wrong}, and the vocabulary's ids are from 0 to {vocabulary - 1}"
+    if hasattr(made, "logprob_start_len"):
+        return _refuse_logprobs(made, vocabulary) or _refuse_sampling(
+            made.sampling_params, vocabulary
+        )
+    return None
+
+
+def _refuse_logprobs(made: Any, vocabulary: int) -> str | None:
+    number, start = made.top_logprobs_num, made.logprob_start_len
+    if not (type(number) is int and 0 <= number <= vocabulary):
+        return f"top_logprobs_num is {shown(number)}, not a number from 0 to {vocabulary}"
+    if not (type(start) is int and -1 <= start <= MAX_INT32):
+        return f"logprob_start_len is {shown(start)}: give a position in the prompt, or -1"
+    return None
+
+
+def _refuse_sampling(params: Any, vocabulary: int) -> str | None:
+    for name in ("max_new_tokens", "min_new_tokens", "top_k"):
+        value = getattr(params, name)
+        if value is not None and not (type(value) is int and -1 <= value <= MAX_INT32):
+            return f"{name} is {shown(value)}, not a whole number up to 2^31 - 1"
+    wrong = [one for one in params.stop_token_ids or () if not 0 <= one < vocabulary]
+    if wrong:
+        return (
+            f"stop_token_ids has {shown(wrong[0])}, and the vocabulary's ids are from 0 to "
+            f"{vocabulary - 1}"
+        )
+    return None

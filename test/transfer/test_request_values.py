@@ -1,0 +1,63 @@
+"""What a client may write into a request, in SGLang's own classes."""
+
+import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_hma.transfer.request_values import MAX_SAMPLES, normalize, refuse
+
+VOCABULARY = 4096
+
+
+def refusal(*, ids: list[int] | None = None, sampling: Any = None, **fields: Any) -> str | None:
+    params = SamplingParams(**{"temperature": 1} | (sampling or {}))
+    given = {"logprob_start_len": -1, "top_logprobs_num": 0} | fields
+    made = SimpleNamespace(
+        input_ids=array.array("q", ids or [1, 4095]), sampling_params=params, **given
+    )
+    return refuse(made, VOCABULARY)
+
+
+def test_what_is_common_is_taken() -> None:
+    assert refusal() is None
+    assert refusal(sampling={"top_k": -1, "stop_token_ids": [2, 0], "max_new_tokens": 0}) is None
+    assert refusal(logprob_start_len=0, top_logprobs_num=VOCABULARY) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"ids": [1, 4096]}, "input_ids has 4096"),
+        ({"ids": [-1]}, "input_ids has -1"),
+        ({"top_logprobs_num": 4097}, "top_logprobs_num is 4097"),
+        ({"top_logprobs_num": -1}, "top_logprobs_num is -1"),
+        ({"logprob_start_len": -2}, "logprob_start_len is -2"),
+        ({"logprob_start_len": 2**31}, "logprob_start_len is 2147483648"),
+        ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides is given"),
+        ({"input_embeds": [[0.5]]}, "input_embeds is given"),
+        ({"sampling": {"top_k": 2**31}}, "top_k is 2147483648"),
+        ({"sampling": {"max_new_tokens": 2**40}}, "max_new_tokens is 1099511627776"),
+        ({"sampling": {"stop_token_ids": [4096]}}, "stop_token_ids has 4096"),
+        ({"sampling": {"stop_token_ids": [2**70]}}, "stop_token_ids has 1180591620717411303424"),
+    ],
+)
+def test_what_ends_a_scheduler_is_refused(fields: dict[str, Any], words: str) -> None:
+    reason = refusal(**fields)
+    assert reason is not None and words in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize("samples", [0, -1, MAX_SAMPLES + 1, 2**31, 10**30, 1.5, "2", True])
+def test_samples_are_counted_before_lists_are_made(samples: Any) -> None:
+    for params in ({"n": samples}, [{"n": samples}]):
+        obj = GenerateReqInput(input_ids=[1], sampling_params=params)
+        with pytest.raises(ValueError, match="n is "):
+            normalize(lambda _: pytest.fail("too late"), obj)
+
+
+def test_a_number_of_samples_is_taken() -> None:
+    for params in (None, {}, {"n": None}, {"n": 1}, {"n": MAX_SAMPLES}):
+        normalize(lambda obj: obj, GenerateReqInput(input_ids=[1], sampling_params=params))
