@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, folder: Path) -> Found:
     found = Found(args.seed, args.seconds, machine(), logs=str(folder))
     with small_disk(disk) as own_disk:
         flags = [*OFTEN, "--max-total-tokens", POOL_TOKENS]
-        flags += ["--prefill-args", f"--hma-trace {shlex.quote(str(disk / 'trace.json'))}"]
+        flags += ["--prefill-args", prefill_flags(disk / "trace.json", args.offload_threshold)]
         without: tuple[Kind, ...] = () if own_disk else ("full-disk",)
         counts = args.prefill, args.decode
         with running(folder / "model", folder, disk, *counts, *flags, env=link.env) as fleet:
@@ -88,6 +88,13 @@ def run(args: argparse.Namespace, folder: Path) -> Found:
             _look_at_memory(found, memory)
         shutil.copytree(disk, folder / "kept")  # the small disk goes
     return found
+
+
+def prefill_flags(trace: Path, offload: int) -> str:
+    """A short prompt gets decode's weights; with the same on prefill it has one quiet answer."""
+    flags = f"--hma-trace {shlex.quote(str(trace))}"
+    short = f" --hma-offload-threshold {offload} --hma-weight-format native"
+    return flags + short if offload else flags
 
 
 def _look_back(found: Found, fleet: Fleet, load: Load, injector: Injector) -> None:
@@ -143,6 +150,13 @@ def main() -> int:
     parser.add_argument("--decode", type=int, default=2, metavar="N")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--questions", type=int, default=48)
+    parser.add_argument(
+        "--offload-threshold",
+        type=int,
+        default=0,
+        metavar="N",
+        help="shorter prompts on decode (0)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument(
         "--plan", action="store_true", help="print the faults of a seed, run nothing"
