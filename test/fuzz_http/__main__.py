@@ -126,7 +126,7 @@ def shooters(fleet: Fleet, count: int, rng: random.Random) -> tuple[dict, dict[s
     secret = _after(commands["prefill-0"], "--hma-cluster-secret-file")
     key = cluster_secret.ClusterKeys(cluster_secret.read(secret)).bootstrap
     document = requests.get(f"http://127.0.0.1:{prefill}/openapi.json", timeout=60).json()
-    each = max(4, count // 150)
+    each = min(12, max(4, count // 150))  # the rest is made of these
     server = Maker(routes.of_server(document), each, rng.randrange(2**32))
     booting = Maker(routes.BOOTSTRAP, each * 4, rng.randrange(2**32))
     generating = frozenset(routes.GENERATING)

@@ -79,6 +79,15 @@ def test_only_its_own_processes_register(port: int) -> None:
         assert answer is not None and routes.parse(answer.route).page_size == 32
 
 
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"9" * 5000])
+def test_a_body_that_no_parser_takes_is_refused(port: int, body: bytes) -> None:
+    with serving(port) as address:
+        for method, path in (("PUT", "route"), ("POST", "register_dp_rank")):
+            assert (
+                requests.request(method, f"http://{address}/{path}", data=body).status_code == 403
+            )
+
+
 def test_a_restarted_server_has_another_number(port: int) -> None:
     boots = []
     for _ in range(2):

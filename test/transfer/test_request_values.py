@@ -15,9 +15,9 @@ VOCABULARY = 4096
 
 def refusal(*, ids: list[int] | None = None, sampling: Any = None, **fields: Any) -> str | None:
     params = SamplingParams(**{"temperature": 1} | (sampling or {}))
-    given = {"logprob_start_len": -1, "top_logprobs_num": 0} | fields
+    given = {"logprob_start_len": -1, "top_logprobs_num": 0, "return_hidden_states": False}
     made = SimpleNamespace(
-        input_ids=array.array("q", ids or [1, 4095]), sampling_params=params, **given
+        input_ids=array.array("q", ids or [1, 4095]), sampling_params=params, **given | fields
     )
     return refuse(made, VOCABULARY)
 
@@ -38,6 +38,8 @@ def test_what_is_common_is_taken() -> None:
         ({"logprob_start_len": -2}, "logprob_start_len is -2"),
         ({"logprob_start_len": 2**31}, "logprob_start_len is 2147483648"),
         ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides is given"),
+        ({"return_hidden_states": []}, "return_hidden_states is []"),
+        ({"return_hidden_states": "all"}, "return_hidden_states is 'all'"),
         ({"input_embeds": [[0.5]]}, "input_embeds is given"),
         ({"sampling": {"top_k": 2**31}}, "top_k is 2147483648"),
         ({"sampling": {"max_new_tokens": 2**40}}, "max_new_tokens is 1099511627776"),

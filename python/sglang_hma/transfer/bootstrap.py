@@ -182,7 +182,7 @@ async def _object(request: web.Request) -> dict[str, Any] | None:
     """The JSON object in a request's body; None if it is none."""
     try:
         found = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -61,18 +61,21 @@ def refuse(made: Any, vocabulary: int) -> str | None:
         wrong = next(one for one in ids if not 0 <= one < vocabulary)
         return f"input_ids has {wrong}, and the vocabulary's ids are from 0 to {vocabulary - 1}"
     if hasattr(made, "logprob_start_len"):
-        return _refuse_logprobs(made, vocabulary) or _refuse_sampling(
+        return _refuse_returned(made, vocabulary) or _refuse_sampling(
             made.sampling_params, vocabulary
         )
     return None
 
 
-def _refuse_logprobs(made: Any, vocabulary: int) -> str | None:
+def _refuse_returned(made: Any, vocabulary: int) -> str | None:
     number, start = made.top_logprobs_num, made.logprob_start_len
     if not (type(number) is int and 0 <= number <= vocabulary):
         return f"top_logprobs_num is {shown(number)}, not a number from 0 to {vocabulary}"
     if not (type(start) is int and -1 <= start <= MAX_INT32):
         return f"logprob_start_len is {shown(start)}: give a position in the prompt, or -1"
+    hidden = made.return_hidden_states
+    if type(hidden) is not bool and hidden != "last":
+        return f'return_hidden_states is {shown(hidden)}: give true, false or "last"'
     return None
 
 
