@@ -40,6 +40,10 @@ def test_what_is_common_is_taken() -> None:
         ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides is given"),
         ({"return_hidden_states": []}, "return_hidden_states is []"),
         ({"return_hidden_states": "all"}, "return_hidden_states is 'all'"),
+        ({"sampling": {"repetition_penalty": 1e-320}}, "repetition_penalty is 1e-320"),
+        ({"sampling": {"repetition_penalty": float("nan")}}, "repetition_penalty is nan"),
+        ({"sampling": {"logit_bias": {"5": 1e308}}}, "logit_bias of token '5' is 1e+308"),
+        ({"sampling": {"logit_bias": {"5": float("-inf")}}}, "logit_bias of token '5' is -inf"),
         ({"input_embeds": [[0.5]]}, "input_embeds is given"),
         ({"sampling": {"top_k": 2**31}}, "top_k is 2147483648"),
         ({"sampling": {"max_new_tokens": 2**40}}, "max_new_tokens is 1099511627776"),
@@ -63,3 +67,10 @@ def test_samples_are_counted_before_lists_are_made(samples: Any) -> None:
 def test_a_number_of_samples_is_taken() -> None:
     for params in (None, {}, {"n": None}, {"n": 1}, {"n": MAX_SAMPLES}):
         normalize(lambda obj: obj, GenerateReqInput(input_ids=[1], sampling_params=params))
+
+
+@pytest.mark.parametrize("name", ["is_normalized", "stop_str_max_len", "stop_regex_max_len"])
+def test_a_client_does_not_skip_the_checks(name: str) -> None:
+    obj = GenerateReqInput(input_ids=[1], sampling_params={name: 1})
+    with pytest.raises(ValueError, match=f"{name} is given"):
+        normalize(lambda _: pytest.fail("too late"), obj)

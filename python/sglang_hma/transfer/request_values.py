@@ -12,6 +12,10 @@ from sglang_hma.transfer.request_fields import shown
 # Of one prompt. SGLang makes lists as long as a client says before it looks at anything else.
 MAX_SAMPLES = 1024
 MAX_INT32 = (1 << 31) - 1
+# float32's range is left where logits are divided by the one or the other is added to them.
+MIN_PENALTY, MAX_BIAS = 1e-6, 1e6
+# SGLang's own of SamplingParams: with the first a client's values would not be looked at.
+PRIVATE = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
 
 
 def normalize(original: Any, obj: Any) -> Any:
@@ -30,7 +34,8 @@ def refuse_samples(params: object) -> str | None:
     samples = params.get("n", 1)
     if samples is not None and not (type(samples) is int and 1 <= samples <= MAX_SAMPLES):
         return f"n is {shown(samples)}, not a number of samples from 1 to {MAX_SAMPLES}"
-    return None
+    given = [name for name in PRIVATE if name in params]
+    return f"{given[0]} is given, which is no sampling parameter" if given else None
 
 
 def create_tokenized_object(
@@ -84,6 +89,11 @@ def _refuse_sampling(params: Any, vocabulary: int) -> str | None:
         value = getattr(params, name)
         if value is not None and not (type(value) is int and -1 <= value <= MAX_INT32):
             return f"{name} is {shown(value)}, not a whole number up to 2^31 - 1"
+    if not params.repetition_penalty >= MIN_PENALTY:
+        return f"repetition_penalty is {params.repetition_penalty}, below {MIN_PENALTY}"
+    for token, bias in (params.logit_bias or {}).items():
+        if not abs(bias) <= MAX_BIAS:
+            return f"logit_bias of token {shown(token)} is {shown(bias)}: give up to {MAX_BIAS:g}"
     wrong = [one for one in params.stop_token_ids or () if not 0 <= one < vocabulary]
     if wrong:
         return (
