@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
 from ..warm_python import WarmPython
+from .client import output_ids, payload
 from .harness import Pair, Server
 
 pytestmark = pytest.mark.e2e
@@ -142,3 +145,24 @@ def test_openai_client(pair: Pair) -> None:
     )
     assert scored.choices[0].logprobs is not None
     assert len(scored.choices[0].logprobs.tokens or []) == 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input_ids": [5, 10**7]},
+        {"input_ids": None, "text": ""},
+        {"positional_embed_overrides": {"a": 1}},
+        {"return_hidden_states": []},
+        {"sampling_params": {"repetition_penalty": 1e-320}},
+        {"sampling_params": {"n": 1 << 20}},
+    ],
+)
+def test_a_value_that_would_end_a_scheduler_is_refused(pair: Pair, fields: dict[str, Any]) -> None:
+    before = output_ids(pair.url, [5, 6, 7], 4)
+    room = {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.prefill.bootstrap_port}
+    body = payload([5, 6, 7], 4) | room | {"bootstrap_room": 7} | fields
+    for server in (pair.prefill, pair.decode):
+        reply = requests.post(f"{server.url}/generate", json=body)
+        assert reply.status_code == 400, reply.text
+    assert output_ids(pair.url, [5, 6, 7], 4) == before

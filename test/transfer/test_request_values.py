@@ -17,7 +17,9 @@ def refusal(*, ids: list[int] | None = None, sampling: Any = None, **fields: Any
     params = SamplingParams(**{"temperature": 1} | (sampling or {}))
     given = {"logprob_start_len": -1, "top_logprobs_num": 0, "return_hidden_states": False}
     made = SimpleNamespace(
-        input_ids=array.array("q", ids or [1, 4095]), sampling_params=params, **given | fields
+        input_ids=array.array("q", [1, 4095] if ids is None else ids),
+        sampling_params=params,
+        **given | fields,
     )
     return refuse(made, VOCABULARY)
 
@@ -32,6 +34,7 @@ def test_what_is_common_is_taken() -> None:
     ("fields", "words"),
     [
         ({"ids": [1, 4096]}, "input_ids has 4096"),
+        ({"ids": []}, "the prompt has no token"),
         ({"ids": [-1]}, "input_ids has -1"),
         ({"top_logprobs_num": 4097}, "top_logprobs_num is 4097"),
         ({"top_logprobs_num": -1}, "top_logprobs_num is -1"),

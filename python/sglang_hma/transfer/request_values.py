@@ -62,7 +62,9 @@ def refuse(made: Any, vocabulary: int) -> str | None:
         if getattr(made, name, None) is not None:
             return f"{name} is given: prefill and decode servers take text or input_ids"
     ids = made.input_ids
-    if ids is not None and len(ids) and not (min(ids) >= 0 and max(ids) < vocabulary):
+    if ids is None or not len(ids):
+        return "the prompt has no token: give at least one"
+    if not (min(ids) >= 0 and max(ids) < vocabulary):
         wrong = next(one for one in ids if not 0 <= one < vocabulary)
         return f"input_ids has {wrong}, and the vocabulary's ids are from 0 to {vocabulary - 1}"
     if hasattr(made, "logprob_start_len"):
