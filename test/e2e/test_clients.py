@@ -154,6 +154,7 @@ def test_openai_client(pair: Pair) -> None:
         {"input_ids": None, "text": ""},
         {"positional_embed_overrides": {"a": 1}},
         {"return_hidden_states": []},
+        {"custom_labels": {"": ""}},
         {"sampling_params": {"repetition_penalty": 1e-320}},
         {"sampling_params": {"n": 1 << 20}},
     ],

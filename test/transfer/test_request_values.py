@@ -8,7 +8,7 @@ import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_hma.transfer.request_values import MAX_SAMPLES, normalize, refuse
+from sglang_hma.transfer.request_values import MAX_SAMPLES, normalize, refuse, refuse_labels
 
 VOCABULARY = 4096
 
@@ -77,3 +77,11 @@ def test_a_client_does_not_skip_the_checks(name: str) -> None:
     obj = GenerateReqInput(input_ids=[1], sampling_params={name: 1})
     with pytest.raises(ValueError, match=f"{name} is given"):
         normalize(lambda _: pytest.fail("too late"), obj)
+
+
+def test_labels_that_the_metrics_do_not_have_are_refused() -> None:
+    allowed = frozenset(("tenant",))
+    assert refuse_labels(None, allowed) is None
+    assert refuse_labels({"tenant": "a"}, allowed) is None
+    for labels in ({"": ""}, {"tenant": "a", "other": "b"}, [{"tenant": "a"}]):
+        assert "custom_labels" in (refuse_labels(labels, allowed) or "")

@@ -1,4 +1,4 @@
-"""Values in a client's request that SGLang passes on and its scheduler ends on.
+"""Values in a client's request that SGLang passes on and a process of its server ends on.
 
 A scheduler looks token ids up and makes tensors of what a request says, without a check: an
 exception there ends the server, with all other requests. So they are checked in the HTTP process,
@@ -54,6 +54,22 @@ def create_tokenized_object(
     if (reason := refuse(made, manager.model_config.vocab_size)) is not None:
         raise ValueError(reason)
     return made
+
+
+def refuse_labels(labels: object, allowed: frozenset[str]) -> str | None:
+    """Why a request's metric labels are refused, or None: prometheus raises for one that it has not
+    been told of, in the HTTP process's loop over all answers."""
+    if labels is None:
+        return None
+    if not isinstance(labels, dict):
+        return f"custom_labels is {shown(labels)}, not an object"
+    unknown = sorted(labels.keys() - allowed)
+    if unknown:
+        return (
+            f"custom_labels has {shown(unknown[0])}, which --tokenizer-metrics-allowed-custom-labels "
+            "does not"
+        )
+    return None
 
 
 def refuse(made: Any, vocabulary: int) -> str | None:
