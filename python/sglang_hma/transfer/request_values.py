@@ -66,8 +66,8 @@ def refuse_labels(labels: object, allowed: frozenset[str]) -> str | None:
     unknown = sorted(labels.keys() - allowed)
     if unknown:
         return (
-            f"custom_labels has {shown(unknown[0])}, which --tokenizer-metrics-allowed-custom-labels "
-            "does not"
+            f"custom_labels has {shown(unknown[0])}, which "
+            "--tokenizer-metrics-allowed-custom-labels does not"
         )
     return None
 
