@@ -50,6 +50,12 @@ def create_tokenized_object(
 ) -> Any:
     """Around TokenizerManager._create_tokenized_object, from which everything goes to the
     scheduler. Raises ValueError."""
+    from sglang.srt.runtime_context import get_observability
+
+    allowed = get_observability().tokenizer_metrics_allowed_custom_labels
+    labels = getattr(obj, "custom_labels", None)
+    if (reason := refuse_labels(labels, frozenset(allowed or ()))) is not None:
+        raise ValueError(reason)
     made = original(manager, obj, input_text, input_ids, input_embeds, mm_inputs, token_type_ids)
     if (reason := refuse(made, manager.model_config.vocab_size)) is not None:
         raise ValueError(reason)
