@@ -155,6 +155,8 @@ def test_openai_client(pair: Pair) -> None:
         {"positional_embed_overrides": {"a": 1}},
         {"return_hidden_states": []},
         {"custom_labels": {"": ""}},
+        {"lora_id": ["x"]},
+        {"lora_id": "x"},
         {"sampling_params": {"repetition_penalty": 1e-320}},
         {"sampling_params": {"n": 1 << 20}},
     ],

@@ -5,10 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_hma.transfer.request_values import MAX_SAMPLES, normalize, refuse, refuse_labels
+from sglang_hma.transfer.request_values import (
+    MAX_SAMPLES,
+    normalize,
+    refuse,
+    refuse_labels,
+    refuse_types,
+    scalars,
+)
 
 VOCABULARY = 4096
 
@@ -85,3 +92,26 @@ def test_labels_that_the_metrics_do_not_have_are_refused() -> None:
     assert refuse_labels({"tenant": "a"}, allowed) is None
     for labels in ({"": ""}, {"tenant": "a", "other": "b"}, [{"tenant": "a"}]):
         assert "custom_labels" in (refuse_labels(labels, allowed) or "")
+
+
+@pytest.mark.parametrize("value", ["x", ["x"], [None], 5])
+def test_an_adapter_is_named_by_its_path_alone(value: Any) -> None:
+    """SGLang puts its own number of an adapter there; a list ended both schedulers."""
+    obj = GenerateReqInput(input_ids=[1], sampling_params={}, lora_id=value)
+    with pytest.raises(ValueError, match="lora_id is given"):
+        normalize(lambda _: pytest.fail("too late"), obj)
+
+
+@pytest.mark.parametrize("name", sorted(scalars(TokenizedGenerateReqInput)))
+def test_no_list_goes_where_the_scheduler_takes_one_value(name: str) -> None:
+    made = SimpleNamespace(**dict.fromkeys(scalars(TokenizedGenerateReqInput)))
+    for wrong in (["x"], [[1]], {"a": 1}):
+        setattr(made, name, wrong)
+        reason = refuse_types(made, TokenizedGenerateReqInput)
+        assert reason is not None and f"{name} is " in reason and "\n" not in reason
+
+
+def test_every_field_that_a_client_may_make_a_list_is_looked_at() -> None:
+    """Those that are checked as what they are, or never reach the scheduler as they came, aside."""
+    looked_at = scalars(TokenizedGenerateReqInput)
+    assert {"lora_id", "extra_key", "cache_salt", "custom_logit_processor"} <= looked_at.keys()

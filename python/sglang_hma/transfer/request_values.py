@@ -5,7 +5,13 @@ exception there ends the server, with all other requests. So they are checked in
 where a ValueError is answered with HTTP 400.
 """
 
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+import msgspec
 
 from sglang_hma.transfer.request_fields import shown
 
@@ -20,6 +26,8 @@ PRIVATE = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
 
 def normalize(original: Any, obj: Any) -> Any:
     """Around GenerateReqInput.normalize_batch_and_arguments. Raises ValueError."""
+    if getattr(obj, "lora_id", None) is not None:
+        raise ValueError("lora_id is given, which the server sets: name an adapter by lora_path")
     given = obj.sampling_params
     for params in given if isinstance(given, list) else [given]:
         if params is not None and (reason := refuse_samples(params)):
@@ -57,9 +65,41 @@ def create_tokenized_object(
     if (reason := refuse_labels(labels, frozenset(allowed or ()))) is not None:
         raise ValueError(reason)
     made = original(manager, obj, input_text, input_ids, input_embeds, mm_inputs, token_type_ids)
-    if (reason := refuse(made, manager.model_config.vocab_size)) is not None:
+    reason = refuse_types(made, type(made)) or refuse(made, manager.model_config.vocab_size)
+    if reason is not None:
         raise ValueError(reason)
     return made
+
+
+@cache
+def scalars(declared: type) -> Mapping[str, Any]:
+    """The fields of a class of SGLang's that hold one plain value each, with their types."""
+    hints = typing.get_type_hints(declared)
+    return {name: hint for name, hint in hints.items() if _is_scalar(hint)}
+
+
+def _is_scalar(hint: Any) -> bool:
+    kind = typing.get_origin(hint)
+    if kind in (typing.Union, types.UnionType):
+        return all(map(_is_scalar, typing.get_args(hint)))
+    return kind is typing.Literal or hint in (bool, int, float, str, type(None))
+
+
+def refuse_types(made: Any, declared: type) -> str | None:
+    """Why a tokenized request is refused, or None: a field for one value has another kind of it.
+
+    SGLang takes a list where a client may send several prompts, and for a single one passes some
+    on as they are, though `declared`, its scheduler's own class, says otherwise.
+    """
+    for name, hint in scalars(declared).items():
+        value = getattr(made, name, None)
+        if value is None:
+            continue
+        try:
+            msgspec.convert(value, hint)
+        except msgspec.ValidationError as error:
+            return f"{name} is {shown(value)}: {error}"
+    return None
 
 
 def refuse_labels(labels: object, allowed: frozenset[str]) -> str | None:
