@@ -4,8 +4,9 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 
-from .client import assert_drained, greedy, load, output_ids
+from .client import assert_drained, generate, greedy, load, output_ids, payload
 from .conftest import POOL_TOKENS, Faults
 from .harness import Pair, until
 
@@ -51,4 +52,30 @@ def test_the_last_running_request_waits_for_those_that_land(
         until(lambda: (queued("retracted") > 0 and not running()) or asked[0].done(), *alive)
         faults.set()
         assert [answer.result() for answer in asked] == quiet
+    assert_drained(pair.prefill, pair.decode)
+
+
+@pytest.mark.parametrize("tokens", [4, SHORT_PROMPT])
+def test_a_room_that_another_has_is_refused_and_the_other_served(
+    pair: Pair, faults: Faults, seed: int, tokens: int
+) -> None:
+    """While the pages of the first are on their way."""
+    rng = random.Random(seed)
+    first, second = ([rng.randrange(8, 4000) for _ in range(n)] for n in (SHORT_PROMPT, tokens))
+    here = {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.prefill.bootstrap_port}
+    room = here | {"bootstrap_room": rng.randrange(1, 2**62)}
+    quiet = greedy(pair.url, first)
+    faults.set(hold_after=0)
+    with ThreadPoolExecutor(2) as pool:
+        halves = [
+            pool.submit(generate, each.url, first, **room) for each in (pair.prefill, pair.decode)
+        ]
+        until(faults.held.exists, pair.prefill, pair.decode)
+        for server in (pair.prefill, pair.decode):
+            reply = requests.post(f"{server.url}/generate", json=payload(second, 4, **room))
+            assert reply.status_code == 500 and "belongs to another request" in reply.text
+            server.check_alive()
+        faults.set()
+        assert quiet == halves[1].result()["output_ids"]
+        halves[0].result()
     assert_drained(pair.prefill, pair.decode)

@@ -21,7 +21,7 @@ class ShortPrompts:
     def __init__(self, queue: Any) -> None:
         self._queue = queue
         self._entries: list[DecodeRequest] = []
-        self._ready: set[int] = set()  # ids of entries
+        self._ready: set[int] = set()  # ids of some of them: as long as they live here
         self._begun = 0
         self.lack_pages = False  # the oldest of all requests is one of these, and does not fit
         GAUGES.counter(
@@ -38,6 +38,8 @@ class ShortPrompts:
 
     def keep_from_reservation(self) -> None:
         """After SGLang has looked which requests may have pages reserved: not these."""
+        if not self._entries:
+            return
         queued = set(map(id, self._queue.queue))
         self._entries = [entry for entry in self._entries if id(entry) in queued]
         self._ready = {id(entry) for entry in self._entries if entry.waiting_for_input}
@@ -77,10 +79,13 @@ class ShortPrompts:
 
     def note_begun(self, entries: list[DecodeRequest]) -> None:
         """They have pages of SGLang's own scheduling now."""
+        if not entries:
+            return
         self._begun += len(entries)
         gone = set(map(id, entries))
         self._queue.queue = [entry for entry in self._queue.queue if id(entry) not in gone]
         self._entries = [entry for entry in self._entries if id(entry) not in gone]
+        self._ready -= gone
         for entry in entries:
             entry.kv_receiver.clear()
             entry.kv_receiver = None

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zmq
+from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.decode import (
     DecodePreallocQueue,
     DecodeRequest,
@@ -74,8 +75,11 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
 
     @override
     def _init_receiver(self, decode_req: DecodeRequest, prefill_dp_rank: int) -> None:
-        """The prefill server is known by now, and with it which prompts are too short for it."""
-        if self.kv_manager.leaves_to_decode(decode_req.kv_receiver.bootstrap_addr, decode_req.req):
+        """The prefill server is known by now, and with it which prompts are too short for it. One
+        that has failed has no say in its room, which may be another's."""
+        receiver = decode_req.kv_receiver
+        failed = receiver.conclude_state == KVPoll.Failed
+        if not failed and self.kv_manager.leaves_to_decode(receiver.bootstrap_addr, decode_req.req):
             self.short.add(decode_req)
         else:
             super()._init_receiver(decode_req, prefill_dp_rank)
