@@ -62,7 +62,7 @@ def test_what_is_read_of_ours_is_documented() -> None:
 def test_what_is_documented_is_on_the_dashboard() -> None:
     """But for sums that others are made of."""
     left_out = {"sglang_hma:kv_send_seconds_total", "sglang_hma:kv_sent_groups_total"}
-    left_out |= {"sglang_hma:kv_verified_groups_total", "sglang_hma:short_prompts_total"}
+    left_out |= {"sglang_hma:kv_verified_groups_total"}
     shown = " ".join(queries())
     assert {name for name in documented() if name not in shown} == left_out
 

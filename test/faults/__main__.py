@@ -7,13 +7,12 @@ serve and keep nothing, and no process may have grown. Exit code 1 if anything o
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from .load import Load, questions, quiet_answers
 from .machine import machine
 from .memory import Memory, growth
 from .outcome import FAULTS
+from .report import concluded
 from .schedule import Kind, schedule
 
 POOL_TOKENS = "8192"
@@ -169,9 +169,7 @@ def main() -> int:
         return 0
     found = run(args, Path(tempfile.mkdtemp(prefix=f"hma-faults-{args.seed}-")))
     show(found)
-    if args.json:
-        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
-    return 1 if found.wrong else 0
+    return concluded(found, args.json)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ listed. Exit code 1 if anything of that is not so.
 """
 
 import argparse
-import json
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -32,6 +31,7 @@ from ..faults.background import Background
 from ..faults.fleet import Fleet, running
 from ..faults.load import questions, quiet_answers
 from ..faults.machine import machine
+from ..faults.report import concluded
 from . import routes
 from .sending import Gun
 from .shots import Maker, Shot, with_room
@@ -260,9 +260,7 @@ def main() -> int:
     print(f"{args.count} requests, seed {args.seed}", flush=True)
     found = run(args.count, args.seed, Path(tempfile.mkdtemp(prefix=f"hma-fuzz-{args.seed}-")))
     show(found)
-    if args.json:
-        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
-    return 1 if found.wrong else 0
+    return concluded(found, args.json)
 
 
 if __name__ == "__main__":

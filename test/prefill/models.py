@@ -130,18 +130,25 @@ CASES = [
 
 
 class Bounds(NamedTuple):
-    """Least correlation of logits, of K and V. A best id that leads by more than the error that
-    the correlation tells of is kept."""
+    """Least correlation of logits, of K and V; how far the expected logit of the best id may lie
+    behind the largest, in deviations, but for one position."""
 
     logits: float
     kv: float
+    clear: float
 
 
 # Packing the weights of a spread model of four layers alone leaves K and V at 0.9992.
 BOUNDS = {
-    True: {"packed": Bounds(0.9993, 0.999), "unrounded": Bounds(0.998, 0.9985)},
-    False: {"packed": Bounds(0.9995, 0.9995), "unrounded": Bounds(0.999, 0.999)},
+    True: {"packed": Bounds(0.9993, 0.999, 0.1), "unrounded": Bounds(0.998, 0.9985, 0.25)},
+    False: {"packed": Bounds(0.9995, 0.9995, 0.1), "unrounded": Bounds(0.999, 0.999, 0.2)},
 }
+
+
+def behind_the_best(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """At each position, in deviations. Both [positions, ids]; 0 where they agree."""
+    chosen = expected.gather(-1, logits.argmax(-1, keepdim=True))[:, 0]
+    return (expected.max(-1).values - chosen) / expected.std()
 
 
 def check_agreement(card: Card, rng: np.random.Generator, case: Case) -> None:
@@ -167,11 +174,9 @@ def check_agreement(card: Card, rng: np.random.Generator, case: Case) -> None:
         least = BOUNDS[spread][weights]
         expected = by_transformers(model, tokens)
         found = [correlation(logits, expected.logits)]
-        best = expected.logits[-1].topk(2).values
-        # Of a difference of two logits; six times as much is no noise.
-        noise = math.sqrt(4 * max(0.0, 1 - found[0])) * expected.logits.std()
-        if best[0] - best[1] > 6 * noise:
-            assert logits[-1].argmax() == expected.logits[-1].argmax()
+        behind = behind_the_best(logits, expected.logits)
+        noise = 2 * math.sqrt(max(0.0, 1 - found[0]))  # of a difference of two logits
+        assert (behind > least.clear).sum() <= 1 and behind.max() <= max(6 * noise, least.clear)
         for layer, kv in enumerate(expected.kv):
             for which, values in enumerate(kv):
                 got = bfp8_unpack(runtime.host[layer][which][used][:, :, None])

@@ -1,7 +1,5 @@
 """What a client may write into a request, in SGLang's own classes."""
 
-import array
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,21 +11,19 @@ from sglang_hma.transfer.request_values import (
     normalize,
     refuse,
     refuse_labels,
-    refuse_types,
     scalars,
 )
+
+from .tokenized import tokenized
 
 VOCABULARY = 4096
 
 
 def refusal(*, ids: list[int] | None = None, sampling: Any = None, **fields: Any) -> str | None:
     params = SamplingParams(**{"temperature": 1} | (sampling or {}))
-    given = {"logprob_start_len": -1, "top_logprobs_num": 0, "return_hidden_states": False}
-    made = SimpleNamespace(
-        input_ids=array.array("q", [1, 4095] if ids is None else ids),
-        sampling_params=params,
-        **given | fields,
-    )
+    made = tokenized([1, 4095] if ids is None else ids, sampling_params=params)
+    for name, value in fields.items():
+        setattr(made, name, value)
     return refuse(made, VOCABULARY)
 
 
@@ -104,10 +100,8 @@ def test_an_adapter_is_named_by_its_path_alone(value: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(scalars(TokenizedGenerateReqInput)))
 def test_no_list_goes_where_the_scheduler_takes_one_value(name: str) -> None:
-    made = SimpleNamespace(**dict.fromkeys(scalars(TokenizedGenerateReqInput)))
     for wrong in (["x"], [[1]], {"a": 1}):
-        setattr(made, name, wrong)
-        reason = refuse_types(made, TokenizedGenerateReqInput)
+        reason = refusal(**{name: wrong})
         assert reason is not None and f"{name} is " in reason and "\n" not in reason
 
 

@@ -1,7 +1,6 @@
 """Which requests are decode's, and what prefill's tokenizer process does with them."""
 
 import asyncio
-from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_hma.config import CONFIG_ENV, HmaConfig
 from sglang_hma.transfer.request_fields import FAKE_HOST
 from sglang_hma.transfer.short_prompts import is_short, send_batch_request, send_one_request
+
+from .tokenized import tokenized
 
 BELOW = 64
 
@@ -25,20 +25,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def request(tokens: int, rid: str = "r", **fields: Any) -> TokenizedGenerateReqInput:
-    given = {"return_logprob": False, "bootstrap_host": "10.0.0.1", "input_embeds": None} | fields
-    return TokenizedGenerateReqInput(
-        rid=rid,
-        input_text="",
-        input_ids=array("q", [1] * tokens),
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=SamplingParams(),
-        logprob_start_len=-1,
-        top_logprobs_num=0,
-        token_ids_logprob=None,
-        stream=False,
-        **given,
-    )
+    return tokenized([1] * tokens, rid=rid, **fields)
 
 
 @given(tokens=st.integers(0, 200), below=st.integers(0, 200))

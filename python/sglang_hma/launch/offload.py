@@ -8,7 +8,7 @@ that generates, so a prompt of fewer tokens prolongs a step by one more at most.
 import argparse
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sglang_hma.config import Role
@@ -41,9 +41,10 @@ def offload_to(asked: Mapping[Role, argparse.Namespace]) -> Offload:
         return Offload(0, NO_CPU)
     names = cards_here()
     known = {name: tokens for name in names if (tokens := balance(name)) is not None}
-    if not names or len(known) < len(names):
-        unknown = ", ".join(name for name in names if name not in known)
-        return Offload(0, NO_CPU if not names else f"nothing is known of {unknown}")
+    if not names:
+        return Offload(0, NO_CPU)
+    if unknown := [name for name in names if name not in known]:
+        return Offload(0, f"nothing is known of {', '.join(unknown)}")
     name = min(known, key=known.__getitem__)
     return Offload(known[name], f"fewer take {name} no longer than reading the weights")
 
@@ -56,11 +57,7 @@ def cards_here() -> list[str]:
         said = subprocess.run(ASKS, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return _each_once(line.strip() for line in said.stdout.splitlines() if line.strip())
-
-
-def _each_once(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+    return sorted({line.strip() for line in said.stdout.splitlines()} - {""})
 
 
 def balance(name: str) -> int | None:

@@ -65,8 +65,7 @@ def create_tokenized_object(
     if (reason := refuse_labels(labels, frozenset(allowed or ()))) is not None:
         raise ValueError(reason)
     made = original(manager, obj, input_text, input_ids, input_embeds, mm_inputs, token_type_ids)
-    reason = refuse_types(made, type(made)) or refuse(made, manager.model_config.vocab_size)
-    if reason is not None:
+    if (reason := refuse(made, manager.model_config.vocab_size)) is not None:
         raise ValueError(reason)
     return made
 
@@ -85,14 +84,14 @@ def _is_scalar(hint: Any) -> bool:
     return kind is typing.Literal or hint in (bool, int, float, str, type(None))
 
 
-def refuse_types(made: Any, declared: type) -> str | None:
+def refuse_types(made: Any) -> str | None:
     """Why a tokenized request is refused, or None: a field for one value has another kind of it.
 
     SGLang takes a list where a client may send several prompts, and for a single one passes some
-    on as they are, though `declared`, its scheduler's own class, says otherwise.
+    on as they are, though its class for the scheduler says otherwise.
     """
-    for name, hint in scalars(declared).items():
-        value = getattr(made, name, None)
+    for name, hint in scalars(type(made)).items():
+        value = getattr(made, name)
         if value is None:
             continue
         try:
@@ -120,6 +119,8 @@ def refuse_labels(labels: object, allowed: frozenset[str]) -> str | None:
 
 def refuse(made: Any, vocabulary: int) -> str | None:
     """Why a tokenized request of SGLang's is refused, or None. `vocabulary`: tokens."""
+    if reason := refuse_types(made):
+        return reason
     for name in ("input_embeds", "positional_embed_overrides"):
         if getattr(made, name, None) is not None:
             return f"{name} is given: prefill and decode servers take text or input_ids"
@@ -138,13 +139,10 @@ def refuse(made: Any, vocabulary: int) -> str | None:
 
 def _refuse_returned(made: Any, vocabulary: int) -> str | None:
     number, start = made.top_logprobs_num, made.logprob_start_len
-    if not (type(number) is int and 0 <= number <= vocabulary):
+    if number is None or not 0 <= number <= vocabulary:
         return f"top_logprobs_num is {shown(number)}, not a number from 0 to {vocabulary}"
-    if not (type(start) is int and -1 <= start <= MAX_INT32):
+    if start is None or not -1 <= start <= MAX_INT32:
         return f"logprob_start_len is {shown(start)}: give a position in the prompt, or -1"
-    hidden = made.return_hidden_states
-    if type(hidden) is not bool and hidden != "last":
-        return f'return_hidden_states is {shown(hidden)}: give true, false or "last"'
     return None
 
 
