@@ -7,9 +7,9 @@ where a ValueError is answered with HTTP 400.
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -90,7 +90,7 @@ def refuse_types(made: Any) -> str | None:
     SGLang takes a list where a client may send several prompts, and for a single one passes some
     on as they are, though its class for the scheduler says otherwise.
     """
-    for name, hint in scalars(type(made)).items():
+    for name, hint in scalars(cast(Hashable, type(made))).items():
         value = getattr(made, name)
         if value is None:
             continue
