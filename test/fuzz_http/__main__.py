@@ -56,7 +56,7 @@ class Found:
     machine: str
     requests: int = 0
     seconds: float = 0.0
-    slowest_s: float = 0.0
+    slowest: list[str] = field(default_factory=list)  # seconds, answer and request
     statuses: dict[str, int] = field(default_factory=dict)  # by target and status; 0: none
     kinds: dict[str, int] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)  # 5xx, by target, route, status, words
@@ -222,7 +222,8 @@ def run(count: int, number: int, folder: Path) -> Found:
 
 
 def _look_back(found: Found, gun: Gun, watch: Watch) -> None:
-    found.requests, found.slowest_s = gun.done, round(gun.slowest_s, 1)
+    found.requests = gun.done
+    found.slowest = [f"{seconds:g} s: {words}" for seconds, words in gun.slow]
     found.live_checks = watch.checks
     found.statuses = {f"{t} {s}": n for (t, s), n in sorted(gun.statuses.items())}
     found.kinds = dict(gun.kinds.most_common())
@@ -236,7 +237,8 @@ def _look_back(found: Found, gun: Gun, watch: Watch) -> None:
 def show(found: Found) -> None:
     table = Table("", "", title=f"seed {found.seed}, {found.machine}")
     rows = {
-        "requests": f"{found.requests} in {found.seconds:.0f} s, the slowest {found.slowest_s} s",
+        "requests": f"{found.requests} in {found.seconds:.0f} s",
+        "slowest": "\n".join(each[:300] for each in found.slowest),
         "statuses": ", ".join(f"{n} {each}" for each, n in found.statuses.items()),
         "kinds": ", ".join(f"{n} {each}" for each, n in found.kinds.items()),
         "5xx": "\n".join(f"{n} x {each}" for each, n in list(found.errors.items())[:60]) or "none",

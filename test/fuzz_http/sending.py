@@ -20,6 +20,7 @@ WAIT_S = 240.0
 LEAVE_S = 0.3
 MAX_ANSWER = 64 << 20
 SHOWN = 300
+KEPT_SLOW = 10
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Gun:
     last: deque[tuple[float, Shot, list[Answer]]] = field(default_factory=lambda: deque(maxlen=200))
     open: dict[int, Shot] = field(default_factory=dict)  # by thread
     done: int = 0
-    slowest_s: float = 0.0
+    slow: list[tuple[float, str]] = field(default_factory=list)  # the slowest, slowest first
     stop: threading.Event = field(default_factory=threading.Event)
 
     def fire(self, shots: Iterable[Shot]) -> None:
@@ -137,12 +138,18 @@ class Gun:
             self.last.append((time.monotonic(), shot, answers))
             for answer in answers:
                 self.statuses[shot.target, answer.status] += 1
-                self.slowest_s = max(self.slowest_s, answer.seconds)
+                self._note(shot, answer)
                 if answer.hung:
                     self.hung.append(shot)
                 if answer.status >= 500:
                     route = f"{shot.method} {shot.route}"
                     self.errors[shot.target, route, answer.status, answer.words[:160]] += 1
+
+    def _note(self, shot: Shot, answer: Answer) -> None:
+        if len(self.slow) < KEPT_SLOW or answer.seconds > self.slow[-1][0]:
+            words = f"{answer.status} {answer.words[:160]} for {_line(shot)[:1000]}"
+            self.slow = sorted([*self.slow, (round(answer.seconds, 1), words)], reverse=True)
+            del self.slow[KEPT_SLOW:]
 
     def suspects(self, seconds: float = 5.0) -> list[str]:
         """What was open, or ended in the last few seconds without an answer."""
