@@ -72,7 +72,7 @@ class WarpAttention {
 
   // Tokens begin..end-1 of the tile are visible.
   template <typename K, typename V>
-  HMA_DEVICE void attend(const uint8_t* keys, const uint8_t* values, int begin, int end) {
+  HMA_DEVICE void attend(Shared keys, Shared values, int begin, int end) {
     if (begin > 0 || end < K::TOKENS) {
       attend<K, V, true>(keys, values, begin, end);
     } else {
@@ -125,7 +125,7 @@ class WarpAttention {
   float state_out[HEAD_TILES][V_DIM / GROUP][4];
 
   template <typename K, typename V, bool RAGGED>
-  HMA_DEVICE void attend(const uint8_t* keys, const uint8_t* values, int begin, int end) {
+  HMA_DEVICE void attend(Shared keys, Shared values, int begin, int end) {
     constexpr int BLOCKS = K::TOKENS / BLOCK;
     float logits[HEAD_TILES][BLOCKS][4];
     multiply_keys<K>(keys, logits);
@@ -133,7 +133,7 @@ class WarpAttention {
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {
       to_log2<BLOCKS>(logits[tile], p.scale * K::LOGIT_UNIT);
-      if constexpr (RAGGED) hide<BLOCKS>(logits[tile], begin, end);
+      if constexpr (RAGGED) hide<K, BLOCKS>(logits[tile], begin, end);
       update_max<BLOCKS>(tile, logits[tile]);
       float base[2];
 #pragma unroll
@@ -157,7 +157,7 @@ class WarpAttention {
   }
 
   template <typename K, int BLOCKS>
-  HMA_DEVICE void multiply_keys(const uint8_t* keys, float (&logits)[HEAD_TILES][BLOCKS][4]) {
+  HMA_DEVICE void multiply_keys(Shared keys, float (&logits)[HEAD_TILES][BLOCKS][4]) {
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {
 #pragma unroll
@@ -173,8 +173,8 @@ class WarpAttention {
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
         if constexpr (K::SCALED) {
-          const float upper = K::k_scale(keys, block, group, r);
-          const float lower = K::k_scale(keys, block, group, r + 8);
+          const float upper = K::k_scale(keys, block, group, r, 0);
+          const float lower = K::k_scale(keys, block, group, r, 1);
 #pragma unroll
           for (int tile = 0; tile < HEAD_TILES; ++tile) {
             float dot[4] = {0, 0, 0, 0};
@@ -223,13 +223,13 @@ class WarpAttention {
   }
 
   // Selected, not multiplied away: a hidden token's logit may be anything.
-  template <int BLOCKS>
+  template <typename K, int BLOCKS>
   HMA_DEVICE void hide(float (&logits)[BLOCKS][4], int begin, int end) {
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int token = block * BLOCK + r + i / 2 * 8;
+        const int token = block * BLOCK + K::token(r + i / 2 * 8);
         if (token < begin || token >= end) logits[block][i] = MINUS_INFINITY;
       }
     }
@@ -266,7 +266,7 @@ class WarpAttention {
   }
 
   template <typename V, int BLOCKS, bool RAGGED>
-  HMA_DEVICE void add_values(const uint8_t* values,
+  HMA_DEVICE void add_values(Shared values,
                              const uint32_t (&weights)[HEAD_TILES][BLOCKS][2], int begin,
                              int end) {
     uint32_t visible[BLOCKS][2];
@@ -274,7 +274,7 @@ class WarpAttention {
     for (int block = 0; block < BLOCKS; ++block) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int token = block * BLOCK + half * 8 + 2 * c;
+        const int token = block * BLOCK + V::token(half * 8 + 2 * c);
         visible[block][half] = !RAGGED ? ~0u
                                        : (token >= begin && token < end ? 0xFFFFu : 0u) |
                                              (token + 1 >= begin && token + 1 < end ? 0xFFFF0000u

@@ -33,7 +33,7 @@ class Decode {
         lane(lane_index()),
         space(params, WARPS),
         span(space.spans()[block_x() * WARPS + warp_index()]),
-        ring(shared_memory() + warp_index() * STAGES * STAGE_BYTES),
+        ring(Shared(shared_memory()) + warp_index() * (STAGES * STAGE_BYTES)),
         attention(params) {}
 
   HMA_DEVICE void run() {
@@ -42,10 +42,13 @@ class Decode {
     copied = segment(0);
     Segment work = copied;
     int left = 0, at = -1;  // tiles of `work` that are still to be read; which segment it is
-    // STAGES tiles are asked for before the first is read, and one more whenever one has been read.
+    // STAGES tiles are asked for before the first is read, and one more whenever one has been read:
+    // into the stage where that one was.
+    Shared stage = ring;
+    int ahead = 0;
 #pragma unroll 1
-    for (int step = -STAGES;; ++step) {
-      if (step >= 0) {
+    while (true) {
+      if (ahead == STAGES) {
         if (left == 0) {
           while (++at < span.count && segment(at).tiles == 0) continue;
           if (at >= span.count) return;
@@ -56,21 +59,25 @@ class Decode {
         }
         wait_for_copies<STAGES - 1>();
         sync_warp();
-        read(ring + step % STAGES * STAGE_BYTES, work.tiles - left < work.bfp8_tiles);
+        read(stage, work.tiles - left < work.bfp8_tiles);
         if (--left == 0) attention.finish(work, space);
         sync_warp();
+      } else {
+        ++ahead;
       }
-      copy(ring + (step + STAGES) % STAGES * STAGE_BYTES);
+      copy(stage);
       commit_copies();
+      stage = stage + STAGE_BYTES;
+      if (stage == ring + STAGES * STAGE_BYTES) stage = ring;
     }
   }
 
  private:
   HMA_DEVICE const Segment& segment(int i) const { return space.segments()[span.first + i]; }
 
-  HMA_DEVICE void read(const uint8_t* stage, bool bfp8) {
-    const int* visible = reinterpret_cast<const int*>(stage + K_BYTES + V_BYTES);
-    const int begin = visible[0], end = visible[1];
+  HMA_DEVICE void read(Shared stage, bool bfp8) {
+    const uint2 visible = (stage + (K_BYTES + V_BYTES)).load_8();
+    const int begin = int(visible.x), end = int(visible.y);
     if (begin >= end) return;
     if (bfp8) {
       attention.template attend<Bfp8<DIM>, Bfp8<V_DIM>>(stage, stage + K_BYTES, begin, end);
@@ -80,7 +87,7 @@ class Decode {
   }
 
   // Asks for the span's next tile, if there is one.
-  HMA_DEVICE void copy(uint8_t* stage) {
+  HMA_DEVICE void copy(Shared stage) {
     while (copied_tiles == copied.tiles) {
       if (copied_at + 1 >= span.count) return;
       copied = segment(++copied_at);
@@ -91,11 +98,7 @@ class Decode {
     const bool bfp8 = copied_tiles < copied.bfp8_tiles;
     const int64_t page = from_lane(lane_page, in_cache);
     const int begin = from_lane(lane_begin, in_cache), end = from_lane(lane_end, in_cache);
-    if (lane == 0) {
-      int* visible = reinterpret_cast<int*>(stage + K_BYTES + V_BYTES);
-      visible[0] = begin;
-      visible[1] = end;
-    }
+    if (lane == 0) (stage + (K_BYTES + V_BYTES)).store_8(begin, end);
     if (begin < end) {
       if (bfp8) {
         copy_tile<Bfp8<DIM>, Bfp8<V_DIM>>(p.bfp8, stage, page, 0, begin, end);
@@ -109,7 +112,7 @@ class Decode {
   }
 
   template <typename K, typename V>
-  HMA_DEVICE void copy_tile(const PagedKVParams& kv, uint8_t* stage, int64_t page, int first_token,
+  HMA_DEVICE void copy_tile(const PagedKVParams& kv, Shared stage, int64_t page, int first_token,
                             int begin, int end) {
     K::copy(stage, kv.k + page * kv.k_page_bytes + int64_t(copied.kv_head) * K::PAGE_BYTES,
             first_token, begin, end);
@@ -143,7 +146,7 @@ class Decode {
   const int lane;
   const Space space;
   const Span span;
-  uint8_t* ring;
+  const Shared ring;
   Attention attention;
 
   // The copying side: its segment, and how many of that one's tiles have been asked for. Lane i

@@ -106,40 +106,99 @@ HMA_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8x8 matrices of 16-bit values in shared memory. Lanes 8i to 8i+7 say where the rows of
-// matrix i begin, each 16 bytes and aligned to them. x[i] is of matrix i: row r, columns 2c and
-// 2c+1; transposed: rows 2c and 2c+1, column r.
-template <bool TRANSPOSED>
-HMA_DEVICE void load_matrices(const uint8_t* row, uint32_t (&x)[4]) {
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if constexpr (TRANSPOSED) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared)
+// The compiler is not to know how x was made: else it makes it anew where it is used, or works out
+// each of several addresses beside it by itself.
+HMA_DEVICE void make_opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
+HMA_DEVICE void make_opaque(const uint8_t*& x) { asm volatile("" : "+l"(x)); }
+
+// Where something lies in shared memory. A number of 32 bits, so that the address of what lies beside
+// it is part of an instruction and not worked out for each.
+class Shared {
+ public:
+  HMA_DEVICE explicit Shared(const uint8_t* in_block)
+      : address(static_cast<uint32_t>(__cvta_generic_to_shared(in_block))) {
+    make_opaque(address);
+  }
+
+  HMA_DEVICE Shared operator+(int bytes) const { return Shared(address + uint32_t(bytes)); }
+  HMA_DEVICE bool operator==(Shared other) const { return address == other.address; }
+
+  // What lies there, aligned to its size of 1, 2, 4 or 8 bytes.
+  HMA_DEVICE uint32_t load_1() const {
+    uint32_t x;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+  }
+  HMA_DEVICE uint32_t load_4() const {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+  }
+  HMA_DEVICE uint2 load_8() const {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+    return x;
+  }
+  HMA_DEVICE void store_8(uint32_t x, uint32_t y) const {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+  }
+
+  // Four 8x8 matrices of 16-bit values. Lanes 8i to 8i+7 say where the rows of matrix i begin, each
+  // 16 bytes and aligned to them. x[i] is of matrix i: row r, columns 2c and 2c+1; transposed: rows
+  // 2c and 2c+1, column r.
+  template <bool TRANSPOSED>
+  HMA_DEVICE void load_matrices(uint32_t (&x)[4]) const {
+    if constexpr (TRANSPOSED) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                   : "r"(address)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                   : "r"(address)
+                   : "memory");
+    }
+  }
+
+  // 16 bytes of global memory come here, or zeros if not valid. They are there for this lane after
+  // commit_copies and wait_for_copies, for other lanes after a sync as well.
+  HMA_DEVICE void copy_16(const uint8_t* from, bool valid) const {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(valid ? 16 : 0)
                  : "memory");
   }
-}
 
-// 16 bytes from global to shared memory. They are there for this lane after commit_copies and
-// wait_for_copies, for other lanes after a sync as well.
-HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from) {
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from)
-               : "memory");
-}
+  // The same of BYTES bytes, a multiple of 16, by the whole warp.
+  template <int BYTES>
+  HMA_DEVICE void copy(const uint8_t* from) const {
+    constexpr int STEP = WARP_SIZE * 16;
+    const int at = lane_index() * 16;
+    uint32_t to = address + at;
+    const uint8_t* source = from + at;
+    make_opaque(to);
+    make_opaque(source);
+#pragma unroll
+    for (int i = 0; i < BYTES / STEP; ++i) {
+      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to + i * STEP),
+                   "l"(source + i * STEP)
+                   : "memory");
+    }
+    if constexpr (BYTES % STEP != 0) {
+      constexpr int REST = BYTES / STEP * STEP;
+      asm volatile(
+          "{ .reg .pred mine; setp.lt.s32 mine, %2, %3;"
+          " @mine cp.async.cg.shared.global.L2::128B [%0], [%1], 16; }" ::"r"(to + REST),
+          "l"(source + REST), "r"(at), "n"(BYTES % STEP)
+          : "memory");
+    }
+  }
 
-// The same, or zeros if not valid.
-HMA_DEVICE void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid) {
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
+ private:
+  HMA_DEVICE explicit Shared(uint32_t at) : address(at) {}
+
+  uint32_t address;
+};
 
 HMA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

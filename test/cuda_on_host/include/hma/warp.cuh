@@ -159,28 +159,67 @@ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_
   }
 }
 
-template <bool TRANSPOSED>
-void load_matrices(const uint8_t* row, uint32_t (&x)[4]) {
-  on_host::check(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a row is not aligned");
-  const int phase = block().share(row);
-  const int r = lane_index() / 4, c = lane_index() % 4;
-  for (int i = 0; i < 4; ++i) {
-    auto element = [&](int of_row, int column) {
-      uint16_t value;
-      std::memcpy(&value, *block().slot<const uint8_t*>(phase, 8 * i + of_row) + 2 * column, 2);
-      return uint32_t(value);
-    };
-    x[i] = TRANSPOSED ? element(2 * c, r) | element(2 * c + 1, r) << 16
-                      : element(r, 2 * c) | element(r, 2 * c + 1) << 16;
-  }
-  sync_warp();  // nobody goes on to overwrite what others still read
-}
+class Shared {
+ public:
+  explicit Shared(uint8_t* in_block) : address(in_block) {}
 
-inline void copy_16_bytes(uint8_t* to, const uint8_t* from, bool valid = true) {
-  const on_host::Copy copy{to, from, valid};
-  if (block().eager) block().perform(copy);
-  block().thread().open.push_back(copy);
-}
+  Shared operator+(int bytes) const { return Shared(address + bytes); }
+  bool operator==(Shared other) const { return address == other.address; }
+
+  uint32_t load_1() const { return *address; }
+  uint32_t load_4() const { return load<uint32_t>(); }
+  uint2 load_8() const { return load<uint2>(); }
+  void store_8(uint32_t x, uint32_t y) const {
+    const uint2 both{x, y};
+    check_aligned(8);
+    std::memcpy(address, &both, 8);
+  }
+
+  template <bool TRANSPOSED>
+  void load_matrices(uint32_t (&x)[4]) const {
+    check_aligned(16);
+    const int phase = block().share(address);
+    const int r = lane_index() / 4, c = lane_index() % 4;
+    for (int i = 0; i < 4; ++i) {
+      auto element = [&](int of_row, int column) {
+        uint16_t value;
+        std::memcpy(&value, *block().slot<const uint8_t*>(phase, 8 * i + of_row) + 2 * column, 2);
+        return uint32_t(value);
+      };
+      x[i] = TRANSPOSED ? element(2 * c, r) | element(2 * c + 1, r) << 16
+                        : element(r, 2 * c) | element(r, 2 * c + 1) << 16;
+    }
+    sync_warp();  // nobody goes on to overwrite what others still read
+  }
+
+  void copy_16(const uint8_t* from, bool valid) const {
+    const on_host::Copy copy{address, from, valid};
+    if (block().eager) block().perform(copy);
+    block().thread().open.push_back(copy);
+  }
+
+  template <int BYTES>
+  void copy(const uint8_t* from) const {
+    for (int at = lane_index() * 16; at < BYTES; at += WARP_SIZE * 16) {
+      (*this + at).copy_16(from + at, true);
+    }
+  }
+
+ private:
+  void check_aligned(int bytes) const {
+    on_host::check(reinterpret_cast<uintptr_t>(address) % bytes == 0, "not aligned");
+  }
+
+  template <typename T>
+  T load() const {
+    T value;
+    check_aligned(sizeof(T));
+    std::memcpy(&value, address, sizeof(T));
+    return value;
+  }
+
+  uint8_t* address;
+};
 
 inline void commit_copies() {
   auto& thread = block().thread();
