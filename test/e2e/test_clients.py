@@ -157,6 +157,8 @@ def test_openai_client(pair: Pair) -> None:
         {"custom_labels": {"": ""}},
         {"lora_id": ["x"]},
         {"lora_id": "x"},
+        {"disagg_prefill_dp_rank": 7},
+        {"disagg_prefill_dp_rank": -1},
         {"sampling_params": {"repetition_penalty": 1e-320}},
         {"sampling_params": {"n": 1 << 20}},
     ],

@@ -10,6 +10,7 @@ from sglang_hma.transfer.request_values import (
     MAX_SAMPLES,
     normalize,
     refuse,
+    refuse_prefill_rank,
     refuse_labels,
     scalars,
 )
@@ -88,6 +89,17 @@ def test_labels_that_the_metrics_do_not_have_are_refused() -> None:
     assert refuse_labels({"tenant": "a"}, allowed) is None
     for labels in ({"": ""}, {"tenant": "a", "other": "b"}, [{"tenant": "a"}]):
         assert "custom_labels" in (refuse_labels(labels, allowed) or "")
+
+
+def test_a_rank_that_prefill_does_not_have_is_refused() -> None:
+    """Decode refused it at once, prefill waited 45 s for decode, the router tried five times."""
+    for ranks in (1, 4):
+        for rank in (None, 0, ranks - 1):
+            made = tokenized([1], disagg_prefill_dp_rank=rank)
+            assert refuse_prefill_rank(made, ranks) is None
+        for rank in (-1, ranks, 2**62):
+            made = tokenized([1], disagg_prefill_dp_rank=rank)
+            assert "disagg_prefill_dp_rank" in (refuse_prefill_rank(made, ranks) or "")
 
 
 @pytest.mark.parametrize("value", ["x", ["x"], [None], 5])

@@ -58,14 +58,17 @@ def create_tokenized_object(
 ) -> Any:
     """Around TokenizerManager._create_tokenized_object, from which everything goes to the
     scheduler. Raises ValueError."""
-    from sglang.srt.runtime_context import get_observability
+    from sglang.srt.runtime_context import get_disagg, get_observability
 
     allowed = get_observability().tokenizer_metrics_allowed_custom_labels
     labels = getattr(obj, "custom_labels", None)
     if (reason := refuse_labels(labels, frozenset(allowed or ()))) is not None:
         raise ValueError(reason)
     made = original(manager, obj, input_text, input_ids, input_embeds, mm_inputs, token_type_ids)
-    if (reason := refuse(made, manager.model_config.vocab_size)) is not None:
+    reason = refuse(made, manager.model_config.vocab_size)
+    if reason is None and get_disagg().disaggregation_mode == "prefill":
+        reason = refuse_prefill_rank(made, manager.elastic_worker_count)
+    if reason is not None:
         raise ValueError(reason)
     return made
 
@@ -135,6 +138,16 @@ def refuse(made: Any, vocabulary: int) -> str | None:
             made.sampling_params, vocabulary
         )
     return None
+
+
+def refuse_prefill_rank(made: Any, ranks: int) -> str | None:
+    """Why a tokenized request is refused by a prefill server with so many data-parallel ranks, or
+    None. Decode refuses the same when it knows the server (DecodeManager.refuse_rank); a half that
+    only one refuses would wait for the other, and the router with it."""
+    rank = getattr(made, "disagg_prefill_dp_rank", None)
+    if rank is None or 0 <= rank < ranks:
+        return None
+    return f"disagg_prefill_dp_rank is {rank}, and this prefill server's ranks are 0 to {ranks - 1}"
 
 
 def _refuse_returned(made: Any, vocabulary: int) -> str | None:

@@ -203,6 +203,21 @@ class HmaDecodeManager(HmaKVManager):
         below = self._offload_below.get(bootstrap_addr, 0)
         return is_short(req, len(req.origin_input_ids), below)
 
+    def refuse_rank(self, room: int, bootstrap_addr: str, dp_rank: int) -> bool:
+        """Whether a request is refused because its prefill server, which is known, has no such
+        data-parallel rank. A client may name one, and prefill refuses it too."""
+        info = self.prefill_info_table.get(bootstrap_addr)
+        if info is None or 0 <= dp_rank < info.dp_size:
+            return False
+        last = info.dp_size - 1
+        reason = (
+            f"disagg_prefill_dp_rank is {dp_rank}, "
+            f"and the ranks of prefill server {bootstrap_addr} are 0 to {last}"
+        )
+        self.refused[room] = reason
+        self.reject(room, reason)
+        return True
+
     # -- what one request's HmaKVReceiver asks for --
 
     def claim(self, room: int, infos: Sequence[dict[str, Any]]) -> None:

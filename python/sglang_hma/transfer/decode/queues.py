@@ -77,9 +77,14 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     def _init_receiver(self, decode_req: DecodeRequest, prefill_dp_rank: int) -> None:
         """The prefill server is known by now, and with it which prompts are too short for it. One
         that has failed has no say in its room, which may be another's."""
-        receiver = decode_req.kv_receiver
-        failed = receiver.conclude_state == KVPoll.Failed
-        if not failed and self.kv_manager.leaves_to_decode(receiver.bootstrap_addr, decode_req.req):
+        receiver, manager = decode_req.kv_receiver, self.kv_manager
+        if receiver.conclude_state == KVPoll.Failed:
+            super()._init_receiver(decode_req, prefill_dp_rank)
+            return
+        address, room = receiver.bootstrap_addr, decode_req.req.bootstrap_room
+        if manager.refuse_rank(room, address, prefill_dp_rank):
+            return
+        if manager.leaves_to_decode(address, decode_req.req):
             self.short.add(decode_req)
         else:
             super()._init_receiver(decode_req, prefill_dp_rank)
