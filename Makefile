@@ -181,8 +181,13 @@ repeat-faults: venv ## Cause each fault SOAK=50 times under load: kill -9, SIGST
 sanitize: venv ## Run the kernel tests under AddressSanitizer and UBSan
 	@VENV='$(VENV)' scripts/sanitize.sh
 
+.PHONY: cubins
+cubins: venv ## Compile the CUDA decode kernels that wheels then carry, where nvcc is (minutes)
+	@$(RUN) -m hma_kernels.cuda.cubins $(ARGS)
+
 .PHONY: wheel
 wheel: venv ## Build the wheel of .venv's Python into dist/
+	@echo "wheel: $$($(RUN) -m hma_kernels.cuda.cubins --state)"
 	$(VENV)/bin/uv build --wheel --no-build-isolation --python $(RUN) --out-dir dist
 
 .PHONY: wheels

@@ -8,6 +8,7 @@ VENV=${VENV:-.venv}
 source scripts/uv.sh
 use_pip_settings "$VENV/bin/python"
 uv=$VENV/bin/uv
+echo "wheels: $("$VENV/bin/python" -m hma_kernels.cuda.cubins --state)"
 
 for version in "${VERSIONS[@]}"; do
     options=(--quiet --wheel --out-dir dist)

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -68,6 +69,25 @@ def test_the_wheel_has_types_and_gpu_sources_but_no_cpu_sources(wheel: Path) -> 
     assert {"sglang_hma/py.typed", "hma_kernels/py.typed", "hma_kernels/cuda/decode.cu"} <= names
     assert not any(name.startswith(("hma_kernels/cpu/src", "test/")) for name in names)
     assert any(name.startswith("hma_kernels/cpu/_ext.") for name in names) == HAS_KERNELS
+
+
+def test_the_wheel_carries_what_make_cubins_has_left(tmp_path: Path) -> None:
+    """Though git ignores it. `wheel`, above, is built of a tree with or without it."""
+    tree = tmp_path / "tree"
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        tree.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tree)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "python/sglang_hma", tree / "python/sglang_hma", ignore=ignored)
+    shutil.copytree(ROOT / "hma_kernels", tree / "hma_kernels", ignore=ignored)
+    kernel = tree / "hma_kernels/cuda/prebuilt/decode_sm90.so"
+    kernel.parent.mkdir(exist_ok=True)
+    kernel.write_bytes(b"machine code")
+    command = [sys.executable, "-m", "uv", "build", "--offline", "--wheel", "--no-build-isolation"]
+    command += ["--python", sys.executable, "--config-setting=wheel.cmake=false"]
+    subprocess.run([*command, "--out-dir", str(tmp_path), str(tree)], check=True)
+    (built,) = tmp_path.glob("*.whl")
+    assert ZipFile(built).read("hma_kernels/cuda/prebuilt/decode_sm90.so") == b"machine code"
 
 
 def test_the_command_finds_what_was_installed(run: Run) -> None:

@@ -1,4 +1,5 @@
 """Compiles the decode kernel with nvcc when a shape is first needed, and keeps the library on disk.
+prebuilt.py finds what was compiled in advance.
 
 As FlashInfer does, but behind a C interface: no header of torch is compiled, so it takes seconds
 and the library depends on no version but the compiler's.
@@ -19,7 +20,17 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 HEADS_PER_TILE = 8  # of include/hma/attention.cuh
-FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-cudart",
+    "static",
+    "-Xcompiler",
+    "-fPIC",
+    "-Xlinker",
+    "-s",
+)
 
 
 @dataclass(frozen=True)
@@ -68,21 +79,39 @@ def command(nvcc: str, instance: Instance, architecture: int, target: Path) -> l
     ]
 
 
+def digest(instance: Instance, architecture: int) -> str:
+    """Of all that the compiler is given, but not of the compiler: sources, flags, macros."""
+    files = sorted([*SOURCES.glob("include/**/*.*h"), SOURCES / "decode.cu"])
+    options = command("nvcc", instance, architecture, Path("library"))
+    said = (option.replace(str(SOURCES), "") for option in options)
+    parts = [*(path.read_bytes() for path in files), *map(str.encode, said)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def file_name(instance: Instance, architecture: int, key: str) -> str:
+    return f"{instance.name}_sm{architecture}_{key}.so"
+
+
 def build(instance: Instance, architecture: int) -> Path:
     """The library's path; compiled unless these sources and this compiler have made it before.
 
-    Raises RuntimeError with the compiler's message if it fails, or if there is no compiler.
+    Raises RuntimeError with the compiler's message if it fails, or if there is no compiler, and
+    OSError if the cache cannot be written.
     """
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("no nvcc in CUDA_HOME, PATH or NVIDIA's wheels")
-    key = hashlib.sha256(_fingerprint(nvcc)).hexdigest()[:16]
-    target = cache_folder() / f"{instance.name}_sm{architecture}_{key}.so"
-    if target.exists():
-        return target
+    key = _with_version(digest(instance, architecture), nvcc)
+    target = cache_folder() / file_name(instance, architecture, key)
+    if not target.exists():
+        logger.info("Compiling %s for sm_%d, once", instance.name, architecture)
+        compile_into(target, nvcc, instance, architecture)
+    return target
+
+
+def compile_into(target: Path, nvcc: str, instance: Instance, architecture: int) -> None:
+    """Of several processes that do it, the last one replaces an equal file. Raises RuntimeError."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("Compiling %s for sm_%d, once", instance.name, architecture)
-    # Of several processes that compile it, the last one replaces an equal file.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         done = subprocess.run(
@@ -91,11 +120,12 @@ def build(instance: Instance, architecture: int) -> Path:
         if done.returncode:
             raise RuntimeError(f"{nvcc} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
         os.replace(made, target)
-    return target
+
+
+def _with_version(key: str, nvcc: str) -> str:
+    return hashlib.sha256(key.encode() + _version(nvcc)).hexdigest()[:16]
 
 
 @functools.cache
-def _fingerprint(nvcc: str) -> bytes:
-    version = subprocess.run([nvcc, "--version"], capture_output=True).stdout
-    files = sorted([*SOURCES.glob("include/**/*.*h"), SOURCES / "decode.cu"])
-    return b"\0".join([version, *(path.read_bytes() for path in files), *map(str.encode, FLAGS)])
+def _version(nvcc: str) -> bytes:
+    return subprocess.run([nvcc, "--version"], capture_output=True).stdout

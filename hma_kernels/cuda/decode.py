@@ -3,11 +3,12 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from hma_kernels.cuda import probe
+from hma_kernels.cuda import prebuilt, probe
 from hma_kernels.cuda.build import HEADS_PER_TILE, Instance, build
 from hma_kernels.cuda.library import DecodeLibrary, DecodeParams, PagedKVParams
 from hma_kernels.paged import PagedKV, PageTable
@@ -119,6 +120,11 @@ def instance_for(
     return Instance(QUERIES[dtype], head_dim, v_head_dim, tiles, stages)
 
 
+def stages_on(major: int) -> int:
+    """As many as leave room for a second block in a multiprocessor's shared memory."""
+    return 3 if major in (9, 10) else 2
+
+
 def library_for(kv: PagedKV, heads: int, dtype: torch.dtype) -> DecodeLibrary | None:
     """The kernel for these heads on this device, or None, with a line in the log, where only the
     Triton kernel works.
@@ -153,15 +159,54 @@ def _library(
             raise RuntimeError(f"head dims {head_dim} and {v_head_dim}; at most {MAX_DIM}")
         if not aligned:
             raise RuntimeError(f"pages are not aligned to {ALIGNMENT} bytes")
-        # As many as leave room for a second block in a multiprocessor's shared memory.
-        stages = 3 if (major, minor) in ((9, 0), (10, 0)) else 2
-        instance = instance_for(head_dim, v_head_dim, gqa_group_size, dtype, stages=stages)
-        library = DecodeLibrary(build(instance, 10 * major + minor))
+        instance = instance_for(
+            head_dim, v_head_dim, gqa_group_size, dtype, stages=stages_on(major)
+        )
+    except RuntimeError as error:
+        _say_triton(device, str(error))
+        return None
+
+    def works(path: Path) -> DecodeLibrary:
+        library = DecodeLibrary(path)
         probe.check(
             lambda kv, table, heads: DecodePlan(kv, table, heads, -1, library),
             *(head_dim, v_head_dim, gqa_group_size, dtype, device),
         )
-    except (RuntimeError, OSError) as error:
-        logger.warning("Decode attention in Triton, not CUDA C++, on %s: %s", device, error)
-        return None
-    return library
+        return library
+
+    return first_that_works(instance, major, minor, device, works)
+
+
+def first_that_works(
+    instance: Instance,
+    major: int,
+    minor: int,
+    device: torch.device,
+    works: Callable[[Path], DecodeLibrary],
+) -> DecodeLibrary | None:
+    """What `works` makes of the prebuilt library, else of what nvcc compiles here, else None.
+
+    One line in the log says which it is, and why not those before it. `works` raises RuntimeError
+    or OSError for a library that does not.
+    """
+    origins: dict[str, Callable[[], Path]] = {
+        "prebuilt": lambda: prebuilt.find(instance, major, minor),
+        "compiled here": lambda: build(instance, 10 * major + minor),
+    }
+    refused = []
+    for origin, path_of in origins.items():
+        try:
+            path = path_of()
+            library = works(path)
+        except (RuntimeError, OSError) as error:
+            refused.append(f"not {origin}: {error}")
+        else:
+            reasons = "; ".join([f"{path.name}, {origin}", *refused])
+            logger.info("Decode attention in CUDA C++ on %s: %s", device, reasons)
+            return library
+    _say_triton(device, "; ".join(refused))
+    return None
+
+
+def _say_triton(device: torch.device, reason: str) -> None:
+    logger.warning("Decode attention in Triton, not CUDA C++, on %s: %s", device, reason)

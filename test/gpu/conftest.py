@@ -14,6 +14,7 @@ SEED = int(os.environ.get("HMA_TEST_SEED") or secrets.randbits(32))
 
 # Triton reads TRITON_INTERPRET when it is imported, when a kernel is decorated and when it runs.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WITHOUT_GPU = ("test_compiles.py", "test_prebuilt.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     skip = pytest.mark.skip(reason="no GPU: run with TRITON_INTERPRET=1, as make test does")
     for item in items:
-        if item.path.is_relative_to(here) and item.path.name != "test_compiles.py":
+        if item.path.is_relative_to(here) and item.path.name not in WITHOUT_GPU:
             item.add_marker(skip)
 
 
