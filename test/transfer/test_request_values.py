@@ -10,8 +10,8 @@ from sglang_hma.transfer.request_values import (
     MAX_SAMPLES,
     normalize,
     refuse,
-    refuse_prefill_rank,
     refuse_labels,
+    refuse_prefill_rank,
     scalars,
 )
 
