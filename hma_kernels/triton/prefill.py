@@ -1,16 +1,66 @@
-"""Attention of new rows over a cached prefix of either format, and causally over themselves."""
+"""Attention of new rows over a cached prefix of either format, and causally over themselves.
+
+The prefix of a layer is unpacked once (prefix.py), not again for each query head and block of rows.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
 from hma_kernels.base import ExtendCall
-from hma_kernels.triton.attention import attend_pages
-from hma_kernels.triton.layout import PAGE
+from hma_kernels.triton.prefix import unpack_prefix
 from hma_kernels.triton.softmax import attend, empty_state, mma_type, split_query
 
 ROWS_PER_BLOCK = 64  # new rows of one query head in one program
-PAGES_PER_TILE = 2
+KEYS_PER_STEP = 64
+
+
+@triton.jit
+def _attend_rows(
+    state,
+    q,
+    q_low,
+    key,
+    value,
+    key_stride,
+    value_stride,
+    start,
+    begin,
+    end,
+    first_position,
+    position,
+    oldest,
+    scale,
+    logit_cap,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT_Q: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MMA: tl.constexpr,
+):
+    """The softmax state after rows begin..end-1 of a request, counted from row `start`; row i
+    stands at position first_position + i. Query m sees positions oldest[m]..position[m]."""
+    column, v_column = tl.arange(0, DIM_PADDED), tl.arange(0, V_PADDED)
+    for first in range(begin, end, KEYS):
+        row = first + tl.arange(0, KEYS)
+        valid = row < end
+        k = tl.load(
+            key + ((start + row) * key_stride)[:, None] + column[None, :],
+            mask=valid[:, None] & (column < DIM)[None, :],
+            other=0.0,
+        ).to(MMA)
+        v = tl.load(
+            value + ((start + row) * value_stride)[:, None] + v_column[None, :],
+            mask=valid[:, None] & (v_column < V_DIM)[None, :],
+            other=0.0,
+        ).to(MMA)
+        at = (first_position + row)[None, :]
+        visible = valid[None, :] & (at <= position[:, None]) & (at >= oldest[:, None])
+        state = attend(state, q, q_low, k, v, visible, scale, logit_cap, SPLIT_Q, CAPPED)
+    return state
 
 
 @triton.jit
@@ -19,16 +69,9 @@ def _extend(
     key,
     value,
     out,
-    k_bfp8,
-    v_bfp8,
-    k_bf16,
-    v_bf16,
-    bfp8_indptr,
-    bfp8_indices,
-    bfp8_pos,
-    bf16_indptr,
-    bf16_indices,
-    bf16_pos,
+    prefix_key,
+    prefix_value,
+    prefix_starts,
     prefix_lens,
     q_indptr,
     block_request,
@@ -42,10 +85,6 @@ def _extend(
     key_head_stride,
     value_stride,
     value_head_stride,
-    k_bfp8_stride,
-    v_bfp8_stride,
-    k_bf16_stride,
-    v_bf16_stride,
     HEADS: tl.constexpr,
     GQA_GROUP_SIZE: tl.constexpr,
     DIM: tl.constexpr,
@@ -53,7 +92,7 @@ def _extend(
     DIM_PADDED: tl.constexpr,
     V_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
-    PAGES_PER_TILE: tl.constexpr,
+    KEYS: tl.constexpr,
     SPLIT_Q: tl.constexpr,
     CAPPED: tl.constexpr,
     MMA: tl.constexpr,
@@ -84,41 +123,23 @@ def _extend(
     )
     q, q_low = split_query(given, MMA)
     state = empty_state(ROWS, V_PADDED)
-    state = attend_pages(
-        *(state, q, q_low, k_bfp8, v_bfp8, bfp8_indices, bfp8_pos),
-        *(tl.load(bfp8_indptr + request), tl.load(bfp8_indptr + request + 1), 0, prefix, oldest),
-        *(k_bfp8_stride, v_bfp8_stride, kv_head, scale, logit_cap, True, True),
-        *(DIM, V_DIM, DIM_PADDED, V_PADDED, PAGES_PER_TILE, SPLIT_Q, CAPPED, MMA),
+    # No row of the block sees what is older than its first row's window.
+    window_start = tl.where(sliding_window >= 0, prefix + first - sliding_window, 0)
+    heads: tl.constexpr = HEADS // GQA_GROUP_SIZE
+    state = _attend_rows(
+        *(state, q, q_low, prefix_key + kv_head * DIM, prefix_value + kv_head * V_DIM),
+        *(heads * DIM, heads * V_DIM, tl.load(prefix_starts + request)),
+        *(tl.minimum(tl.maximum(window_start, 0), prefix), prefix, 0),
+        *(position, oldest, scale, logit_cap),
+        *(DIM, V_DIM, DIM_PADDED, V_PADDED, KEYS, SPLIT_Q, CAPPED, MMA),
     )
-    state = attend_pages(
-        *(state, q, q_low, k_bf16, v_bf16, bf16_indices, bf16_pos),
-        *(tl.load(bf16_indptr + request), tl.load(bf16_indptr + request + 1), 0, prefix, oldest),
-        *(k_bf16_stride, v_bf16_stride, kv_head, scale, logit_cap, False, True),
-        *(DIM, V_DIM, DIM_PADDED, V_PADDED, PAGES_PER_TILE, SPLIT_Q, CAPPED, MMA),
+    state = _attend_rows(
+        *(state, q, q_low, key + kv_head * key_head_stride, value + kv_head * value_head_stride),
+        *(key_stride, value_stride, start),
+        *(tl.maximum(window_start - prefix, 0), tl.minimum(first + ROWS, rows), prefix),
+        *(position, oldest, scale, logit_cap),
+        *(DIM, V_DIM, DIM_PADDED, V_PADDED, KEYS, SPLIT_Q, CAPPED, MMA),
     )
-
-    # New rows up to the block's last one.
-    for first_key in range(0, tl.minimum(first + ROWS, rows), PAGES_PER_TILE * PAGE):
-        key_row = first_key + tl.arange(0, PAGES_PER_TILE * PAGE)
-        valid = key_row < rows
-        source = start + key_row
-        k = tl.load(
-            key + (source * key_stride + kv_head * key_head_stride)[:, None] + column[None, :],
-            mask=valid[:, None] & (column < DIM)[None, :],
-            other=0.0,
-        ).to(MMA)
-        v = tl.load(
-            value
-            + (source * value_stride + kv_head * value_head_stride)[:, None]
-            + v_column[None, :],
-            mask=valid[:, None] & (v_column < V_DIM)[None, :],
-            other=0.0,
-        ).to(MMA)
-        key_position = (prefix + key_row)[None, :]
-        causal = (key_position <= position[:, None]) & (key_position >= oldest[:, None])
-        visible = valid[None, :] & causal
-        state = attend(state, q, q_low, k, v, visible, scale, logit_cap, SPLIT_Q, CAPPED)
-
     _, state_sum, state_out = state
     result = state_out / tl.where(state_sum == 0, 1.0, state_sum)[:, None]
     tl.store(
@@ -137,17 +158,13 @@ def extend(call: ExtendCall) -> None:
     request = torch.repeat_interleave(torch.arange(len(blocks)), blocks)
     first_block = (blocks.cumsum(0) - blocks)[request]
     first_row = (torch.arange(len(request)) - first_block) * ROWS_PER_BLOCK
-    k_bfp8, v_bfp8 = kv.k_bfp8[layer], kv.v_bfp8[layer]
-    k_bf16, v_bf16 = kv.k_bf16[layer], kv.v_bf16[layer]
+    prefix = unpack_prefix(kv, table, layer)
     heads = q.shape[1]
     _extend[(len(request), heads)](
-        *(q, k, v, call.out, k_bfp8, v_bfp8, k_bf16, v_bf16),
-        *(table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
-        *(table.bf16_indptr, table.bf16_indices, table.bf16_pos),
+        *(q, k, v, call.out, *prefix),
         *(table.seq_lens, call.q_indptr.to(device), request.to(device), first_row.to(device)),
         *(call.sliding_window, call.scale, call.logit_cap),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
-        *(k_bfp8.stride(0), v_bfp8.stride(0), k_bf16.stride(0), v_bf16.stride(0)),
         HEADS=heads,
         GQA_GROUP_SIZE=heads // kv.kv_heads,
         DIM=kv.head_dim,
@@ -155,7 +172,7 @@ def extend(call: ExtendCall) -> None:
         DIM_PADDED=triton.next_power_of_2(kv.head_dim),
         V_PADDED=triton.next_power_of_2(kv.v_head_dim),
         ROWS=ROWS_PER_BLOCK,
-        PAGES_PER_TILE=PAGES_PER_TILE,
+        KEYS=KEYS_PER_STEP,
         SPLIT_Q=q.dtype != torch.bfloat16,
         CAPPED=call.logit_cap > 0,
         MMA=mma_type(device),

@@ -22,12 +22,13 @@ from hma_kernels.triton import (
     merge,
     page_table,
     prefill,
+    prefix,
     schedule,
     store,
     xxh3,
 )
 
-INT64S = ("bfp8_", "bf16_", "q_indptr", "block_", "rows", "seq_lens", "prefix_lens")
+INT64S = ("bfp8_", "bf16_", "q_indptr", "block_", "rows", "seq_lens", "prefix_lens", "prefix_starts")
 TYPES = {
     **{"query": "*bf16", "key": "*bf16", "value": "*bf16", "out": "*bf16"},
     **{"partial_out": "*fp32", "partial_max": "*fp32", "partial_sum": "*fp32"},
@@ -68,11 +69,20 @@ KERNELS = [
     ),
     (
         prefill._extend,
-        TYPES,
+        TYPES | {"prefix_key": "*bf16", "prefix_value": "*bf16"},
         {
-            **{k: v for k, v in heads(128, 4).items() if k != "KV_HEADS"},
-            **{"HEADS": 32, "ROWS": prefill.ROWS_PER_BLOCK, "SPLIT_Q": False, "CAPPED": False},
+            **{"HEADS": 32, "GQA_GROUP_SIZE": 4, "DIM": 128, "V_DIM": 128, "DIM_PADDED": 128},
+            **{"V_PADDED": 128, "ROWS": prefill.ROWS_PER_BLOCK, "KEYS": prefill.KEYS_PER_STEP},
+            **{"SPLIT_Q": False, "CAPPED": False, "MMA": tl.bfloat16},
         },
+    ),
+    *(
+        (
+            prefix._gather,
+            {"pages": pages, "indices": "*i64", "first_row": "*i64", "out": "*bf16"},
+            {"HEADS": 8, "DIM": 128, "DIM_PADDED": 128, "BFP8": pages == "*u8"},
+        )
+        for pages in ("*u8", "*bf16")
     ),
     (codec._pack_rows, CODEC_TYPES, PACK | {"SCATTER": True}),
     (codec._unpack_rows, CODEC_TYPES | {"out": "*bf16"}, {"WIDTH": 128, "COLUMNS": 128}),
