@@ -28,7 +28,16 @@ from hma_kernels.triton import (
     xxh3,
 )
 
-INT64S = ("bfp8_", "bf16_", "q_indptr", "block_", "rows", "seq_lens", "prefix_lens", "prefix_starts")
+INT64S = (
+    "bfp8_",
+    "bf16_",
+    "q_indptr",
+    "block_",
+    "rows",
+    "seq_lens",
+    "prefix_lens",
+    "prefix_starts",
+)
 TYPES = {
     **{"query": "*bf16", "key": "*bf16", "value": "*bf16", "out": "*bf16"},
     **{"partial_out": "*fp32", "partial_max": "*fp32", "partial_sum": "*fp32"},
