@@ -67,7 +67,7 @@ class HeldPages:
 
     def hold(self, pages: torch.Tensor) -> None:
         """pages: int [n], on any device; read when the fence has passed."""
-        if pages.device.type == "cuda":
+        if pages.device.type != "cpu":
             here = torch.empty(pages.shape, dtype=pages.dtype, pin_memory=True)
             pages = here.copy_(pages, non_blocking=True)
         self._entries.append((pages, self._make_fence()))
