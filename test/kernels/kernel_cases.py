@@ -1,5 +1,6 @@
 """Random paged caches whose unused rows are poison, with the reference's view of them."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from hma_kernels import GROUP, PAGE, TILE, TILE_BYTES, PagedKV, PageTable, reference
-from hma_kernels.layout import data_offset, exponent_offset
+from hma_kernels.layout import EXPONENT_BYTES, data_offset, exponent_offset
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
@@ -118,3 +119,23 @@ def _bf16_pages(
     for page, rows in enumerate(valid):
         values[page, ..., rows:, :] = rng.choice([np.nan, np.inf, -np.inf], (PAGE - rows, dim))
     return list(torch.from_numpy(values).bfloat16().unbind(1))
+
+
+def fill_exponents(
+    rng: np.random.Generator, pages: torch.Tensor, lowest: int, highest: int
+) -> None:
+    """New exponents in the rows that are not poison (E = 255), one in eight 0; random bytes."""
+    tiles = pages.numpy()
+    exponents = tiles[..., :EXPONENT_BYTES]
+    fresh = rng.integers(lowest, highest + 1, exponents.shape)
+    fresh[rng.random(exponents.shape) < 0.125] = 0
+    exponents[...] = np.where(exponents == 255, 255, fresh)
+    data = tiles[..., EXPONENT_BYTES:]
+    data[...] = rng.integers(0, 256, data.shape)
+
+
+def absolute(kv: reference.KV) -> reference.KV:
+    """The same keys, and |V|: what rounding errors of the weighted sum are relative to."""
+    v_bfp8 = kv.v_bfp8.copy()
+    v_bfp8[..., EXPONENT_BYTES:] &= 0x7F
+    return dataclasses.replace(kv, v_bfp8=v_bfp8, v_bf16=np.abs(kv.v_bf16))

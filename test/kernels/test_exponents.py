@@ -5,31 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from kernel_cases import Cache, Spec
+from kernel_cases import Cache, Spec, absolute, fill_exponents
 
 from hma_kernels import GROUP, PAGE, DecodePlan, extend_attention, reference
-from hma_kernels.layout import EXPONENT_BYTES, data_offset, exponent_offset
+from hma_kernels.layout import data_offset, exponent_offset
 
 # Below E = 7 a group's values are under 2^-120: the fast path may round them to 0.
 TINY = 2.0**-117
-
-
-def fill_exponents(rng, pages, lowest, highest):
-    """New exponents in the rows that are not poison (E = 255), one in eight 0; random bytes."""
-    tiles = pages.numpy()
-    exponents = tiles[..., :EXPONENT_BYTES]
-    fresh = rng.integers(lowest, highest + 1, exponents.shape)
-    fresh[rng.random(exponents.shape) < 0.125] = 0
-    exponents[...] = np.where(exponents == 255, 255, fresh)
-    data = tiles[..., EXPONENT_BYTES:]
-    data[...] = rng.integers(0, 256, data.shape)
-
-
-def absolute(kv: reference.KV) -> reference.KV:
-    """The same keys, and |V|: what rounding errors of the weighted sum are relative to."""
-    v_bfp8 = kv.v_bfp8.copy()
-    v_bfp8[..., EXPONENT_BYTES:] &= 0x7F
-    return dataclasses.replace(kv, v_bfp8=v_bfp8, v_bf16=np.abs(kv.v_bf16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
