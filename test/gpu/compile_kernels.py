@@ -24,10 +24,11 @@ from hma_kernels.triton import (
     prefill,
     schedule,
     store,
+    visible,
     xxh3,
 )
 
-INT64S = ("bfp8_", "bf16_", "q_indptr", "block_", "rows", "seq_lens", "prefix_lens")
+INT64S = ("bfp8_", "bf16_", "kept_", "q_indptr", "block_", "rows", "seq_lens", "prefix_lens")
 TYPES = {
     **{"query": "*bf16", "key": "*bf16", "value": "*bf16", "out": "*bf16"},
     **{"partial_out": "*fp32", "partial_max": "*fp32", "partial_sum": "*fp32"},
@@ -56,6 +57,8 @@ KERNELS = [
     (schedule._divide, TYPES, {"BATCH_PADDED": 64, "BLOCK": schedule.BLOCK}),
     (page_table._count, TABLE_TYPES, {"BLOCK": page_table.BLOCK}),
     (page_table._place, TABLE_TYPES, {"BLOCK": page_table.BLOCK, "BATCH_PADDED": 64}),
+    (visible._count, TABLE_TYPES, {"BLOCK": visible.BLOCK}),
+    (visible._keep, TABLE_TYPES, {"BLOCK": visible.BLOCK, "BATCH_PADDED": 64}),
     (
         store._store,
         {"slots": "*i64", "k": "*bf16", "v": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16"},
