@@ -57,9 +57,15 @@ class Divider:
         return rows[:count]
 
     def divide(
-        self, lengths: Sequence[int], *, kv_heads: int, gqa_group_size: int, blocks: int
+        self,
+        lengths: Sequence[int],
+        *,
+        kv_heads: int,
+        gqa_group_size: int,
+        blocks: int,
+        bf16_pages: bool = False,
     ) -> np.ndarray:
-        """ROW [n] of requests of `lengths` tokens whose pages are all BFP8."""
+        """ROW [n] of requests of `lengths` tokens whose pages are all of one format."""
         pages = torch.tensor([0, *(-(-length // PAGE) for length in lengths)])
         indptr, none = pages.cumsum(0), torch.zeros_like(pages)
         seq_lens = torch.tensor(list(lengths))
@@ -67,8 +73,9 @@ class Divider:
         def table(indptr: torch.Tensor) -> PagedKVParams:
             return PagedKVParams(None, None, 0, 0, indptr.data_ptr(), None, None)
 
+        formats = (none, indptr) if bf16_pages else (indptr, none)
         params = DecodeParams(
-            *(None, 0, 0, table(indptr), table(none), seq_lens.data_ptr(), None, None),
+            *(None, 0, 0, *map(table, formats), seq_lens.data_ptr(), None, None),
             *(len(lengths), kv_heads, gqa_group_size, -1, 1.0, 0.0, blocks),
         )
         size = self._library.hma_workspace_bytes(ctypes.byref(params))
