@@ -81,7 +81,7 @@ class PageTable:
     *_indices: page ids. *_pos: position of each page's first token. seq_lens: [B], tokens to attend
     to. Entries of indices and pos from indptr[B] on do not count.
     A page holds positions pos..pos+31. Its rows from position seq_len on are undefined and must not
-    reach a result. The order of a request's pages does not matter.
+    reach a result. A request's pages do not overlap; their order does not matter.
 
     Raises ValueError for a wrong dtype or shape and, for host tensors, an inconsistent indptr.
     """

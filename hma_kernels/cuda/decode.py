@@ -12,6 +12,7 @@ from hma_kernels.cuda import prebuilt, probe
 from hma_kernels.cuda.build import HEADS_PER_TILE, Instance, build
 from hma_kernels.cuda.library import DecodeLibrary, DecodeParams, PagedKVParams
 from hma_kernels.paged import PagedKV, PageTable
+from hma_kernels.triton.visible import VisiblePages
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ class DecodePlan:
         blocks: int | None = None,
     ) -> None:
         self._kv = kv
-        self._table = table
+        with _on(kv.device):
+            self._visible = VisiblePages(table, sliding_window)
+        self._table = self._visible.table
         self._gqa_group_size = heads // kv.kv_heads
         self._sliding_window = sliding_window
         self._library = library
@@ -46,9 +49,14 @@ class DecodePlan:
         self._workspace = torch.empty(0, dtype=torch.uint8, device=kv.device)
         size = library.workspace_bytes(self._params())
         self._workspace = torch.empty(size, dtype=torch.uint8, device=kv.device)
-        self.refresh()
+        self._schedule()
 
     def refresh(self) -> None:
+        with _on(self._kv.device):
+            self._visible.update()
+        self._schedule()
+
+    def _schedule(self) -> None:
         if self._table.batch_size:
             with _on(self._kv.device) as stream:
                 self._library.schedule(self._params(), stream)

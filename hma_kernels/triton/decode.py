@@ -14,6 +14,7 @@ from hma_kernels.triton.attention import attend_pages
 from hma_kernels.triton.merge import PartialStates
 from hma_kernels.triton.schedule import Schedule
 from hma_kernels.triton.softmax import empty_state, mma_type, split_query
+from hma_kernels.triton.visible import VisiblePages
 
 PAGES_PER_TILE = 2
 MIN_ROWS = 16  # rows of a matrix product on tensor cores; a row is a query head
@@ -123,13 +124,15 @@ class DecodePlan:
 
     def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
         self._kv = kv
-        self._table = table
+        self._visible = VisiblePages(table, sliding_window)
+        self._table = self._visible.table
         self._gqa_group_size = heads // kv.kv_heads
         self._sliding_window = sliding_window
-        self._schedule = Schedule(table, kv.kv_heads)
+        self._schedule = Schedule(self._table, kv.kv_heads)
         self._states = PartialStates(self._schedule.max_items, heads, kv.v_head_dim, kv.device)
 
     def refresh(self) -> None:
+        self._visible.update()
         self._schedule.update()
 
     def run(

@@ -25,12 +25,14 @@ from hma_kernels.triton import (
     prefix,
     schedule,
     store,
+    visible,
     xxh3,
 )
 
 INT64S = (
     "bfp8_",
     "bf16_",
+    "kept_",
     "q_indptr",
     "block_",
     "rows",
@@ -66,6 +68,8 @@ KERNELS = [
     (schedule._divide, TYPES, {"BATCH_PADDED": 64, "BLOCK": schedule.BLOCK}),
     (page_table._count, TABLE_TYPES, {"BLOCK": page_table.BLOCK}),
     (page_table._place, TABLE_TYPES, {"BLOCK": page_table.BLOCK, "BATCH_PADDED": 64}),
+    (visible._count, TABLE_TYPES, {"BLOCK": visible.BLOCK}),
+    (visible._keep, TABLE_TYPES, {"BLOCK": visible.BLOCK, "BATCH_PADDED": 64}),
     (
         store._store,
         {"slots": "*i64", "k": "*bf16", "v": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16"},

@@ -3,7 +3,9 @@
 // A unit is one request, one KV head and up to HEADS of its query heads. Its pages are cut into tiles
 // (tiles.cuh), of nearly equal size in both formats, BFP8 first. All tiles of all units stand in one
 // row, and each warp of the attention kernel takes an equally long span of it, whatever the lengths
-// of the requests are. What a warp has of a unit is a segment. A unit that is one warp's alone is
+// of the requests are. Pages that a sliding window hides are not in the table that is divided
+// (hma_kernels/triton/visible.py); of a BF16 page at either end of the window one half may be hidden,
+// and still counts. What a warp has of a unit is a segment. A unit that is one warp's alone is
 // finished by that warp; else its warps leave partial states, which a second kernel merges.
 #pragma once
 
