@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -24,7 +25,7 @@ FLASHINFER = {
 }
 # Not carried, though the machine lacks them.
 LEFT_OUT = {
-    **dict.fromkeys(("torchaudio", "torchcodec", "torchvision"), "made for another torch"),
+    **dict.fromkeys(("torchaudio", "torchcodec"), "made for another torch"),
     **dict.fromkeys(
         ("nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-nvcc", "nvidia-nvvm"),
         "the machine has nvcc",
@@ -68,11 +69,20 @@ def other_torch(has: str) -> str | None:
     return f"{pinned['sglang-kernel']} is made for torch {made_for}; the machine has {has}"
 
 
-def groups(machine: Set[str]) -> dict[str, dict[str, str]]:
-    """Requirements by group and name."""
+def torchvision_for(torch: str) -> str:
+    """Each torch has one: 0.15 is of 2.0, 0.16 of 2.1 and so on."""
+    minor = int(torch.split(".")[1])
+    return f"torchvision==0.{minor + 15}.*"
+
+
+def groups(machine: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Requirements by group and name, for a machine that has these versions by name."""
     cpu, cuda = pins("cpu"), pins("cuda")
+    cpu["torchvision"] = torchvision_for(machine["torch"])
     wanted = {
-        name: pin for name, pin in (cuda | cpu).items() if name not in machine | LEFT_OUT.keys()
+        name: pin
+        for name, pin in (cuda | cpu).items()
+        if name not in machine.keys() | LEFT_OUT.keys()
     }
     sets = {
         "servers": set(cpu) & set(wanted),
@@ -88,7 +98,7 @@ def download(pin: str, into: Path) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     name, _, version = pin.partition("==")
     stem = f"{re.sub('[-_.]+', '_', name).lower()}-{version}-"
-    there = [path for path in into.glob("*.whl") if path.name.lower().startswith(stem)]
+    there = [path for path in into.glob("*.whl") if fnmatch(path.name.lower(), f"{stem}*")]
     if there:
         return there[0]
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in GLIBCS]
@@ -184,7 +194,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     has = versions_of(args.machine)
-    known = groups(has.keys())
+    if not re.match(r"2\.\d+", has.get("torch", "")):
+        parser.error(f"{args.machine} has no line torch==VERSION, which wheels depend on")
+    known = groups(has)
     if others := set(args.groups or ()) - set(known):
         parser.error(f"--groups {' '.join(sorted(others))}: needs some of {' '.join(known)}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -194,7 +206,7 @@ def main() -> None:
     for group, wanted in known.items():
         if args.groups and group not in args.groups:
             continue
-        if group == "sgl-kernel" and (reason := other_torch(has.get("torch", ""))):
+        if group == "sgl-kernel" and (reason := other_torch(has["torch"])):
             print(f"left out: {group}: {reason}")
             continue
         members = collect(group, wanted, ROOT / "build/gpu_wheels")

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -205,8 +206,10 @@ class Run:
 
 
 def last_words(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no word")
+    """The last error that a program's output names, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)(:|$)", line)]
+    return " ".join(lines[starts[-1] if starts else -1 :])[:300] or "no word"
 
 
 def reference(out: Path, lengths: list[int]) -> "subprocess.Popen[bytes]":
