@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Everything that one bare CUDA machine can say of the kernels, in one call of a few minutes:
 #
-#   scripts/gpu_check.sh OUT [WHEELS]
+#   scripts/gpu_check.sh OUT [PIECES]
 #
 # It needs no network and no virtual environment: python3 (or PYTHON=) with torch, Triton, pytest,
-# hypothesis, numpy, rich, xxhash and matplotlib, nvcc, and in the folder WHEELS what that python3
-# lacks (FlashInfer and apache-tvm-ffi). OUT gets summary.txt, the benchmarks' JSON and plot, and
-# logs.tar.gz, also when a part fails or is cut off. Each part has its own limit. TESTS= are the
-# tests to run, BENCH_ARGS= go to the decode benchmark; nothing is timed before the processes in
+# hypothesis, numpy, rich, xxhash and matplotlib, nvcc, and in the folder PIECES the group flashinfer
+# of scripts/gpu_wheels.sh. OUT gets summary.txt, the benchmarks' JSON and plot, and logs.tar.gz, also
+# when a part fails or is cut off; each part has its own limit, and those that failed are named at the
+# end and make the exit code 1. TESTS= are the tests to run, BENCH_ARGS= go to the decode benchmark; nothing is timed before the processes in
 # AFTER= have ended.
 set -uo pipefail
 
 OUT=$(realpath -m "${1:?where the results go}")
-WHEELS=${2:+$(realpath "$2")}
+PIECES=${2:+$(realpath -m "$2")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 WORK=$(mktemp -d)
@@ -24,6 +24,7 @@ export HMA_TEST_SEED=${HMA_TEST_SEED:-$RANDOM$RANDOM} COLUMNS=160
 BENCH_ARGS=${BENCH_ARGS:-}
 BEGAN=$SECONDS
 
+FAILED=()
 say() { echo "$*" | tee -a "$OUT/summary.txt"; }
 
 part() { # part NAME LIMIT COMMAND...
@@ -31,22 +32,27 @@ part() { # part NAME LIMIT COMMAND...
 	shift 2
 	timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1 || status=$?
 	say "$name: exit $status after $((SECONDS - start)) s ($((SECONDS - BEGAN)) s since the start)"
+	((status == 0)) || FAILED+=("$name")
 	return "$status"
 }
 
 finish() {
 	tar -C "$WORK" -czf "$OUT/logs.tar.gz" logs
-	say "all: $((SECONDS - BEGAN)) s"
+	say "all: $((SECONDS - BEGAN)) s; failed: ${FAILED[*]:-nothing}"
+	rm -rf "$WORK"
+	exit $((${#FAILED[@]} > 0))
 }
 trap finish EXIT
 
 : >"$OUT/summary.txt"
 say "HMA_TEST_SEED=$HMA_TEST_SEED"
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader | tee -a "$OUT/summary.txt"
-nvcc --version | tail -2 | head -1 | tee -a "$OUT/summary.txt"
-"$PYTHON" -c 'import torch, triton, pytest; print(f"torch {torch.__version__}, Triton {triton.__version__}, pytest {pytest.__version__}")' | tee -a "$OUT/summary.txt"
-if [[ -n $WHEELS ]]; then
-	part wheels 90 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$WORK/site" "$WHEELS"/*.whl
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader 2>/dev/null | tee -a "$OUT/summary.txt" ||
+	say "no GPU: nvidia-smi shows none"
+nvcc --version 2>/dev/null | tail -2 | head -1 | tee -a "$OUT/summary.txt" || say "no nvcc in PATH: prebuilt kernels, or Triton"
+"$PYTHON" -c 'import torch, triton, pytest; print(f"torch {torch.__version__}, Triton {triton.__version__}, pytest {pytest.__version__}")' 2>&1 | tail -n 1 | tee -a "$OUT/summary.txt"
+if [[ -n $PIECES ]]; then
+	part wheels 90 "$PYTHON" scripts/gpu_unpack.py "$PIECES" "$WORK" --groups flashinfer
+	tee -a "$OUT/summary.txt" <"$LOGS/wheels.log"
 fi
 
 # FlashInfer compiles while the tests run.
@@ -65,7 +71,7 @@ PARALLEL=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 8)
 part tests 240 "${TEST[@]}" "${PARALLEL[@]}" --durations 8 ${TESTS:-test/gpu}
 grep -E '^(FAILED|ERROR)|passed|failed' "$LOGS/tests.log" | tail -40 | tee -a "$OUT/summary.txt"
-wait "$PEERS"
+wait "$PEERS" || FAILED+=(peers)
 grep -i 'left out' "$LOGS/peers.log" | tee -a "$OUT/summary.txt"
 
 for process in ${AFTER:-}; do tail --pid "$process" -f /dev/null; done

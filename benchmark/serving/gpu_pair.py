@@ -3,15 +3,17 @@
     python -m benchmark.serving.gpu_pair --out OUT [--seconds 120] [--decode gpu gpu-triton cpu]
 
 All servers start at once. Greedy tokens of prompts from the standard library's sources through each
-pair are compared with transformers' and with each other; both decode servers get the same bytes,
-because prefill keeps them. Then the time per token, from streamed answers. What is found is printed
-at once, whatever fails later.
+pair, by its router where sglang_router is installed, are compared with transformers' and with each
+other; all decode servers get the same bytes, because prefill keeps them. Then the time per token,
+from streamed answers. What is found is printed at once, whatever fails later. Exit code 1 if a part
+failed.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -20,11 +22,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmark.quality.text import sources
-from benchmark.serving.pd_servers import PdClient, Server
+from benchmark.serving.pd_servers import PdClient, Program, Router, Server
 
 MODEL = Path(__file__).parents[1] / "quality/model"
 NEAR_TIE = 0.25  # of a logprob: BF16 logits of about 16 are 0.125 apart
@@ -97,8 +100,9 @@ def transformers_greedy(model_path: Path, prompts: list[list[int]], tokens: int)
     return answers
 
 
-def compare(name: str, ours: list[Greedy], theirs: list[Greedy]) -> str:
-    """How many answers are the same, and how clear the choice was where they first differ."""
+def compare(name: str, ours: list[Greedy], theirs: list[Greedy]) -> tuple[str, int]:
+    """How many answers are the same, and how clear the choice was where they first differ; then how
+    many differ though it was clear."""
     same, ties, wrong, compared, apart = 0, 0, [], 0, [0.0]
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         pairs = list(zip(a.tokens, b.tokens, strict=True))
@@ -112,11 +116,12 @@ def compare(name: str, ours: list[Greedy], theirs: list[Greedy]) -> str:
         else:
             wrong.append(f"#{index} at {first}: leads {a.leads[first]:.2f}, {b.leads[first]:.2f}")
     verdict = f"{len(wrong)} DIFFER ({'; '.join(wrong)})" if wrong else "none differ otherwise"
-    return (
+    text = (
         f"{name}: {same} of {len(ours)} answers the same, {ties} part at a near tie "
         f"(lead <= {NEAR_TIE}), {verdict}; {compared} tokens compared, logprobs apart by "
         f"{statistics.median(apart):.4f} in the median, {max(apart):.4f} at most"
     )
+    return text, len(wrong)
 
 
 class Run:
@@ -125,7 +130,8 @@ class Run:
     def __init__(self, out: Path, seconds: float) -> None:
         self.out, self.began = out, time.monotonic()
         self.deadline = self.began + seconds
-        self.servers: list[Server] = []
+        self.servers: list[Program] = []
+        self.failed = 0
         self.found: dict[str, list[Greedy]] = {}
 
     def say(self, text: str) -> None:
@@ -138,6 +144,7 @@ class Run:
         try:
             work()
         except Exception as error:
+            self.failed += 1
             causes = error.exceptions if isinstance(error, ExceptionGroup) else [error]
             self.say(f"{name}: FAILED: {'; '.join(repr(cause)[:300] for cause in causes)}")
             traceback.print_exc()
@@ -148,6 +155,17 @@ class Run:
         server = Server(name, self.out / f"{name}.log", [*COMMON, *flags], env)
         self.servers.append(server.start(MODEL, mode))
         return server
+
+    def client(self, prefill: Server, decode: Server) -> PdClient:
+        if find_spec("sglang_router") is None:
+            return PdClient(prefill, decode)
+        name = decode.name.replace("decode", "router")
+        router = Router(name, self.out / f"{name}.log", []).start(prefill, decode)
+        self.servers.append(router)
+        if not router.wait_ready(min(self.deadline, time.monotonic() + 20)):
+            raise RuntimeError(f"{name} does not serve: {last_words(router.log)}")
+        self.say(f"{name} is ready after {router.ready_s:.1f} s")
+        return PdClient(prefill, decode, router)
 
     def greedy(self, client: PdClient, prompts: list[list[int]]) -> None:
         """One after the other: a batch of one on both sides."""
@@ -179,8 +197,19 @@ class Run:
     def stop(self) -> None:
         for server in self.servers:
             if not server.alive():
-                self.say(f"{server.name} ended by itself, exit code {server.popen.returncode}")
+                self.failed += 1
+                self.say(
+                    f"{server.name} ended by itself, exit code {server.popen.returncode}: "
+                    f"{last_words(server.log)}"
+                )
             server.stop()
+
+
+def last_words(log: Path) -> str:
+    """The last error that a program's output names, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)(:|$)", line)]
+    return " ".join(lines[starts[-1] if starts else -1 :])[:300] or "no word"
 
 
 def reference(out: Path, lengths: list[int]) -> "subprocess.Popen[bytes]":
@@ -219,11 +248,19 @@ def measure(
         run.part(server.name, lambda s=server: run.say(f"{s.name}: {s.info()}"))  # type: ignore[misc]
     if prefill not in ready:
         raise RuntimeError("the prefill server does not serve")
-    clients = [PdClient(prefill, server) for server in servers if server in ready]
+    clients: list[PdClient] = []
+    for server in servers:
+        if server in ready:
+            run.part(
+                f"{server.name}'s router",
+                lambda s=server: clients.append(run.client(prefill, s)),  # type: ignore[misc]
+            )
+    if find_spec("sglang_router") is None:
+        run.say("no sglang_router: each request goes to both halves")
     for client in clients:
         run.part(f"{client.decode.name} greedy", lambda c=client: run.greedy(c, prompts))  # type: ignore[misc]
     run.part("transformers", lambda: load_reference(run, beside))
-    judge(run)
+    run.part("answers", lambda: judge(run))
     for client in clients:
         run.part(f"{client.decode.name} speed", lambda c=client: run.speed(c, long))  # type: ignore[misc]
 
@@ -235,10 +272,14 @@ def load_reference(run: Run, beside: "subprocess.Popen[bytes]") -> None:
 
 
 def judge(run: Run) -> None:
-    names = list(run.found)
+    names, differ = list(run.found), 0
     for index, name in enumerate(names):
         for other in names[index + 1 :]:
-            run.say(compare(f"{name} and {other}", run.found[name], run.found[other]))
+            text, wrong = compare(f"{name} and {other}", run.found[name], run.found[other])
+            run.say(text)
+            differ += wrong
+    if differ:
+        raise RuntimeError(f"{differ} differ")
 
 
 def main() -> None:
@@ -261,6 +302,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # servers end too
     run = Run(args.out, args.seconds)
     run.part("servers", lambda: serve(run, args.decode, args.lengths))
+    if run.failed:
+        raise SystemExit(f"{run.failed} parts failed")
 
 
 if __name__ == "__main__":

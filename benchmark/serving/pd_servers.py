@@ -1,4 +1,4 @@
-"""A prefill server and decode servers without a router: each request goes to both halves."""
+"""A prefill server and decode servers: a router brings each request to both, or the client."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 
@@ -32,30 +32,28 @@ def free_port() -> int:
 
 
 @dataclass
-class Server:
-    """python -m sglang_hma.launch_server in a session of its own, its output in a file."""
+class Program:
+    """python -m `module` in a session of its own, its output in a file, with a port."""
 
     name: str
     log: Path
     flags: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
     ready_s: float | None = None
+    module: ClassVar[str]
+    health: ClassVar[str]
 
-    def start(self, model: Path, mode: str) -> "Server":
-        self.port, self.bootstrap, self.began = free_port(), free_port(), time.monotonic()
-        command = [sys.executable, "-m", "sglang_hma.launch_server", "--model-path", str(model)]
-        command += ["--host", HOST, "--port", str(self.port), "--disaggregation-mode", mode]
-        if mode == "prefill":
-            command += ["--disaggregation-bootstrap-port", str(self.bootstrap)]
+    def run(self, *arguments: str) -> None:
+        self.port, self.began = free_port(), time.monotonic()
+        command = [sys.executable, "-m", self.module, "--host", HOST, "--port", str(self.port)]
         with self.log.open("w") as out:
             self.popen = subprocess.Popen(
-                [*command, *self.flags],
+                [*command, *arguments, *self.flags],
                 env=os.environ | self.env,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return self
 
     @property
     def url(self) -> str:
@@ -69,22 +67,46 @@ class Server:
         while self.alive() and time.monotonic() < deadline:
             with (
                 contextlib.suppress(OSError),
-                urllib.request.urlopen(self.url + "/health", None, 5),
+                urllib.request.urlopen(self.url + self.health, None, 5),
             ):
                 self.ready_s = time.monotonic() - self.began
                 return True
             time.sleep(0.2)
         return False
 
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+
+
+class Server(Program):
+    module, health = "sglang_hma.launch_server", "/health"
+
+    def start(self, model: Path, mode: str) -> "Server":
+        self.bootstrap = free_port()
+        arguments = ["--model-path", str(model), "--disaggregation-mode", mode]
+        if mode == "prefill":
+            arguments += ["--disaggregation-bootstrap-port", str(self.bootstrap)]
+        self.run(*arguments)
+        return self
+
     def info(self) -> dict[str, Any]:
         with urllib.request.urlopen(self.url + "/get_server_info", None, 10) as reply:
             states: list[dict[str, Any]] = json.load(reply)["internal_states"]
         return dict(states[0]["hma"])
 
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        self.popen.wait()
+
+class Router(Program):
+    """sglang_router before one pair; ready when it knows both."""
+
+    module, health = "sglang_hma.launch.router", "/readiness"
+
+    def start(self, prefill: Server, decode: Server) -> "Router":
+        routes = ["--prefill", prefill.url, str(prefill.bootstrap), "--decode", decode.url]
+        metrics = ["--prometheus-host", HOST, "--prometheus-port", str(free_port())]
+        self.run("--pd-disaggregation", "--policy", "random", *routes, *metrics)
+        return self
 
 
 @dataclass
@@ -117,10 +139,10 @@ async def read_stream(reply: aiohttp.ClientResponse, began: float) -> Stream:
 
 
 class PdClient:
-    """Sends each request to a prefill and a decode server, as SGLang's router does."""
+    """Sends each request to the router of a pair, else to both servers as SGLang's router does."""
 
-    def __init__(self, prefill: Server, decode: Server) -> None:
-        self.prefill, self.decode = prefill, decode
+    def __init__(self, prefill: Server, decode: Server, router: Router | None = None) -> None:
+        self.prefill, self.decode, self.router = prefill, decode, router
 
     async def answer(self, ids: list[int], tokens: int, timeout: float) -> dict[str, Any]:
         """The whole answer, with the two best logprobs of each token."""
@@ -140,16 +162,16 @@ class PdClient:
 
     def _body(self, ids: list[int], tokens: int, **extra: Any) -> dict[str, Any]:
         sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-        return {
-            "input_ids": ids,
-            "sampling_params": sampling,
+        return {"input_ids": ids, "sampling_params": sampling, **extra}
+
+    async def _both(self, session: aiohttp.ClientSession, body: dict[str, Any], read: Any) -> Any:
+        if self.router is not None:
+            return await self._post(session, self.router, body, read)
+        body |= {
             "bootstrap_host": HOST,
             "bootstrap_port": self.prefill.bootstrap,
             "bootstrap_room": random.randrange(2**63),
-            **extra,
         }
-
-    async def _both(self, session: aiohttp.ClientSession, body: dict[str, Any], read: Any) -> Any:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._drain(session, body))
             wanted = group.create_task(self._post(session, self.decode, body, read))
@@ -160,7 +182,7 @@ class PdClient:
 
     @staticmethod
     async def _post(
-        session: aiohttp.ClientSession, server: Server, body: dict[str, Any], read: Any
+        session: aiohttp.ClientSession, server: Program, body: dict[str, Any], read: Any
     ) -> Any:
         began = time.perf_counter()
         async with session.post(f"{server.url}/generate", json=body) as reply:
