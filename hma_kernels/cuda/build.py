@@ -31,6 +31,8 @@ FLAGS = (
     "-Xlinker",
     "-s",
 )
+# Registers that do not suffice are an error.
+NO_SPILLS = ("-Xptxas", "-warn-spills,-Werror")
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,16 @@ def build(instance: Instance, architecture: int) -> Path:
     return target
 
 
-def compile_into(target: Path, nvcc: str, instance: Instance, architecture: int) -> None:
-    """Of several processes that do it, the last one replaces an equal file. Raises RuntimeError."""
+def compile_into(
+    target: Path, nvcc: str, instance: Instance, architecture: int, *options: str
+) -> None:
+    """options: nvcc's, that do not change what is made. Of several processes that do it, the last
+    one replaces an equal file. Raises RuntimeError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         done = subprocess.run(
-            command(nvcc, instance, architecture, made), capture_output=True, text=True
+            [*command(nvcc, instance, architecture, made), *options], capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(f"{nvcc} failed: {(done.stderr or done.stdout).strip()[-2000:]}")

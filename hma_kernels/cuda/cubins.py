@@ -3,7 +3,8 @@
     python -m hma_kernels.cuda.cubins [--jobs N]    compile what is missing, delete what is stale
     python -m hma_kernels.cuda.cubins --state       say what a wheel built now would carry
 
-Without nvcc it says so in one line and succeeds: a wheel without them compiles on its host.
+A kernel whose registers spill is an error. Without nvcc it says so in one line and succeeds: a host
+compiles for itself then.
 """
 
 import argparse
@@ -17,7 +18,13 @@ from pathlib import Path
 import torch
 
 from hma_kernels.cuda import prebuilt
-from hma_kernels.cuda.build import HEADS_PER_TILE, Instance, compile_into, find_nvcc
+from hma_kernels.cuda.build import (
+    HEADS_PER_TILE,
+    NO_SPILLS,
+    Instance,
+    compile_into,
+    find_nvcc,
+)
 from hma_kernels.cuda.decode import instance_for, stages_on
 
 
@@ -85,7 +92,9 @@ def main() -> None:
     delete_others(current)
     missing = {path: made_of for path, made_of in current.items() if not path.exists()}
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(compile_into, path, nvcc, *of) for path, of in missing.items()]
+        jobs = [
+            pool.submit(compile_into, path, nvcc, *of, *NO_SPILLS) for path, of in missing.items()
+        ]
         for job in jobs:
             job.result()
     seconds = time.monotonic() - began
