@@ -40,6 +40,7 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
         (100, "__nv_bfloat16", (128, 128), 1, 3),
         (120, "__nv_bfloat16", (128, 128), 1, 2),
         (90, "__half", (64, 64), 2, 3),
+        (90, "__half", (128, 128), 1, 3),
         (80, "__nv_bfloat16", (256, 256), 1, 2),
     ],
 )

@@ -116,9 +116,7 @@ HMA_DEVICE void make_opaque(const uint8_t*& x) { asm volatile("" : "+l"(x)); }
 class Shared {
  public:
   HMA_DEVICE explicit Shared(const uint8_t* in_block)
-      : address(static_cast<uint32_t>(__cvta_generic_to_shared(in_block))) {
-    make_opaque(address);
-  }
+      : address(static_cast<uint32_t>(__cvta_generic_to_shared(in_block))) {}
 
   HMA_DEVICE Shared operator+(int bytes) const { return Shared(address + uint32_t(bytes)); }
   HMA_DEVICE bool operator==(Shared other) const { return address == other.address; }
