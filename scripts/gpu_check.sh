@@ -4,10 +4,11 @@
 #   scripts/gpu_check.sh OUT [PIECES]
 #
 # It needs no network and no virtual environment: python3 (or PYTHON=) with torch, Triton, pytest,
-# hypothesis, numpy, rich, xxhash and matplotlib, nvcc, and in the folder PIECES the group flashinfer
-# of scripts/gpu_wheels.sh. OUT gets summary.txt, the benchmarks' JSON and plot, and logs.tar.gz, also
-# when a part fails or is cut off; each part has its own limit, and those that failed are named at the
-# end and make the exit code 1. TESTS= are the tests to run, BENCH_ARGS= go to the decode benchmark; nothing is timed before the processes in
+# hypothesis and numpy, nvcc, and in the folder PIECES the group kernel-checks of gpu_wheels.sh:
+# FlashInfer, xxhash, rich and matplotlib, where that python3 lacks them. OUT gets summary.txt, the
+# benchmarks' JSON and plot, and logs.tar.gz, also when a part fails or is cut off. Each part has its
+# own limit; those that failed are named in the last line and make the exit code 1. TESTS= are the
+# tests to run, BENCH_ARGS= go to the decode benchmark; nothing is timed before the processes in
 # AFTER= have ended.
 set -uo pipefail
 
@@ -51,7 +52,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --f
 nvcc --version 2>/dev/null | tail -2 | head -1 | tee -a "$OUT/summary.txt" || say "no nvcc in PATH: prebuilt kernels, or Triton"
 "$PYTHON" -c 'import torch, triton, pytest; print(f"torch {torch.__version__}, Triton {triton.__version__}, pytest {pytest.__version__}")' 2>&1 | tail -n 1 | tee -a "$OUT/summary.txt"
 if [[ -n $PIECES ]]; then
-	part wheels 90 "$PYTHON" scripts/gpu_unpack.py "$PIECES" "$WORK" --groups flashinfer
+	part wheels 90 "$PYTHON" scripts/gpu_unpack.py "$PIECES" "$WORK" --groups kernel-checks
 	tee -a "$OUT/summary.txt" <"$LOGS/wheels.log"
 fi
 
@@ -71,7 +72,10 @@ PARALLEL=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 8)
 part tests 240 "${TEST[@]}" "${PARALLEL[@]}" --durations 8 ${TESTS:-test/gpu}
 grep -E '^(FAILED|ERROR)|passed|failed' "$LOGS/tests.log" | tail -40 | tee -a "$OUT/summary.txt"
-wait "$PEERS" || FAILED+=(peers)
+wait "$PEERS" || {
+	FAILED+=(peers)
+	tail -n 1 "$LOGS/peers.log" | tee -a "$OUT/summary.txt"
+}
 grep -i 'left out' "$LOGS/peers.log" | tee -a "$OUT/summary.txt"
 
 for process in ${AFTER:-}; do tail --pid "$process" -f /dev/null; done

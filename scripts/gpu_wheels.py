@@ -18,10 +18,13 @@ PYTHON = "3.12"  # the machine's
 PIECE_BYTES = 58_000_000
 GLIBCS = (39, 38, 36, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)  # minor versions that wheels name
 MOONCAKE_CUDA = "mooncake-transfer-engine-cuda13"
-FLASHINFER = {
+CHECKS = {
     *("flashinfer-python", "apache-tvm-ffi", "einops", "ninja", "tabulate", "nvidia-ml-py"),
     *("nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base"),
     *("nvidia-cutlass-dsl-libs-core", "nvidia-cutlass-dsl-libs-cu13"),
+    *("xxhash", "rich", "markdown-it-py", "mdurl", "pygments"),
+    *("matplotlib", "contourpy", "cycler", "fonttools", "kiwisolver", "pyparsing", "pillow"),
+    *("python-dateutil", "six"),
 }
 # Not carried, though the machine lacks them.
 LEFT_OUT = {
@@ -81,14 +84,14 @@ def groups(machine: Mapping[str, str]) -> dict[str, dict[str, str]]:
     cpu["torchvision"] = torchvision_for(machine["torch"])
     wanted = {
         name: pin
-        for name, pin in (cuda | cpu).items()
+        for name, pin in (pins("dev") | cuda | cpu).items()
         if name not in machine.keys() | LEFT_OUT.keys()
     }
     sets = {
         "servers": set(cpu) & set(wanted),
         "mooncake-cuda": {MOONCAKE_CUDA},
-        "flashinfer": FLASHINFER & set(wanted),
-        "sgl-kernel": set(wanted) - set(cpu) - FLASHINFER - {MOONCAKE_CUDA},
+        "kernel-checks": CHECKS & set(wanted),
+        "sgl-kernel": set(cuda) & set(wanted) - set(cpu) - CHECKS - {MOONCAKE_CUDA},
     }
     return {group: {name: wanted[name] for name in sorted(names)} for group, names in sets.items()}
 

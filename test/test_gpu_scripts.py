@@ -101,7 +101,10 @@ def test_a_group_with_a_bad_piece_is_left_out_whole(
     made = {
         name: make_wheel(tmp_path, name, {f"{name}.py": rng.bytes(3000)}) for name in ("a", "b")
     }
-    groups = {"servers": [(made["a"], made["a"].name)], "flashinfer": [(made["b"], made["b"].name)]}
+    groups = {
+        "servers": [(made["a"], made["a"].name)],
+        "kernel-checks": [(made["b"], made["b"].name)],
+    }
     pieces = carry(wheels, tmp_path / "pieces", groups)
     bad = pieces[-1 - int(rng.integers(3))]
     data = bytearray(bad.read_bytes())
@@ -109,7 +112,7 @@ def test_a_group_with_a_bad_piece_is_left_out_whole(
     bad.unlink() if fault == "missing" else bad.write_bytes(data)
     done = unpack(tmp_path / "pieces", tmp_path / "into")
     assert done.returncode == 1
-    assert f"flashinfer: left out: {bad.name} is {fault}" in done.stdout
+    assert f"kernel-checks: left out: {bad.name} is {fault}" in done.stdout
     assert [path.name for path in (tmp_path / "into/site").iterdir()] == ["a.py"]
     assert unpack(tmp_path / "pieces", tmp_path / "again", "--groups", "servers").returncode == 0
 

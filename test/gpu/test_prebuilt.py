@@ -6,6 +6,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def no_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path / "nothing"))
+    nowhere = SimpleNamespace(get_path=lambda _: str(tmp_path / "nothing"))
+    monkeypatch.setattr(build, "sysconfig", nowhere)
 
 
 def pretend(instance: Instance, *architectures: int) -> None:
