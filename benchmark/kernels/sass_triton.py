@@ -9,6 +9,7 @@ not counted, nor the loop over BF16 pages.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import triton
@@ -26,21 +27,22 @@ WARP_SIZE = 32
 M, N, K = 16, 8, 16  # of a tensor core operation
 
 
-def work_of_a_page(head_dim: int, heads: int) -> dict[str, int]:
+def work_of_a_page(architecture: int, head_dim: int, heads: int) -> dict[str, int]:
     """How many instructions of these names a BFP8 page needs, whatever the compiler does.
 
-    heads: of one program; products have two columns a head. Weights meet exponents, which are
-    bounded by HMNMX2, only in the loop over BFP8 pages.
+    heads: of one program; products have two columns a head. Multiplications of bfloat16 pairs, one
+    for two bytes and for two weights in each tile of V, are only in the loop over BFP8 pages.
     """
     tiles, columns = 2 * head_dim // TILE, 2 * heads
     products = (TILE // M) * (PAGE // K) * (columns // N)
-    weights = PAGE * columns // WARP_SIZE
-    return {"HMMA": tiles * products, "HMNMX2": tiles // 2 * weights // 2}
+    pairs = tiles * TILE * PAGE + tiles // 2 * PAGE * columns
+    multiply = "HMUL2" if architecture >= 90 else "HFMA2"
+    return {"HMMA": tiles * products, multiply: pairs // 2 // WARP_SIZE}
 
 
-def count(compiled: Compiled, head_dim: int, heads: int) -> dict[str, Any]:
+def count(compiled: Compiled, work: Mapping[str, int]) -> dict[str, Any]:
     """Instructions a page, by class and by name."""
-    loop = Flow(compiled.code).shortest_loop(work_of_a_page(head_dim, heads))
+    loop = Flow(compiled.code).shortest_loop(work)
     return {
         "kinds": by_kind(loop),
         "names": dict(Counter(each.name for each in loop).most_common()),
@@ -62,7 +64,7 @@ def main() -> None:
     for architecture in args.architectures:
         compiled = decode_kernel(architecture, args.head_dim, args.gqa)
         heads = decode.heads_of_program(args.head_dim, args.head_dim, args.gqa)
-        found = count(compiled, args.head_dim, heads)
+        found = count(compiled, work_of_a_page(architecture, args.head_dim, heads))
         name = f"sm_{architecture}, head dim {args.head_dim}, {args.gqa} query heads a KV head"
         results[name] = found | {"bytes": size}
         rows = [[kind, str(number)] for kind, number in found["kinds"].items()]

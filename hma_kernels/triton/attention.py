@@ -20,6 +20,7 @@ from hma_kernels.triton.operands import (
     key_scales,
     load_query,
     scale_weights,
+    seen_by_weights,
 )
 from hma_kernels.triton.softmax import LOG2E, split_query
 
@@ -159,11 +160,12 @@ def _add_values(
     # Rows of the same lane only: a sum over lanes would take as many steps for each page.
     state_sum = state_sum * decay + tl.sum(weights.reshape(PAGE // 8, 8, 2 * HEADS), 0)
     weights = weights.to(MMA)
+    seen = seen_by_weights(begin, end, HEADS)
     new_out = ()
     for t in tl.static_range(V_DIM // TILE):
         if BFP8:
             values = bfp8_values(page, t, MMA)
-            tile_weights = scale_weights(weights, page, t, HEADS, MMA)
+            tile_weights = scale_weights(weights, page, seen, t, HEADS, MMA)
         else:
             values = bf16_values(page, t, begin, end, V_DIM).to(MMA)
             tile_weights = weights

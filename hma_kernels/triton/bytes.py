@@ -10,9 +10,6 @@ A data byte is a sign and a 7-bit magnitude q; with its group's exponent E it st
 import triton
 import triton.language as tl
 
-# 2^(255-127) would be infinite, and infinity times a zero of its group NaN.
-LARGEST = tl.constexpr(3.3895313892515355e38)  # of bfloat16
-
 # With its sign above it, q is the bfloat16 subnormal +-q * 2^-133. Times 2^127 it is normal, so
 # that it does not matter what tensor cores make of subnormals. -0 added keeps the sign of a zero.
 WIDEN = tl.constexpr("""
@@ -52,15 +49,13 @@ fma.rn.bf16x2 $3, x3, unit, none;
 # E is moved to where bfloat16 has its exponent.
 SCALED = tl.constexpr("""
 {
-.reg .b32 low, high, largest, none;
-mov.b32 largest, 0x7F7F7F7F;
+.reg .b32 seen, low, high, none;
 mov.b32 none, 0x80008000;
-prmt.b32 low, $4, 0, 0x4140;
-prmt.b32 high, $4, 0, 0x4342;
+and.b32 seen, $4, $5;
+prmt.b32 low, seen, 0, 0x4140;
+prmt.b32 high, seen, 0, 0x4342;
 shl.b32 low, low, 7;
 shl.b32 high, high, 7;
-min.bf16x2 low, low, largest;
-min.bf16x2 high, high, largest;
 fma.rn.bf16x2 $0, $2, low, none;
 fma.rn.bf16x2 $1, $3, high, none;
 }
@@ -100,20 +95,21 @@ def widen_pairs(first, second, MMA: tl.constexpr):
 
 @triton.jit
 def scale_of(exponent):
-    """float32 2^(E-127): zero at E = 0, and never infinite."""
-    scale = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    return tl.minimum(scale, LARGEST)
+    """float32 2^(E-127): zero at E = 0, infinity at E = 255."""
+    return (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def scaled(weight, exponent, MMA: tl.constexpr):
+def scaled(weight, exponent, seen, MMA: tl.constexpr):
     """Weights (MMA) times scale_of their exponents, as MMA; the last dimension has four neighbours.
 
-    A weight of zero stays zero.
+    seen: uint8 255, or 0 where E is to count as 0, whatever it is.
     """
     if tl.float32 == MMA:
-        return weight * scale_of(exponent)
+        return weight * scale_of(exponent & seen)
     else:
         return tl.inline_asm_elementwise(
-            SCALED, "=r,=r,r,r,r", [weight, exponent], tl.bfloat16, is_pure=True, pack=4
+            *(SCALED, "=r,=r,r,r,r,r", [weight, exponent, seen], tl.bfloat16),
+            is_pure=True,
+            pack=4,
         )

@@ -92,15 +92,27 @@ def bfp8_values(page, T: tl.constexpr, MMA: tl.constexpr):
 
 
 @triton.jit
-def scale_weights(weights, page, T: tl.constexpr, HEADS: tl.constexpr, MMA: tl.constexpr):
-    """weights [32 tokens, COLUMNS] (MMA) times the exponents that tile T of a page has for them."""
+def seen_by_weights(begin, end, HEADS: tl.constexpr):
+    """What `scale_weights` takes: 255 for tokens begin..end-1, else 0."""
+    token = along(2, 1, 5) * 16 + along(4, 3, 5) * 4 + along(4, 4, 5)
+    seen = tl.where((token >= begin) & (token < end), 255, 0).to(tl.uint8)
+    return seen.broadcast_to(2 * HEADS // 8, 2, 8, 4, 4)
+
+
+@triton.jit
+def scale_weights(weights, page, seen, T: tl.constexpr, HEADS: tl.constexpr, MMA: tl.constexpr):
+    """weights [32 tokens, COLUMNS] (MMA) times the exponents that tile T of a page has for them.
+
+    Weights of tokens that are not `seen` must be zero, and are zero then: nobody knows what their
+    exponents are.
+    """
     COLUMNS: tl.constexpr = 2 * HEADS
     column = along(COLUMNS // 8, 0, 5) * 8 + along(8, 2, 5)
     face = along(2, 1, 5) * 2 + column // HEADS
     row = along(4, 3, 5) * 4 + along(4, 4, 5)
     exponent = tl.load(page + T * TILE_BYTES + face * FACE + row)
     weights = weights.reshape(2, 4, 4, COLUMNS // 8, 8).permute(3, 0, 4, 1, 2)
-    return scaled(weights, exponent, MMA).permute(1, 3, 4, 0, 2).reshape(PAGE, COLUMNS)
+    return scaled(weights, exponent, seen, MMA).permute(1, 3, 4, 0, 2).reshape(PAGE, COLUMNS)
 
 
 @triton.jit

@@ -62,6 +62,5 @@ OPCODES = {
     "prmt.b32": _permute,
     "and.b32": lambda a, b: a & b,
     "shl.b32": lambda a, b: a << b,
-    "min.bf16x2": lambda a, b: pack(np.minimum(halves(a), halves(b))),
     "fma.rn.bf16x2": _fma,
 }
