@@ -31,14 +31,14 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "tensor core": ("HMMA", "IMMA", "HGMMA"),
     "copy to shared memory": ("LDGSTS", "LDGDEPBAR", "UBLKCP", "DEPBAR"),
     "load matrix": ("LDSM",),
-    "shared memory": ("LDS", "STS", "ATOMS"),
+    "shared memory": ("LDS", "STS", "STSM", "ATOMS"),
     "global memory": ("LDG", "STG", "LD", "ST", "LDC", "LDCU", "ULDC", "LDL", "STL", "RED", "ATOM"),
     "exchange between lanes": ("SHFL", "MOVM", "VOTE", "VOTEU", "REDUX", "WARPSYNC", "R2UR"),
     "byte permutation": ("PRMT", "UPRMT"),
     "logic and shift": ("LOP3", "PLOP3", "SHF", "SHL", "SHR", "LEA", "SGXT", "ULOP3", "USHF"),
     "floating point": (
         *("FADD", "FMUL", "FFMA", "FMNMX", "FSETP", "FSEL", "FSET", "MUFU", "HADD2", "HMUL2"),
-        *("HFMA2", "F2F", "F2FP", "I2F", "F2I"),
+        *("HFMA2", "HMNMX2", "FADD2", "FMUL2", "FFMA2", "FMNMX3", "F2F", "F2FP", "I2F", "F2I"),
     ),
     "control": (
         *("BRA", "BSSY", "BSYNC", "EXIT", "NOP", "BAR", "CALL", "RET", "BREAK", "YIELD"),

@@ -1,8 +1,8 @@
 """Decode attention over BFP8 and BF16 pages, split over the keys.
 
-A program takes one work item of the schedule (some of one request's pages, BFP8 first) and one KV
-head with all of its query heads, and writes a partial softmax state. A second kernel merges the
-states of each request's items exactly.
+A program is one warp. It takes one work item of the schedule (some of one request's pages, BFP8
+first) and up to 8 query heads of one KV head, and writes a partial softmax state. A second kernel
+merges the states of each request's items exactly.
 """
 
 import torch
@@ -10,14 +10,27 @@ import triton
 import triton.language as tl
 
 from hma_kernels.paged import PagedKV, PageTable
-from hma_kernels.triton.attention import attend_pages
+from hma_kernels.triton.attention import attend_columns, empty_state, store_state
 from hma_kernels.triton.merge import PartialStates
 from hma_kernels.triton.schedule import Schedule
-from hma_kernels.triton.softmax import empty_state, mma_type, split_query
+from hma_kernels.triton.softmax import mma_type
 from hma_kernels.triton.visible import VisiblePages
 
-PAGES_PER_TILE = 2
-MIN_ROWS = 16  # rows of a matrix product on tensor cores; a row is a query head
+OPTIONS = {"num_warps": 1, "num_stages": 1}
+
+
+def heads_of_program(head_dim: int, v_head_dim: int, gqa_group_size: int) -> int:
+    """How many query heads a program has at most. Beside wide heads, registers are short."""
+    return 4 if gqa_group_size <= 4 or max(head_dim, v_head_dim) > 128 else 8
+
+
+def specialization(
+    head_dim: int, v_head_dim: int, kv_heads: int, gqa_group_size: int, dtype: torch.dtype
+) -> dict[str, int | bool]:
+    """What the kernel is compiled for, but for the cap of logits and the operands' type."""
+    heads = heads_of_program(head_dim, v_head_dim, gqa_group_size)
+    shape = {"KV_HEADS": kv_heads, "GQA_GROUP_SIZE": gqa_group_size, "HEADS": heads}
+    return shape | {"DIM": head_dim, "V_DIM": v_head_dim, "SPLIT_Q": dtype != torch.bfloat16}
 
 
 @triton.jit
@@ -53,15 +66,15 @@ def _partial(
     GQA_GROUP_SIZE: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    V_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAGES_PER_TILE: tl.constexpr,
+    HEADS: tl.constexpr,
     SPLIT_Q: tl.constexpr,
     CAPPED: tl.constexpr,
     MMA: tl.constexpr,
 ):
-    item, kv_head = tl.program_id(0), tl.program_id(1)
+    # Programs that read the same pages are neighbours.
+    HEAD_BLOCKS: tl.constexpr = (GQA_GROUP_SIZE + HEADS - 1) // HEADS
+    kv_head, first_head = tl.program_id(0) // HEAD_BLOCKS, tl.program_id(0) % HEAD_BLOCKS * HEADS
+    item = tl.program_id(1)
     request = tl.load(item_request + item)
     if request >= batch_size:
         return
@@ -74,49 +87,29 @@ def _partial(
     pages = bfp8_pages + tl.load(bf16_indptr + request + 1) - bf16_start
     first_item = tl.load(item_indptr + request)
     items = tl.load(item_indptr + request + 1) - first_item
-    tiles = (pages + PAGES_PER_TILE - 1) // PAGES_PER_TILE
-    first = tiles * (item - first_item) // items * PAGES_PER_TILE
-    last = tl.minimum(tiles * (item - first_item + 1) // items * PAGES_PER_TILE, pages)
+    first = pages * (item - first_item) // items
+    last = pages * (item - first_item + 1) // items
     last_bfp8, first_bf16 = tl.minimum(last, bfp8_pages), tl.maximum(first, bfp8_pages)
 
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, DIM_PADDED)
-    query_head = kv_head * GQA_GROUP_SIZE + row
-    given = tl.load(
-        query
-        + request * query_stride
-        + (query_head * query_head_stride)[:, None]
-        + column[None, :],
-        mask=(row < GQA_GROUP_SIZE)[:, None] & (column < DIM)[None, :],
-        other=0.0,
-    )
-    q, q_low = split_query(given, MMA)
-    state = empty_state(ROWS, V_PADDED)
-    state = attend_pages(
-        *(state, q, q_low, k_bfp8, v_bfp8, bfp8_indices, bfp8_pos),
-        *(bfp8_start + first, bfp8_start + last_bfp8, begin, seq_len, None),
-        *(k_bfp8_stride, v_bfp8_stride, kv_head, scale, logit_cap, True, False),
-        *(DIM, V_DIM, DIM_PADDED, V_PADDED, PAGES_PER_TILE, SPLIT_Q, CAPPED, MMA),
+    heads = GQA_GROUP_SIZE - first_head
+    query_row = query + request * query_stride
+    query_row += (kv_head * GQA_GROUP_SIZE + first_head) * query_head_stride
+    state = empty_state(HEADS, V_DIM)
+    state = attend_columns(
+        *(state, query_row, query_head_stride, heads, k_bfp8, v_bfp8, bfp8_indices, bfp8_pos),
+        *(bfp8_start + first, bfp8_start + last_bfp8, begin, seq_len),
+        *(k_bfp8_stride, v_bfp8_stride, kv_head, scale, logit_cap, True),
+        *(HEADS, DIM, V_DIM, SPLIT_Q, CAPPED, MMA),
     )
     bf16_start -= bfp8_pages
-    state = attend_pages(
-        *(state, q, q_low, k_bf16, v_bf16, bf16_indices, bf16_pos),
-        *(bf16_start + first_bf16, bf16_start + last, begin, seq_len, None),
-        *(k_bf16_stride, v_bf16_stride, kv_head, scale, logit_cap, False, False),
-        *(DIM, V_DIM, DIM_PADDED, V_PADDED, PAGES_PER_TILE, SPLIT_Q, CAPPED, MMA),
+    state = attend_columns(
+        *(state, query_row, query_head_stride, heads, k_bf16, v_bf16, bf16_indices, bf16_pos),
+        *(bf16_start + first_bf16, bf16_start + last, begin, seq_len),
+        *(k_bf16_stride, v_bf16_stride, kv_head, scale, logit_cap, False),
+        *(HEADS, DIM, V_DIM, SPLIT_Q, CAPPED, MMA),
     )
-
-    state_max, state_sum, state_out = state
-    slot = (item * KV_HEADS + kv_head) * GQA_GROUP_SIZE + row
-    stored = row < GQA_GROUP_SIZE
-    tl.store(partial_max + slot, state_max, mask=stored)
-    tl.store(partial_sum + slot, state_sum, mask=stored)
-    v_column = tl.arange(0, V_PADDED)
-    tl.store(
-        partial_out + slot[:, None] * V_DIM + v_column[None, :],
-        state_out,
-        mask=stored[:, None] & (v_column < V_DIM)[None, :],
-    )
+    slot = (item * KV_HEADS + kv_head) * GQA_GROUP_SIZE + first_head
+    store_state(state, partial_out, partial_max, partial_sum, slot, heads, HEADS, V_DIM)
 
 
 class DecodePlan:
@@ -146,24 +139,19 @@ class DecodePlan:
         kv, table, schedule, states = self._kv, self._table, self._schedule, self._states
         k_bfp8, v_bfp8 = kv.k_bfp8[layer], kv.v_bfp8[layer]
         k_bf16, v_bf16 = kv.k_bf16[layer], kv.v_bf16[layer]
-        _partial[(schedule.max_items, kv.kv_heads)](
+        constants = specialization(
+            *(kv.head_dim, kv.v_head_dim, kv.kv_heads, self._gqa_group_size, q.dtype)
+        )
+        head_blocks = -(-self._gqa_group_size // constants["HEADS"])
+        _partial[(kv.kv_heads * head_blocks, schedule.max_items)](
             *(q, states.out, states.max, states.sum, k_bfp8, v_bfp8, k_bf16, v_bf16),
             *(table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
             *(table.bf16_indptr, table.bf16_indices, table.bf16_pos, table.seq_lens),
             *(schedule.item_indptr, schedule.item_request, table.batch_size),
             *(self._sliding_window, scale, logit_cap, q.stride(0), q.stride(1)),
             *(k_bfp8.stride(0), v_bfp8.stride(0), k_bf16.stride(0), v_bf16.stride(0)),
-            KV_HEADS=kv.kv_heads,
-            GQA_GROUP_SIZE=self._gqa_group_size,
-            DIM=kv.head_dim,
-            V_DIM=kv.v_head_dim,
-            DIM_PADDED=triton.next_power_of_2(kv.head_dim),
-            V_PADDED=triton.next_power_of_2(kv.v_head_dim),
-            ROWS=max(MIN_ROWS, triton.next_power_of_2(self._gqa_group_size)),
-            PAGES_PER_TILE=PAGES_PER_TILE,
-            SPLIT_Q=q.dtype != torch.bfloat16,
+            **constants,
             CAPPED=logit_cap > 0,
             MMA=mma_type(kv.device),
-            num_warps=4,
-            num_stages=2,
+            **OPTIONS,
         )

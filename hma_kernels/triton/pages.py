@@ -5,9 +5,6 @@ import triton.language as tl
 
 from hma_kernels.triton.layout import (
     GROUP,
-    PAGE,
-    TILE,
-    TILE_BYTES,
     data_of_column,
     data_of_row,
     exponent_of_group,
@@ -59,47 +56,3 @@ def load_bf16(pages, page_offset, row, valid, DIM: tl.constexpr, PADDED: tl.cons
         mask=valid[:, None] & (column < DIM)[None, :],
         other=0.0,
     )
-
-
-@triton.jit
-def load_tile(
-    k_pages,
-    v_pages,
-    indices,
-    pos,
-    entry,
-    has_entry,
-    row,
-    begin,
-    end,
-    k_page_stride,
-    v_page_stride,
-    kv_head,
-    BFP8: tl.constexpr,
-    DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    V_PADDED: tl.constexpr,
-    MMA: tl.constexpr,
-):
-    """K and V [N, PADDED] of N page rows in one KV head, their positions [N], and which of them lie
-    in begin..end-1: the others are zeros and are not read.
-
-    entry [N]: index into the page table's `indices` and `pos`; has_entry [N]: whether it is within
-    the request's entries.
-    """
-    position = tl.load(pos + entry, mask=has_entry, other=0) + row
-    valid = has_entry & (position >= begin) & (position < end)
-    page = tl.load(indices + entry, mask=valid, other=0)
-    k_offset, v_offset = page * k_page_stride, page * v_page_stride
-    if BFP8:
-        k_offset += kv_head * (DIM // TILE * TILE_BYTES)
-        v_offset += kv_head * (V_DIM // TILE * TILE_BYTES)
-        k = load_bfp8(k_pages, k_offset, row, valid, DIM, DIM_PADDED)
-        v = load_bfp8(v_pages, v_offset, row, valid, V_DIM, V_PADDED)
-    else:
-        k_offset += kv_head * (PAGE * DIM)
-        v_offset += kv_head * (PAGE * V_DIM)
-        k = load_bf16(k_pages, k_offset, row, valid, DIM, DIM_PADDED)
-        v = load_bf16(v_pages, v_offset, row, valid, V_DIM, V_PADDED)
-    return k.to(MMA), v.to(MMA), position, valid

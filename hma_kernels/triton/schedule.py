@@ -11,7 +11,7 @@ import triton.language as tl
 
 from hma_kernels.paged import PageTable
 
-ITEMS_PER_SM = 4  # work items per streaming multiprocessor, those of each KV head counted
+ITEMS_PER_SM = 16  # work items per streaming multiprocessor, those of each KV head counted
 BLOCK = 128
 
 
@@ -81,5 +81,5 @@ class Schedule:
 
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 8  # under the interpreter: enough for several items a request
+        return 1  # under the interpreter: several items a request, and several pages an item
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

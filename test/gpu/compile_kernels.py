@@ -3,21 +3,14 @@
 python test/gpu/compile_kernels.py [80 89 90]
 """
 
-import re
-import subprocess
 import sys
-import tempfile
-from typing import Any
 
+import torch
 import triton.language as tl
-from triton import compile as compile_kernel
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmark.kernels.triton_code import ATTENTION_TYPES, compile_for, decode_kernel
 from hma_kernels.triton import (
     codec,
-    decode,
     landing,
     merge,
     page_table,
@@ -29,43 +22,13 @@ from hma_kernels.triton import (
     xxh3,
 )
 
-INT64S = (
-    "bfp8_",
-    "bf16_",
-    "kept_",
-    "q_indptr",
-    "block_",
-    "rows",
-    "seq_lens",
-    "prefix_lens",
-    "prefix_starts",
-)
-TYPES = {
-    **{"query": "*bf16", "key": "*bf16", "value": "*bf16", "out": "*bf16"},
-    **{"partial_out": "*fp32", "partial_max": "*fp32", "partial_sum": "*fp32"},
-    **{"k_bfp8": "*u8", "v_bfp8": "*u8", "k_bf16": "*bf16", "v_bf16": "*bf16"},
-    **{"scale": "fp32", "logit_cap": "fp32", "item_indptr": "*i32", "item_request": "*i32"},
-}
 CODEC_TYPES = {"x": "*bf16", "tiles": "*u8", "out": "*u8", "page_ids": "*i64", "page_rows": "*i64"}
 PACK = {"PADDED_HEIGHT": 32, "WIDTH": 128, "TILES": 4, "COLUMNS": 128, "HOST": False}
 TABLE_TYPES = {"req_to_token": "*i32", "slab_is_bf16": "*i1"}
 TABLE_TYPES |= {"table_seq_lens": "*i64", "page_counts": "*i64"}
 HASH_TYPES = {"addresses": "*i64", "keys": "*u64", "start": "*u64", "out": "*u64"}
-
-
-def heads(dim: int, gqa_group_size: int) -> dict[str, Any]:
-    padded = 1 << (dim - 1).bit_length()
-    shape = {"KV_HEADS": 8, "GQA_GROUP_SIZE": gqa_group_size, "DIM": dim, "V_DIM": dim}
-    padding = {"DIM_PADDED": padded, "V_PADDED": padded, "ROWS": max(16, gqa_group_size)}
-    return shape | padding | {"PAGES_PER_TILE": decode.PAGES_PER_TILE, "MMA": tl.bfloat16}
-
-
 KERNELS = [
-    *(
-        (decode._partial, TYPES, heads(dim, size) | {"SPLIT_Q": split, "CAPPED": split})
-        for dim, size, split in ((96, 4, True), (128, 4, False))
-    ),
-    (schedule._divide, TYPES, {"BATCH_PADDED": 64, "BLOCK": schedule.BLOCK}),
+    (schedule._divide, ATTENTION_TYPES, {"BATCH_PADDED": 64, "BLOCK": schedule.BLOCK}),
     (page_table._count, TABLE_TYPES, {"BLOCK": page_table.BLOCK}),
     (page_table._place, TABLE_TYPES, {"BLOCK": page_table.BLOCK, "BATCH_PADDED": 64}),
     (visible._count, TABLE_TYPES, {"BLOCK": visible.BLOCK}),
@@ -77,12 +40,12 @@ KERNELS = [
     ),
     (
         merge._merge,
-        TYPES,
+        ATTENTION_TYPES,
         {"HEADS": 32, "V_DIM": 128, "V_PADDED": 128, "ITEMS_PER_STEP": merge.ITEMS_PER_STEP},
     ),
     (
         prefill._extend,
-        TYPES | {"prefix_key": "*bf16", "prefix_value": "*bf16"},
+        ATTENTION_TYPES | {"prefix_key": "*bf16", "prefix_value": "*bf16"},
         {
             **{"HEADS": 32, "GQA_GROUP_SIZE": 4, "DIM": 128, "V_DIM": 128, "DIM_PADDED": 128},
             **{"V_PADDED": 128, "ROWS": prefill.ROWS_PER_BLOCK, "KEYS": prefill.KEYS_PER_STEP},
@@ -106,48 +69,23 @@ KERNELS = [
     ),
     (xxh3._accumulate, HASH_TYPES, {"LENGTH": 34816, "BLOCKS": xxh3.BLOCKS_PER_WARP}),
 ]
-
-
-def type_of(name: str, types: dict[str, str]) -> str:
-    return types.get(name) or ("*i64" if name.startswith(INT64S) else "i32")
-
-
-def resources(cubin: bytes) -> str:
-    """Registers and spilled bytes of a thread, and the number of instructions."""
-
-    def ask(option: str) -> str:
-        command = [knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", ask("-res-usage")))
-        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", ask("-sass"), re.MULTILINE)
-    spilled = int(usage["STACK"]) + int(usage["LOCAL"])
-    # ptxas pads the code with NOPs.
-    instructions = sum(not line.startswith("NOP") for line in lines)
-    return f"{usage['REG']} registers, {spilled} bytes spilled, {instructions} instructions"
+# Instances of the decode kernel: head dim, query heads of a KV head, type of queries, capped.
+DECODE = [
+    (96, 4, torch.float16, True),
+    (128, 4, torch.bfloat16, False),
+    (128, 8, torch.float16, True),
+    (256, 8, torch.float16, True),
+]
 
 
 def main(architectures: list[int]) -> None:
     for architecture in architectures:
+        for dim, size, dtype, capped in DECODE:
+            compiled = decode_kernel(architecture, dim, size, dtype, capped)
+            print(f"sm_{architecture} decode({dim=}, gqa_group_size={size}, {dtype}): {compiled}")
         for kernel, types, constants in KERNELS:
-            names = kernel.arg_names
-            signature = {n: "constexpr" if n in constants else type_of(n, types) for n in names}
-            aligned = {
-                (i,): [["tt.divisibility", 16]]
-                for i, name in enumerate(names)
-                if signature[name].startswith("*") or name.endswith("_stride")
-            }
-            values = {(names.index(name),): value for name, value in constants.items()}
-            source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
-            made = compile_kernel(source, target=GPUTarget("cuda", architecture, 32))
-            shape = ", ".join(f"{k}={v}" for k, v in constants.items() if k in ("DIM", "SPLIT_Q"))
-            print(
-                f"sm_{architecture} {kernel.__name__}({shape}): {resources(made.asm['cubin'])}, "
-                f"{made.metadata.shared} bytes of shared memory"
-            )
+            compiled = compile_for(architecture, kernel, types, constants, {})
+            print(f"sm_{architecture} {kernel.__name__}: {compiled}")
 
 
 if __name__ == "__main__":

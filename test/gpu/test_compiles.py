@@ -1,6 +1,7 @@
 """Every kernel compiles to machine code for the GPUs that it is meant for, without one."""
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -27,7 +28,28 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    assert done.stdout.count(f"sm_{architecture} ") == 16
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith(f"sm_{architecture} ") for line in lines) == 18
+    decode = [line for line in lines if " decode(" in line]
+    assert len(decode) == 4 and all(" 0 bytes spilled" in line for line in decode)
+
+
+@pytest.mark.slow
+def test_a_page_takes_no_more_instructions_than_it_may(tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="benchmarks print their tables with rich")
+    # In a process of its own: here kernels may be interpreted.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmark.kernels.sass_triton", "--architectures", "90"]
+    done = subprocess.run(
+        [*command, "--check", "--json", str(report)], capture_output=True, text=True, env=env
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (found,) = json.loads(report.read_text())["results"].values()
+    # What no compiler can do without: 8192 bytes, two of a lane's in each permutation.
+    assert found["names"]["PRMT"] >= 128 and found["names"]["HMMA"] == 32
 
 
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc in CUDA_HOME, PATH or wheels")

@@ -9,6 +9,7 @@ from accuracy import assert_accurate
 from kernel_cases import Cache, Spec, empty_table, random_cache
 
 from hma_kernels import PagedKV, reference
+from hma_kernels.layout import EXPONENT_BYTES, GROUP
 from hma_kernels.triton import decode
 
 
@@ -76,3 +77,23 @@ def test_same_bits_from_run_to_run(rng: np.random.Generator, device: torch.devic
     q = torch.from_numpy(rng.standard_normal((3, 4, 64))).bfloat16()
     first = run(cache, q, device)
     assert all(torch.equal(first, run(cache, q, device)) for _ in range(3))
+
+
+def test_zeros_under_any_finite_exponent_are_zeros(
+    rng: np.random.Generator, device: torch.device
+) -> None:
+    """The exponent of a group of zeros says nothing."""
+    cache = random_cache(rng, Spec([70, 33], 2, 64, 64))
+    groups = []
+    for tiles in [*cache.kv.k_bfp8, *cache.kv.v_bfp8]:  # [pages, heads, tiles, bytes]
+        exponents, data = tiles[..., :EXPONENT_BYTES], tiles[..., EXPONENT_BYTES:]
+        zeros = torch.from_numpy(rng.random(exponents.shape) < 0.2)
+        data.unflatten(-1, (EXPONENT_BYTES, GROUP))[zeros] = 0
+        exponents[zeros] = 0
+        groups.append((exponents, zeros))
+    q = torch.from_numpy(rng.standard_normal((2, 8, 64))).bfloat16()
+    expected = run(cache, q, device)
+    for exponents, zeros in groups:
+        exponents[zeros] = torch.from_numpy(rng.choice([1, 127, 254], int(zeros.sum()))).byte()
+    got = run(cache, q, device)
+    assert got.isfinite().all() and torch.equal(got, expected)
