@@ -21,10 +21,12 @@ from sglang_hma.prefill.ttnn.card import Card
 from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
 from sglang_hma.prefill.ttnn.shape import pages_of
 
-KINDS = {
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "qwen3, biases": (Qwen3Config, Qwen3ForCausalLM, {"attention_bias": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama, biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
 }
 
 
@@ -44,7 +46,7 @@ def random_model(
     Spread: norms away from 1, biases away from 0, all others three times as large. No weight is
     without effect then, and a layer adds more than it was given, so that errors are not diluted.
     """
-    make_config, make_model = KINDS[kind]
+    make_config, make_model, fields = KINDS[kind]
     sizes = {"hidden_size": hidden, "intermediate_size": 512, "vocab_size": vocab}
     if kind == "qwen2":
         sizes["hidden_size"] = 4 * head_dim
@@ -58,6 +60,7 @@ def random_model(
         tie_word_embeddings=tied,
         initializer_range=0.06 if spread else 0.02,
         architectures=[make_model.__name__],
+        **fields,
     )
     model = make_model(config).eval()
     for name, parameter in model.named_parameters():
@@ -125,6 +128,8 @@ CASES = [
     Case("qwen3", 2, 32, 200, (32, 96, 128)),
     Case("qwen2", 2, 64, 77, (32,)),
     Case("llama", 2, 64, 130, (128,)),
+    Case("qwen3, biases", 2, 64, 77, (32,)),
+    Case("llama, biases", 2, 64, 70, (64,)),
     Case("llama", 1, 64, 33, spread=False, hidden=8192),
 ]
 

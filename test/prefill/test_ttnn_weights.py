@@ -10,7 +10,9 @@ import torch
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn import card as cards
 from sglang_hma.prefill.ttnn.card import CardError, open_card, opened
-from sglang_hma.prefill.ttnn.shape import ModelShape, UnsupportedModel
+from sglang_hma.prefill.ttnn.errors import UnsupportedModel
+from sglang_hma.prefill.ttnn.pieces import pieces, source_shapes
+from sglang_hma.prefill.ttnn.shape import ModelShape
 from sglang_hma.prefill.ttnn.weights import (
     WeightCache,
     Weights,
@@ -18,7 +20,7 @@ from sglang_hma.prefill.ttnn.weights import (
     fingerprint,
 )
 
-from .models import random_model
+from .models import KINDS, random_model
 
 pytestmark = pytest.mark.usefixtures("stand_in")
 
@@ -43,7 +45,7 @@ def test_second_start_reads_the_cache_alone(
     assert not list(tmp_path.glob(f"*.{os.getpid()}.tensorbin"))
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "llama, biases"])
 @pytest.mark.parametrize("chips", [2, 4])
 def test_chips_share_the_weights(tmp_path: Path, kind: str, chips: int) -> None:
     """Every chip's part of what one chip would hold; the cache keeps the parts."""
@@ -60,7 +62,7 @@ def test_chips_share_the_weights(tmp_path: Path, kind: str, chips: int) -> None:
         expected, got = tensor.value, parts[name].values
         assert len(got) == chips
         kind_of = name.partition(".")[2] or name
-        if kind_of in ("wqkv", "qkv_bias"):
+        if kind_of in ("wqkv", "wqkv_bias"):
             q, k, v = expected.split([n * dim for n in (shape.heads, *[shape.kv_heads] * 2)], -1)
             for chip, part in enumerate(got):
                 columns = (
@@ -70,7 +72,7 @@ def test_chips_share_the_weights(tmp_path: Path, kind: str, chips: int) -> None:
                 assert torch.equal(part, torch.cat(list(columns), -1))
         elif kind_of in ("wo", "down"):
             assert torch.equal(torch.cat(got, -2), expected)
-        elif kind_of in ("gate", "up"):
+        elif kind_of in ("gate", "up", "gate_bias", "up_bias"):
             assert torch.equal(torch.cat(got, -1), expected)
         elif kind_of == "lm_head":
             joined = torch.cat(got, -1)
@@ -108,6 +110,50 @@ def test_missing_tensor_is_named() -> None:
     named = [pair for pair in hf.state_dict().items() if pair[0] != "model.norm.weight"]
     with opened() as card, pytest.raises(ValueError, match=r"has no model\.norm\.weight"):
         Weights(ModelShape.of(hf.config), card, None, WeightFormats()).load(named)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_of_a_checkpoint_is_used(kind: str, tied: bool) -> None:
+    """What transformers saves is what the pieces are made of, shapes included."""
+    hf = random_model(kind, tied=tied)
+    shape = ModelShape.of(hf.config)
+    saved = {name: tuple(x.shape) for name, x in hf.state_dict().items()}
+    if tied:
+        saved.pop("lm_head.weight")
+    assert source_shapes(shape) == saved
+    assert {source for piece in pieces(shape, 1) for source in piece.sources} == saved.keys()
+
+
+ODD_TENSORS = {
+    "a bias": ("model.layers.1.self_attn.o_proj.bias", (256,), "has no use"),
+    "another layer": ("model.layers.2.mlp.up_proj.weight", (512, 256), "has no use"),
+    "another kind of norm": ("model.layers.0.pre_feedforward_layernorm.weight", (256,), "no use"),
+    "another head": ("lm_head.bias", (512,), "has no use"),
+    "one of another shape": ("model.norm.weight", (128,), r"is \[128\], and .* \[256\]"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TENSORS)
+def test_a_tensor_without_a_use_is_refused(odd: str, tmp_path: Path) -> None:
+    """Left out in silence, as it was, it makes another model; and the cache is not used then."""
+    name, size, words = ODD_TENSORS[odd]
+    hf, cache = random_model("qwen3"), WeightCache(tmp_path)
+    named = hf.state_dict() | {name: torch.zeros(size)}
+    shape = ModelShape.of(hf.config)
+    with opened() as card:
+        with pytest.raises(ValueError, match=words) as raised:
+            Weights(shape, card, cache, WeightFormats()).load(named.items())
+        assert name in str(raised.value) and "\n" not in str(raised.value)
+        assert not Weights(shape, card, cache, WeightFormats()).load_cached()
+
+
+def test_what_a_checkpoint_may_have_beside_it() -> None:
+    hf = random_model("llama", tied=True)
+    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(32) for i in (0, 1)}
+    named = hf.state_dict() | tables | {"lm_head.weight": hf.lm_head.weight.detach()}
+    with opened() as card:
+        Weights(ModelShape.of(hf.config), card, None, WeightFormats()).load(named.items())
 
 
 def test_changed_checkpoint_has_another_cache(tmp_path: Path) -> None:
@@ -148,6 +194,17 @@ def test_checkpoint_of_a_hub_is_found(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
         ({"num_key_value_heads": 1}, "kv_heads of the model are 1, which 2 chips"),
         ({"intermediate_size": 96}, "intermediate of the model are 96"),
+        ({"use_sliding_window": True}, "use_sliding_window is set"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"embedding_multiplier": 12.0}, "has embedding_multiplier = 12.0"),
+        ({"residual_multiplier": 0.22}, "has residual_multiplier"),
+        ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping"),
+        ({"query_pre_attn_scalar": 256}, "has query_pre_attn_scalar"),
+        ({"clip_qkv": 8.0}, "has clip_qkv"),
+        ({"use_qk_norm": True}, "has use_qk_norm"),
+        ({"no_rope_layers": [1, 0]}, "has no_rope_layers"),
     ],
 )
 def test_models_without_a_runtime_are_refused(change: dict[str, object], word: str) -> None:

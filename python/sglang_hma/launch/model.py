@@ -32,7 +32,8 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
     if getattr(model, "is_hybrid_swa", False):
         raise Refusal(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
     if config.on_card:
-        from sglang_hma.prefill.ttnn.shape import ModelShape, UnsupportedModel
+        from sglang_hma.prefill.ttnn.errors import UnsupportedModel
+        from sglang_hma.prefill.ttnn.shape import ModelShape
 
         try:
             ModelShape.of(model.hf_config).split(config.chips)

@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import AutoModelForCausalLM
 
     from sglang_hma.prefill.ttnn.card import CardError
-    from sglang_hma.prefill.ttnn.shape import UnsupportedModel
+    from sglang_hma.prefill.ttnn.errors import UnsupportedModel
 
     model = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32).eval()
     tokens = np.random.default_rng(args.seed).integers(0, model.config.vocab_size, args.tokens)

@@ -211,8 +211,7 @@ class PrefillModel:
         import ttnn
 
         shape = self.part
-        bias = f"{layer}.qkv_bias" if shape.qkv_bias else None
-        qkv = self._linear(self._norm(chunk.x, f"{layer}.attention_norm"), f"{layer}.wqkv", bias)
+        qkv = self._linear(self._norm(chunk.x, f"{layer}.attention_norm"), f"{layer}.wqkv")
         q, k, v = ttnn.experimental.nlp_create_qkv_heads(
             qkv, num_heads=shape.heads, num_kv_heads=shape.kv_heads, transpose_k_heads=False
         )
@@ -235,32 +234,40 @@ class PrefillModel:
             compute_kernel_config=self.exact,
         )
         joined = ttnn.experimental.nlp_concat_heads(attended)
-        x = ttnn.add(chunk.x, self._summed(self._linear(joined, f"{layer}.wo")))
+        x = ttnn.add(chunk.x, self._summed_linear(joined, f"{layer}.wo"))
         h = self._norm(x, f"{layer}.mlp_norm")
         gated = ttnn.mul(
             self._linear(h, f"{layer}.gate"),
             self._linear(h, f"{layer}.up"),
             input_tensor_a_activations=[ttnn.UnaryOpType.SILU],
         )
-        chunk.x = ttnn.add(x, self._summed(self._linear(gated, f"{layer}.down")))
+        chunk.x = ttnn.add(x, self._summed_linear(gated, f"{layer}.down"))
         return k8, v8
 
-    def _linear(self, x: Any, name: str, bias: str | None = None) -> Any:
+    def _linear(self, x: Any, name: str) -> Any:
+        """With its bias, if it has one."""
+        return self._product(x, name, self.weights.get(f"{name}_bias"))
+
+    def _summed_linear(self, x: Any, name: str) -> Any:
+        """Over the chips, each of which has a part of every value; the bias comes after that."""
+        import ttnn
+
+        bias = self.weights.get(f"{name}_bias")
+        if self.card.chips == 1:
+            return self._product(x, name, bias)
+        whole = ttnn.all_reduce(self._product(x, name, None))
+        return whole if bias is None else ttnn.add(whole, bias)
+
+    def _product(self, x: Any, name: str, bias: Any) -> Any:
         import ttnn
 
         return ttnn.linear(
             x,
             self.weights[name],
-            bias=self.weights[bias] if bias else None,
+            bias=bias,
             dtype=ttnn.bfloat16,
             compute_kernel_config=self.fast,
         )
-
-    def _summed(self, x: Any) -> Any:
-        """Over the chips, each of which has a part of every value."""
-        import ttnn
-
-        return x if self.card.chips == 1 else ttnn.all_reduce(x)
 
     def _norm(self, x: Any, name: str) -> Any:
         import ttnn

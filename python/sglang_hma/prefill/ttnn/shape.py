@@ -6,13 +6,11 @@ from typing import Any
 from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.config import WeightFormats, WeightGroup
 from sglang_hma.decoder_dims import DecoderDims, dims_of
+from sglang_hma.prefill.ttnn.config_fields import check_fields
+from sglang_hma.prefill.ttnn.errors import UnsupportedModel
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 BF16 = 2
-
-
-class UnsupportedModel(ValueError):
-    """A model that the runtime has no layers for, in one line."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class ModelShape(DecoderDims):
     logits: int
     eps: float
     qk_norm: bool
-    qkv_bias: bool
+    biased: frozenset[str]  # linear layers with a bias: wqkv, wo, gate, up, down
 
     @classmethod
     def of(cls, config: Any) -> "ModelShape":
@@ -37,7 +35,7 @@ class ModelShape(DecoderDims):
             logits=config.vocab_size,
             eps=config.rms_norm_eps,
             qk_norm=name == "Qwen3ForCausalLM",
-            qkv_bias=name == "Qwen2ForCausalLM" or bool(getattr(config, "attention_bias", False)),
+            biased=biased_layers(name, config),
         )
         shape._check(config)
         return shape
@@ -50,12 +48,7 @@ class ModelShape(DecoderDims):
         for name in ("hidden", "intermediate"):
             if getattr(self, name) % TILE:
                 raise UnsupportedModel(f"{name} size is {getattr(self, name)}, no multiple of 32")
-        if getattr(config, "hidden_act", "silu") != "silu":
-            raise UnsupportedModel(f"hidden_act is {config.hidden_act}, the runtime has silu")
-        if getattr(config, "use_sliding_window", False):
-            raise UnsupportedModel("use_sliding_window is set: layers would need windows")
-        if getattr(config, "mlp_bias", False):
-            raise UnsupportedModel("mlp_bias is set: the runtime has no bias there")
+        check_fields(config)
 
     def split(self, chips: int) -> "ModelShape":
         """What each of `chips` chips holds. Raises UnsupportedModel."""
@@ -102,8 +95,9 @@ class ModelShape(DecoderDims):
         rows = (2 * self.layers + 1) * tiles_of(1, self.hidden)
         if self.qk_norm:
             rows += 2 * self.layers * tiles_of(1, self.head_dim)
-        if self.qkv_bias:
-            rows += self.layers * tiles_of(1, self.qkv_width)
+        widths = {"wqkv": self.qkv_width, "wo": self.hidden, "down": self.hidden}
+        for layer in self.biased:
+            rows += self.layers * tiles_of(1, widths.get(layer, self.intermediate))
         return linear + (self.vocab * self.hidden + rows * TILE * TILE) * BF16
 
     def activation_bytes(self, tokens: int) -> int:
@@ -117,6 +111,18 @@ class ModelShape(DecoderDims):
         """KV pages, over all layers, that fit in `free` bytes beside a chunk's activations."""
         room = free - self.activation_bytes(bucket(chunk))
         return max(0, room // (self.page_bytes * self.layers))
+
+
+def biased_layers(name: str, config: Any) -> frozenset[str]:
+    """As SGLang's models have them: Qwen2 at Q, K and V always, Llama also by a field `bias`."""
+    if name == "Qwen2ForCausalLM":
+        return frozenset({"wqkv"})
+    attention = getattr(config, "attention_bias", False)
+    attention |= name == "LlamaForCausalLM" and getattr(config, "bias", False)
+    mlp = name == "LlamaForCausalLM" and getattr(config, "mlp_bias", False)
+    return frozenset(("wqkv", "wo") if attention else ()) | frozenset(
+        ("gate", "up", "down") if mlp else ()
+    )
 
 
 def tiles_of(rows: int, columns: int) -> int:

@@ -11,107 +11,28 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_hma.config import WeightFormats, WeightGroup
+from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import Card, cache_folder
+from sglang_hma.prefill.ttnn.pieces import Piece, pieces, refuse_tensor
 from sglang_hma.prefill.ttnn.shape import ModelShape
 
 KEEP_MODELS = 4
 # Raised whenever the same checkpoint and formats make other tensors.
-LAYOUT = 2
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor on the card, made of checkpoint tensors `sources` by `build` (torch to torch).
-
-    `group` is that of a linear weight's format; `split` the dimension that chips share, None if
-    each has it whole.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-    build: Callable[..., torch.Tensor]
-    group: WeightGroup | None = None
-    split: int | None = None
-    tiled: bool = False
-
-
-def pieces(shape: ModelShape, chips: int) -> Iterator[Piece]:
-    """In the order of a checkpoint. Linear weights are [in, out], norms [1, 1, 1, dim]."""
-    yield Piece("embedding", ("model.embed_tokens.weight",), _as_is)
-    for index in range(shape.layers):
-        yield from _layer_pieces(shape, chips, f"model.layers.{index}.", f"{index}.")
-    yield Piece("norm", ("model.norm.weight",), _norm, tiled=True)
-    head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
-    columns = chips * shape.split(chips).logits
-    yield Piece("lm_head", (head,), partial(_head, columns), "head", split=-1, tiled=True)
-
-
-def _layer_pieces(shape: ModelShape, chips: int, source: str, name: str) -> Iterator[Piece]:
-    def linear(target: str, module: str, group: WeightGroup, split: int) -> Piece:
-        return Piece(name + target, (f"{source}{module}.weight",), _linear, group, split, True)
-
-    qkv = tuple(f"{source}self_attn.{x}_proj" for x in "qkv")
-    weights, biases = (tuple(f"{module}.{x}" for module in qkv) for x in ("weight", "bias"))
-    yield Piece(name + "wqkv", weights, partial(_qkv, chips), "attention", -1, True)
-    if shape.qkv_bias:
-        yield Piece(name + "qkv_bias", biases, partial(_bias, chips), split=-1, tiled=True)
-    yield linear("wo", "self_attn.o_proj", "attention", -2)
-    yield linear("gate", "mlp.gate_proj", "mlp", -1)
-    yield linear("up", "mlp.up_proj", "mlp", -1)
-    yield linear("down", "mlp.down_proj", "mlp", -2)
-    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if shape.qk_norm:
-        norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-    for target, module in norms.items():
-        yield Piece(name + target, (f"{source}{module}.weight",), _norm, tiled=True)
-
-
-def _as_is(weight: torch.Tensor) -> torch.Tensor:
-    return weight
-
-
-def _linear(weight: torch.Tensor) -> torch.Tensor:
-    return weight.t().contiguous()
-
-
-def _joined(chips: int, *parts: torch.Tensor) -> torch.Tensor:
-    """Rows of Q, K and V: those of the first chip's heads, then the second's."""
-    shares = zip(*(part.chunk(chips) for part in parts), strict=True)
-    return torch.cat([rows for share in shares for rows in share])
-
-
-def _qkv(chips: int, *weights: torch.Tensor) -> torch.Tensor:
-    return _linear(_joined(chips, *weights))
-
-
-def _bias(chips: int, *biases: torch.Tensor) -> torch.Tensor:
-    return _joined(chips, *biases).view(1, 1, 1, -1)
-
-
-def _head(columns: int, weight: torch.Tensor) -> torch.Tensor:
-    """Zeros where the vocabulary does not fill the last chip's part."""
-    return _linear(torch.nn.functional.pad(weight, (0, 0, 0, columns - len(weight))))
-
-
-def _norm(weight: torch.Tensor) -> torch.Tensor:
-    """For tiles: with rows of 32, ttnn's norm holds a whole row of a wide model in L1, or fails."""
-    return weight.view(1, 1, 1, -1)
+LAYOUT = 3
 
 
 class WeightCache:
     """A folder of finished tensors for one checkpoint, its formats, a mesh and a ttnn version.
 
-    A tensor is written under another name and renamed, so a file that is there is whole.
+    A tensor is written under another name and renamed, so a file that is there is whole. It is read
+    only once the whole checkpoint has been looked at, whose last tensor may be one to refuse.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,8 +51,16 @@ class WeightCache:
     def path(self, piece: Piece) -> Path:
         return self.folder / f"{piece.name}.tensorbin"
 
-    def holds(self, piece: Piece) -> bool:
-        return self.path(piece).is_file()
+    def holds_all(self, plan: Iterable[Piece]) -> bool:
+        return self._mark.is_file() and all(self.path(piece).is_file() for piece in plan)
+
+    def finish(self) -> None:
+        """Everything is there, and the checkpoint has nothing else."""
+        self._mark.touch()
+
+    @property
+    def _mark(self) -> Path:
+        return self.folder / "whole"
 
     def store(self, piece: Piece, tensor: Any) -> None:
         import ttnn
@@ -192,18 +121,22 @@ class Weights:
     def __init__(
         self, shape: ModelShape, card: Card, cache: WeightCache | None, formats: WeightFormats
     ) -> None:
-        self.device, self.cache, self.formats = card.device, cache, formats
+        self.shape, self.device, self.cache, self.formats = shape, card.device, cache, formats
         self.plan = list(pieces(shape, card.chips))
         self.tensors: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
         return self.tensors[name]
 
+    def get(self, name: str) -> Any:
+        """None if the model has no such piece."""
+        return self.tensors.get(name)
+
     def load_cached(self) -> bool:
         """Read everything from the cache, or nothing if something is missing there."""
         import ttnn
 
-        if self.cache is None or not all(map(self.cache.holds, self.plan)):
+        if self.cache is None or not self.cache.holds_all(self.plan):
             return False
         for piece in _progress(self.plan, "Weights to the card"):
             path = str(self.cache.path(piece))
@@ -213,7 +146,7 @@ class Weights:
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """From (name, tensor) pairs in any order; keeps those whose piece is not complete yet.
 
-        Raises ValueError if a tensor is missing.
+        Raises ValueError if a tensor is missing, of another shape, or of no use.
         """
         users: dict[str, list[Piece]] = {}
         for piece in self.plan:
@@ -221,6 +154,7 @@ class Weights:
                 users.setdefault(source, []).append(piece)
         waiting: dict[str, torch.Tensor] = {}
         for name, tensor in _progress(tensors, "Weights packed", total=len(users)):
+            refuse_tensor(self.shape, name, tensor)
             if name not in users:
                 continue
             waiting[name] = tensor
@@ -234,6 +168,8 @@ class Weights:
         if missing:
             names = [s for piece in missing for s in piece.sources if s not in waiting]
             raise ValueError(f"the checkpoint has no {names[0]} ({len(names)} tensors missing)")
+        if self.cache is not None:
+            self.cache.finish()
 
     def _place(self, piece: Piece, sources: list[torch.Tensor]) -> None:
         import ttnn
