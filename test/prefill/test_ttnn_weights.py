@@ -10,6 +10,7 @@ import torch
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn import card as cards
 from sglang_hma.prefill.ttnn.card import CardError, open_card, opened
+from sglang_hma.prefill.ttnn.config_fields import check_fields
 from sglang_hma.prefill.ttnn.errors import UnsupportedModel
 from sglang_hma.prefill.ttnn.pieces import pieces, source_shapes
 from sglang_hma.prefill.ttnn.shape import ModelShape
@@ -212,6 +213,7 @@ def test_models_without_a_runtime_are_refused(change: dict[str, object], word: s
     for name, value in change.items():
         setattr(config, name, value)
     with pytest.raises(UnsupportedModel, match=word):
+        check_fields(config)
         ModelShape.of(config).split(2)
 
 

@@ -32,10 +32,12 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
     if getattr(model, "is_hybrid_swa", False):
         raise Refusal(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
     if config.on_card:
+        from sglang_hma.prefill.ttnn.config_fields import check_fields
         from sglang_hma.prefill.ttnn.errors import UnsupportedModel
         from sglang_hma.prefill.ttnn.shape import ModelShape
 
         try:
+            check_fields(model.hf_config)
             ModelShape.of(model.hf_config).split(config.chips)
         except UnsupportedModel as error:
             raise Refusal(f"{error}: serve it with --hma-prefill-runtime reference") from None

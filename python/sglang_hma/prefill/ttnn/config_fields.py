@@ -41,7 +41,8 @@ ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 
 
 def check_fields(config: Any) -> None:
-    """Raises UnsupportedModel, in one line."""
+    """config: transformers', as a checkpoint and the command line make it. In a running server
+    SGLang has written more into it. Raises UnsupportedModel, in one line."""
     given = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     for name, value in given.items():
         known = name in HANDLED or name in HARMLESS or name.startswith(("_", "unsloth"))

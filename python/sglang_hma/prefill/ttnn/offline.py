@@ -10,6 +10,7 @@ import torch
 from hma_kernels import TILE, TILE_BYTES
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import Card
+from sglang_hma.prefill.ttnn.config_fields import check_fields
 from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
 from sglang_hma.prefill.ttnn.readback import Readback, store_pages
 from sglang_hma.prefill.ttnn.shape import ModelShape, pages_of
@@ -31,6 +32,7 @@ class OfflinePrefill:
         pages: int,
         formats: WeightFormats = ALL_BFP8,
     ) -> None:
+        check_fields(config)
         self.card, self.shape = card, ModelShape.of(config)
         weights = Weights(self.shape, card, None, formats)
         weights.load(tensors)

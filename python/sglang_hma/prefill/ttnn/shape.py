@@ -6,7 +6,6 @@ from typing import Any
 from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.config import WeightFormats, WeightGroup
 from sglang_hma.decoder_dims import DecoderDims, dims_of
-from sglang_hma.prefill.ttnn.config_fields import check_fields
 from sglang_hma.prefill.ttnn.errors import UnsupportedModel
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
@@ -25,7 +24,8 @@ class ModelShape(DecoderDims):
 
     @classmethod
     def of(cls, config: Any) -> "ModelShape":
-        """From a transformers config. Raises UnsupportedModel."""
+        """From a transformers config that check_fields (config_fields.py) has let pass. Raises
+        UnsupportedModel."""
         name = (config.architectures or ["a model without a name"])[0]
         if name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -48,7 +48,6 @@ class ModelShape(DecoderDims):
         for name in ("hidden", "intermediate"):
             if getattr(self, name) % TILE:
                 raise UnsupportedModel(f"{name} size is {getattr(self, name)}, no multiple of 32")
-        check_fields(config)
 
     def split(self, chips: int) -> "ModelShape":
         """What each of `chips` chips holds. Raises UnsupportedModel."""
