@@ -82,6 +82,10 @@ for process in ${AFTER:-}; do tail --pid "$process" -f /dev/null; done
 part decode 200 "$PYTHON" -m benchmark.kernels.decode_attention_gpu --rounds 7 \
 	--json "$OUT/decode_attention_gpu.json" --plot "$OUT/decode_attention_gpu.svg" $BENCH_ARGS
 tee -a "$OUT/summary.txt" <"$LOGS/decode.log"
+part model 60 "$PYTHON" -m benchmark.kernels.schedule_model --measured "$OUT/decode_attention_gpu.json"
+tee -a "$OUT/summary.txt" <"$LOGS/model.log"
+part instructions 60 "$PYTHON" -m benchmark.kernels.sass --check --architectures 90 --json "$OUT/sass.json"
+tee -a "$OUT/summary.txt" <"$LOGS/instructions.log"
 part memory 60 "$PYTHON" -m benchmark.kernels.memory_gpu --rounds 7 --json "$OUT/memory_gpu.json"
 tee -a "$OUT/summary.txt" <"$LOGS/memory.log"
 

@@ -163,7 +163,7 @@ def test_gpu_check_names_what_failed_and_says_so_by_its_exit_code(
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == (1 if python == "false" else 0), done.stdout
     last = (tmp_path / "out/summary.txt").read_text().splitlines()[-1]
-    expected = "tests peers decode memory" if python == "false" else "nothing"
+    expected = "tests peers decode model instructions memory" if python == "false" else "nothing"
     assert last.endswith(f"; failed: {expected}")
     assert (tmp_path / "out/logs.tar.gz").exists()
 

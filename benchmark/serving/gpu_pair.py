@@ -5,8 +5,8 @@
 All servers start at once. Greedy tokens of prompts from the standard library's sources through each
 pair, by its router where sglang_router is installed, are compared with transformers' and with each
 other; all decode servers get the same bytes, because prefill keeps them. Then the time per token,
-from streamed answers. What is found is printed at once, whatever fails later. Exit code 1 if a part
-failed.
+from streamed answers, and the part of a step that a GPU spends in decode attention. What is found
+is printed at once, whatever fails later. Exit code 1 if a part failed.
 """
 
 import argparse
@@ -21,16 +21,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from benchmark.quality.text import sources
+from benchmark.serving import gpu_trace
+from benchmark.serving.greedy import Greedy, compare, prompts_of, transformers_greedy
 from benchmark.serving.pd_servers import PdClient, Program, Router, Server
 
 MODEL = Path(__file__).parents[1] / "quality/model"
-NEAR_TIE = 0.25  # of a logprob: BF16 logits of about 16 are 0.125 apart
 TOKENS, LENGTHS = 24, [20 + 41 * i for i in range(20)]
 CPU = ("--device", "cpu", "--max-total-tokens", "32768")
 GPU = ("--device", "cuda", "--max-total-tokens", "65536", "--mem-fraction-static", "0.3")
@@ -43,85 +41,8 @@ COMMON = (
     *("--disaggregation-transfer-backend", "mooncake_tcp", "--grammar-backend", "none"),
     "--skip-server-warmup",
 )
+PROFILED_STEPS = 20
 STREAMS = ((1, 200, 128), (32, 200, 128))  # (at once, tokens of the prompt, tokens)
-
-
-@dataclass
-class Greedy:
-    """Tokens, the logprob of each, and its lead over the second best."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    leads: list[float]
-
-    @classmethod
-    def of(cls, reply: dict[str, Any]) -> "Greedy":
-        top = reply["meta_info"]["output_top_logprobs"]
-        return cls(
-            list(reply["output_ids"]),
-            [pair[0][0] for pair in top],
-            [pair[0][0] - pair[1][0] for pair in top],
-        )
-
-
-def prompts_of(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
-    """Beginnings of held-out source files, one a length, all different."""
-    found: list[list[int]] = []
-    wanted = sorted(lengths, reverse=True)
-    for text in sources(held_out=True):
-        ids = tokenizer.encode(text[:20000], add_special_tokens=False)
-        if len(found) < len(wanted) and len(ids) >= wanted[len(found)]:
-            found.append(ids[: wanted[len(found)]])
-    if len(found) < len(wanted):
-        raise ValueError(f"{len(found)} texts are long enough, not {len(wanted)}")
-    return found
-
-
-def transformers_greedy(model_path: Path, prompts: list[list[int]], tokens: int) -> list[Greedy]:
-    """In float32 on the CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    answers = []
-    for prompt in prompts:
-        answer, past, ids = Greedy([], [], []), None, torch.tensor([prompt])
-        for _ in range(tokens):
-            with torch.inference_mode():
-                out = model(input_ids=ids, past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            best = out.logits[0, -1].log_softmax(-1).topk(2)
-            answer.tokens.append(int(best.indices[0]))
-            answer.logprobs.append(float(best.values[0]))
-            answer.leads.append(float(best.values[0] - best.values[1]))
-            ids = best.indices[:1][None]
-        answers.append(answer)
-    return answers
-
-
-def compare(name: str, ours: list[Greedy], theirs: list[Greedy]) -> tuple[str, int]:
-    """How many answers are the same, and how clear the choice was where they first differ; then how
-    many differ though it was clear."""
-    same, ties, wrong, compared, apart = 0, 0, [], 0, [0.0]
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        pairs = list(zip(a.tokens, b.tokens, strict=True))
-        first = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
-        compared += first
-        apart += [abs(x - y) for x, y in zip(a.logprobs[:first], b.logprobs[:first], strict=True)]
-        if first == len(pairs):
-            same += 1
-        elif min(a.leads[first], b.leads[first]) <= NEAR_TIE:
-            ties += 1
-        else:
-            wrong.append(f"#{index} at {first}: leads {a.leads[first]:.2f}, {b.leads[first]:.2f}")
-    verdict = f"{len(wrong)} DIFFER ({'; '.join(wrong)})" if wrong else "none differ otherwise"
-    text = (
-        f"{name}: {same} of {len(ours)} answers the same, {ties} part at a near tie "
-        f"(lead <= {NEAR_TIE}), {verdict}; {compared} tokens compared, logprobs apart by "
-        f"{statistics.median(apart):.4f} in the median, {max(apart):.4f} at most"
-    )
-    return text, len(wrong)
 
 
 class Run:
@@ -194,6 +115,16 @@ class Run:
                 f" {sum(len(s.counts) for s in streams)} events"
             )
 
+    def kernel_share(self, client: PdClient, prompt: list[int]) -> None:
+        """Of steps in which the most requests are served at once."""
+        name, (at_once, length, _) = client.decode.name, STREAMS[-1]
+        folder = self.out / f"{name}-profile"
+        gpu_trace.start(client.decode.url, folder, PROFILED_STEPS)
+        prompts = [prompt[i : i + length] for i in range(at_once)]
+        asyncio.run(client.streams(prompts, 2 * PROFILED_STEPS, min(30.0, self.left())))
+        found = gpu_trace.shares(gpu_trace.wait(folder, min(20.0, self.left())))
+        self.say(f"{name}, {at_once} at once: {found}")
+
     def stop(self) -> None:
         for server in self.servers:
             if not server.alive():
@@ -263,6 +194,12 @@ def measure(
     run.part("answers", lambda: judge(run))
     for client in clients:
         run.part(f"{client.decode.name} speed", lambda c=client: run.speed(c, long))  # type: ignore[misc]
+    for client in clients:
+        if client.decode.name != "decode-cpu":
+            run.part(
+                f"{client.decode.name} kernels",
+                lambda c=client: run.kernel_share(c, long),  # type: ignore[misc]
+            )
 
 
 def load_reference(run: Run, beside: "subprocess.Popen[bytes]") -> None:

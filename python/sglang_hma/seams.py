@@ -190,6 +190,15 @@ SEAMS = (
         "prefill, decode",
     ),
     Seam(
+        "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
+        "._profile",
+        "a profile that cannot be made (a tool that is missing, a folder that cannot be written) "
+        "ends the scheduler",
+        _from("profiling", "profile"),
+        lambda _: True,
+        "always",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
         "before a prefill batch runs, its requests' pages are queued behind a gate that the pool "
         "completes layer by layer; the gate ends with the forward, whatever happens; between "

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import requests
 
+from benchmark.serving import gpu_trace
+
 from ..warm_python import WarmPython
 from .client import output_ids, payload
 from .harness import Pair, Server
@@ -171,3 +173,18 @@ def test_a_value_that_would_end_a_scheduler_is_refused(pair: Pair, fields: dict[
         reply = requests.post(f"{server.url}/generate", json=body)
         assert reply.status_code == 400, reply.text
     assert output_ids(pair.url, [5, 6, 7], 4) == before
+
+
+def test_a_profile_is_made_or_refused_and_the_server_serves_on(pair: Pair, tmp_path: Path) -> None:
+    """As bench_serving --profile asks for; the second wants a tool that is not there."""
+    before = output_ids(pair.url, [5, 6, 7], 8)
+    servers = {"prefill": pair.prefill, "decode": pair.decode}
+    for name, server in servers.items():
+        gpu_trace.start(server.url, tmp_path / name, steps=2)
+    assert output_ids(pair.url, [5, 6, 7], 8) == before
+    for name, server in servers.items():
+        requests.post(f"{server.url}/stop_profile")
+        gpu_trace.wait(tmp_path / name, 120)
+        reply = requests.post(f"{server.url}/start_profile", json={"activities": ["RPD"]})
+        assert reply.status_code == 500
+    assert output_ids(pair.url, [5, 6, 7], 8) == before

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from sglang.srt.platforms.interface import SRTPlatform
 from typing_extensions import override
 
@@ -41,6 +42,15 @@ class HmaPlatformMixin(SRTPlatform):
 
             return HoldingAllocator
         return None
+
+    @override
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CUDA" if self.is_cuda() else "CPU"
+
+    @override
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        activities = torch.profiler.ProfilerActivity
+        return activities.CUDA if self.is_cuda() else activities.CPU
 
     @override
     def post_load_model(self, model: Any) -> None:
