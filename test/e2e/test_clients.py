@@ -9,6 +9,7 @@ import pytest
 import requests
 
 from benchmark.serving import gpu_trace
+from sglang_hma.launch.operator_routes import NEEDS
 
 from ..warm_python import WarmPython
 from .client import output_ids, payload
@@ -188,3 +189,11 @@ def test_a_profile_is_made_or_refused_and_the_server_serves_on(pair: Pair, tmp_p
         reply = requests.post(f"{server.url}/start_profile", json={"activities": ["RPD"]})
         assert reply.status_code == 500
     assert output_ids(pair.url, [5, 6, 7], 8) == before
+
+
+def test_an_operator_s_command_without_its_flag_is_refused(pair: Pair) -> None:
+    before = output_ids(pair.url, [5, 6, 7], 4)
+    for path in NEEDS:
+        for server in (pair.prefill, pair.decode):
+            assert requests.post(f"{server.url}{path}", json={}).status_code == 400
+    assert output_ids(pair.url, [5, 6, 7], 4) == before

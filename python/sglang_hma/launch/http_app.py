@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from typing import Any
 
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.tokenizer_manager import ServerStatus
@@ -10,6 +11,7 @@ from sglang.srt.utils import kill_process_tree
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.launch.guarded import Engine, Guarded
+from sglang_hma.launch.operator_routes import OperatorRoutes
 
 
 def started() -> Engine | None:
@@ -37,8 +39,15 @@ def end() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def setting(name: str) -> Any:
+    """Of SGLang's server arguments, once there are some."""
+    state = http_server.get_global_state()
+    return None if state is None else getattr(state.tokenizer_manager.server_args, name)
+
+
 config = HmaConfig.require()
 app = http_server.app
+app.add_middleware(OperatorRoutes, setting=setting)
 app.add_middleware(
     Guarded,
     started=started,
