@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import triton
 
 from benchmark.common import Figure, finish, parser, table
@@ -63,7 +64,7 @@ def main() -> None:
     results, figures = {}, []
     for architecture in args.architectures:
         compiled = decode_kernel(architecture, args.head_dim, args.gqa)
-        heads = decode.heads_of_program(args.head_dim, args.head_dim, args.gqa)
+        heads = decode.heads_of_program(args.head_dim, args.head_dim, args.gqa, torch.bfloat16)
         found = count(compiled, work_of_a_page(architecture, args.head_dim, heads))
         name = f"sm_{architecture}, head dim {args.head_dim}, {args.gqa} query heads a KV head"
         results[name] = found | {"bytes": size}

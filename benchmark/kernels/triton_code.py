@@ -39,8 +39,10 @@ ATTENTION_TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel's machine code; registers of a thread; bytes spilled, and in shared memory."""
+    """One kernel's PTX and machine code; registers of a thread; bytes spilled, and in shared
+    memory."""
 
+    ptx: str
     code: list[Instruction]
     registers: int
     spilled: int
@@ -87,6 +89,7 @@ def compile_for(
         functions = disassemble(knobs.nvidia.cuobjdump.path, Path(file.name))
     usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", answer)}
     return Compiled(
+        made.asm["ptx"],
         functions[kernel.__name__],
         usage["REG"],
         usage["STACK"] + usage["LOCAL"],

@@ -19,16 +19,20 @@ from hma_kernels.triton.visible import VisiblePages
 OPTIONS = {"num_warps": 1, "num_stages": 1}
 
 
-def heads_of_program(head_dim: int, v_head_dim: int, gqa_group_size: int) -> int:
-    """How many query heads a program has at most. Beside wide heads, registers are short."""
-    return 4 if gqa_group_size <= 4 or max(head_dim, v_head_dim) > 128 else 8
+def heads_of_program(
+    head_dim: int, v_head_dim: int, gqa_group_size: int, dtype: torch.dtype
+) -> int:
+    """How many query heads a program has at most. Registers are short beside wide heads, and
+    queries that are not bfloat16 take twice as many."""
+    width = max(head_dim, v_head_dim) * (1 if dtype == torch.bfloat16 else 2)
+    return 4 if gqa_group_size <= 4 or width > 128 else 8
 
 
 def specialization(
     head_dim: int, v_head_dim: int, kv_heads: int, gqa_group_size: int, dtype: torch.dtype
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for, but for the cap of logits and the operands' type."""
-    heads = heads_of_program(head_dim, v_head_dim, gqa_group_size)
+    heads = heads_of_program(head_dim, v_head_dim, gqa_group_size, dtype)
     shape = {"KV_HEADS": kv_heads, "GQA_GROUP_SIZE": gqa_group_size, "HEADS": heads}
     return shape | {"DIM": head_dim, "V_DIM": v_head_dim, "SPLIT_Q": dtype != torch.bfloat16}
 

@@ -73,7 +73,7 @@ KERNELS = [
 DECODE = [
     (96, 4, torch.float16, True),
     (128, 4, torch.bfloat16, False),
-    (128, 8, torch.float16, True),
+    (128, 8, torch.bfloat16, True),
     (256, 8, torch.float16, True),
 ]
 

@@ -28,14 +28,14 @@ def _value(operand: str, registers: dict[str, Register]) -> Register:
 
 def _permute(a: Register, b: Register, selector: Register) -> Register:
     """prmt: of 8 bytes, b's above a's, four are chosen; the fourth bit asks for the sign only."""
-    result = np.zeros_like(a)
+    a, b, selector = np.broadcast_arrays(a, b, selector)
+    result = np.zeros(a.shape, np.uint32)
     for i in range(4):
-        choice = int(selector) >> (4 * i) & 0xF
-        word = a if choice & 4 == 0 else b
-        byte = word >> np.uint32(8 * (choice & 3)) & np.uint32(0xFF)
-        if choice & 8:
-            byte = np.where(byte & 0x80, np.uint32(0xFF), np.uint32(0))
-        result |= (byte << np.uint32(8 * i)).astype(np.uint32)
+        choice = selector >> np.uint32(4 * i) & np.uint32(0xF)
+        word = np.where(choice & 4, b, a)
+        byte = word >> (choice & np.uint32(3)) * np.uint32(8) & np.uint32(0xFF)
+        sign = np.where(byte & 0x80, np.uint32(0xFF), np.uint32(0))
+        result |= np.where(choice & 8, sign, byte) << np.uint32(8 * i)
     return result
 
 

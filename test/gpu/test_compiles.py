@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 from cuda_host import compile_on_host
 
 from hma_kernels import layout
@@ -35,6 +36,9 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.8."), reason="the bar is for the Triton of requirements/"
+)
 def test_a_page_takes_no_more_instructions_than_it_may(tmp_path: Path) -> None:
     pytest.importorskip("rich", reason="benchmarks print their tables with rich")
     # In a process of its own: here kernels may be interpreted.
