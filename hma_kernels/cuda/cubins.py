@@ -2,6 +2,7 @@
 
     python -m hma_kernels.cuda.cubins [--jobs N]    compile what is missing, delete what is stale
     python -m hma_kernels.cuda.cubins --state       say what a wheel built now would carry
+    python -m hma_kernels.cuda.cubins --spills      compile every shape, and keep nothing
 
 A kernel whose registers spill is an error. Without nvcc it says so in one line and succeeds: a host
 compiles for itself then.
@@ -9,8 +10,9 @@ compiles for itself then.
 
 import argparse
 import os
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,8 @@ from hma_kernels.cuda.build import (
     compile_into,
     find_nvcc,
 )
-from hma_kernels.cuda.decode import instance_for, stages_on
+from hma_kernels.cuda.decode import MAX_DIM, instance_for, stages_on
+from hma_kernels.layout import TILE
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,32 @@ SHAPES = (
 )
 
 
-def wanted() -> dict[Path, tuple[Instance, int]]:
-    """Each library's place, instance and architecture."""
-    found = {}
+# What a model may have: instances differ by the multiple of 32 and by one tile of heads or two.
+EVERY_HEAD_DIM = range(32, MAX_DIM + 1, TILE)
+EVERY_SHAPE = tuple(
+    Shape(head_dim, gqa_group_size, dtype)
+    for dtype in (torch.bfloat16, torch.float16)
+    for head_dim in EVERY_HEAD_DIM
+    for gqa_group_size in (ONE_TILE, TWO_TILES)
+)
+
+
+def instances(shapes: Iterable[Shape]) -> Iterator[tuple[Instance, int]]:
+    """Of each architecture, and its number; each once."""
     for architecture in prebuilt.ARCHITECTURES:
         stages = stages_on(architecture // 10)
-        for shape in SHAPES:
-            dims = shape.head_dim, shape.head_dim
-            instance = instance_for(*dims, shape.gqa_group_size, shape.dtype, stages=stages)
-            found[prebuilt.path_of(instance, architecture)] = instance, architecture
-    return found
+        made = (
+            instance_for(
+                each.head_dim, each.head_dim, each.gqa_group_size, each.dtype, stages=stages
+            )
+            for each in shapes
+        )
+        yield from ((instance, architecture) for instance in dict.fromkeys(made))
+
+
+def wanted() -> dict[Path, tuple[Instance, int]]:
+    """Each library's place, instance and architecture."""
+    return {prebuilt.path_of(*each): each for each in instances(SHAPES)}
 
 
 def delete_others(current: Iterable[Path]) -> int:
@@ -83,22 +102,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="nvcc at a time")
     parser.add_argument("--state", action="store_true")
+    parser.add_argument("--spills", action="store_true", help="fail if registers of one spill")
     args = parser.parse_args()
     nvcc, began = find_nvcc(), time.monotonic()
     if args.state or nvcc is None:
         print(state() if args.state else "cubins: no nvcc in CUDA_HOME, PATH or NVIDIA's wheels")
         return
+    if args.spills:
+        every = list(instances(EVERY_SHAPE))
+        with tempfile.TemporaryDirectory() as folder:
+            compile_all(
+                {Path(folder, f"{i}.so"): of for i, of in enumerate(every)}, nvcc, args.jobs
+            )
+        print(f"cubins: {len(every)} compiled, no registers spilled")
+        return
     current = wanted()
     delete_others(current)
-    missing = {path: made_of for path, made_of in current.items() if not path.exists()}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(compile_into, path, nvcc, *of, *NO_SPILLS) for path, of in missing.items()
-        ]
-        for job in jobs:
-            job.result()
+    missing = {path: of for path, of in current.items() if not path.exists()}
+    compile_all(missing, nvcc, args.jobs)
     seconds = time.monotonic() - began
     print(f"cubins: {len(missing)} compiled in {seconds:.0f} s, {args.jobs} at a time; {state()}")
+
+
+def compile_all(missing: Mapping[Path, tuple[Instance, int]], nvcc: str, jobs: int) -> None:
+    """Raises RuntimeError, for registers that spill too."""
+    with ThreadPoolExecutor(jobs) as pool:
+        started = [
+            pool.submit(compile_into, path, nvcc, *of, *NO_SPILLS) for path, of in missing.items()
+        ]
+        for job in started:
+            job.result()
 
 
 if __name__ == "__main__":

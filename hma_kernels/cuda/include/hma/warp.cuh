@@ -11,7 +11,7 @@
 #define HMA_DEVICE __device__ __forceinline__
 #define HMA_HOST_DEVICE __host__ __device__ __forceinline__
 #define HMA_KERNEL(name, Params, threads) \
-  __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params params)
+  __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Params params)
 
 namespace hma {
 
