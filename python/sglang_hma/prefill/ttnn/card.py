@@ -56,6 +56,14 @@ class Card:
         """Compiled programs so far: a shape that was seen before adds none."""
         return int(self.device.num_program_cache_entries())
 
+    def wait(self) -> None:
+        """Until everything that was enqueued has been computed. Reading a tensor waits for that
+        too, but holds the interpreter's lock meanwhile, so that no other thread runs: neither the
+        one that passes layers on nor the one that sends them."""
+        import ttnn
+
+        ttnn.event_synchronize(ttnn.record_event(self.device, COMPUTE))
+
     def close(self) -> None:
         import ttnn
 

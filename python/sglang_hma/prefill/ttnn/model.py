@@ -148,6 +148,7 @@ class PrefillModel:
         """Rows first.. of a tensor [1, 1, padded length, hidden], on the host."""
         import ttnn
 
+        self.card.wait()
         # Cut on the host: on the card each place to cut at would be a program of its own.
         on_host = ttnn.from_device(ttnn.get_device_tensors(x)[0])
         begin, end = first // TILE, -(-(first + rows) // TILE)
@@ -163,7 +164,9 @@ class PrefillModel:
         padded[:rows] = hidden
         x = self._tensor(padded[None, None].bfloat16(), ttnn.bfloat16, ttnn.TILE_LAYOUT)
         parts = ttnn.ConcatMeshToTensor(self.card.device, dim=-1)
-        logits = ttnn.to_torch(self._linear(x, "lm_head"), mesh_composer=parts)
+        product = self._linear(x, "lm_head")
+        self.card.wait()
+        logits = ttnn.to_torch(product, mesh_composer=parts)
         return logits[0, 0, :rows, : self.shape.vocab]
 
     def _upload(self, chunk: Chunk) -> _OnCard:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,12 @@ from sglang.srt.runtime_context import get_model
 from hma_kernels import PAGE
 from sglang_hma.config import HmaConfig
 from sglang_hma.prefill.ttnn.card import Card, open_card
-from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, rotary_embedding
+from sglang_hma.prefill.ttnn.model import (
+    LARGEST_ATTENTION_CHUNK,
+    Chunk,
+    PrefillModel,
+    rotary_embedding,
+)
 from sglang_hma.prefill.ttnn.readback import Readback
 from sglang_hma.prefill.ttnn.shape import ModelShape
 from sglang_hma.prefill.ttnn.weights import WeightCache, Weights, checkpoint_folder
@@ -117,7 +123,8 @@ class CardCausalLM(torch.nn.Module):
         pool = get_token_to_kv_pool()
         if self.readback is None:
             self.readback = Readback(self.card, pool.store_pages, pool.layer_stored)
-        chunks = chunks_of(input_ids, batch, get_req_to_token_pool().req_to_token)
+        parts = parts_of(input_ids, batch, get_req_to_token_pool().req_to_token)
+        chunks = [part.chunk for part in parts]
         own = [chunk.own_pages for chunk in chunks]
         readback = self.readback
 
@@ -128,24 +135,39 @@ class CardCausalLM(torch.nn.Module):
             streams = self.model.forward(chunks, pool.card_cache, stored)
             hidden = input_ids.new_zeros(len(input_ids), self.shape.hidden, dtype=torch.bfloat16)
             end = 0
-            for chunk, stream in zip(chunks, streams, strict=True):
-                begin, end = end, end + len(chunk.tokens)
-                rows = end - begin if batch.return_logprob else 1
-                hidden[end - rows : end] = self.model.hidden(stream, end - begin - rows, rows)
+            for part, stream in zip(parts, streams, strict=True):
+                length, rows = len(part.chunk.tokens), part.rows
+                end += length
+                if rows:
+                    hidden[end - rows : end] = self.model.hidden(stream, length - rows, rows)
         finally:
             readback.drain()
         return self.logits_processor(input_ids, hidden, self.head, batch)
 
 
-def chunks_of(input_ids: torch.Tensor, batch: Any, req_to_token: torch.Tensor) -> list[Chunk]:
-    """One chunk a request of an extend batch."""
+@dataclass(frozen=True)
+class Part:
+    """A chunk, and how many of its last tokens' hidden states are asked for."""
+
+    chunk: Chunk
+    rows: int
+
+
+def parts_of(input_ids: torch.Tensor, batch: Any, req_to_token: torch.Tensor) -> list[Part]:
+    """Of each request of an extend batch one, or two where its cached prefix ends where attention
+    could go over few tokens at once: then all but the first of them stand apart."""
     if not batch.forward_mode.is_extend():
         raise RuntimeError(f"a Tenstorrent server only prefills, not {batch.forward_mode}")
-    chunks, begin = [], 0
+    parts, begin = [], 0
     for index in range(batch.batch_size):
         length, start = batch.extend_seq_lens_cpu[index], batch.extend_prefix_lens_cpu[index]
         tokens = input_ids[begin : begin + length].numpy()
         slots = req_to_token[int(batch.req_pool_indices[index]), : start + length : PAGE]
-        chunks.append(Chunk(tokens, int(start), (slots // PAGE).numpy()))
+        pages = (slots // PAGE).numpy()
+        cut = min(-start % LARGEST_ATTENTION_CHUNK, length)
+        for first, last in ((0, cut), (cut, length)):
+            if first < last:
+                rows = last - first if batch.return_logprob else int(last == length)
+                parts.append(Part(Chunk(tokens[first:last], int(start) + first, pages), rows))
         begin += length
-    return chunks
+    return parts

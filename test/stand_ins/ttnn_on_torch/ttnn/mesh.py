@@ -8,7 +8,7 @@ import torch
 
 from hma_kernels import bfp8_pack
 
-from .tensors import Tensor
+from .tensors import Clock, Tensor
 
 BufferType = SimpleNamespace(DRAM="dram")
 FabricConfig = SimpleNamespace(DISABLED="off", FABRIC_1D="line")
@@ -46,8 +46,8 @@ class Device:
 
 
 class Event:
-    def __init__(self, copies):
-        self.copies = copies
+    def __init__(self, copies, enqueued=0):
+        self.copies, self.enqueued = copies, enqueued
 
 
 _fabric = [FabricConfig.DISABLED]
@@ -107,7 +107,7 @@ def copy_device_to_host_tensor(source, target, *, blocking, cq_id):
 
 def record_event(device, queue):
     if queue == 0:
-        return Event([])
+        return Event([], Clock.enqueued)
     event = Event(list(_pending))
     _pending.clear()
     return event
@@ -118,6 +118,7 @@ def wait_for_event(queue, event):
 
 
 def event_synchronize(event):
+    Clock.over = max(Clock.over, event.enqueued)
     for source, target in event.copies:
         alive = source()
         assert alive is not None, "a tensor was freed before it was copied"

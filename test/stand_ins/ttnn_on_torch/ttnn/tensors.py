@@ -63,11 +63,25 @@ def on_each_chip(operation):
             )
             for chip in range(chips)
         ]
+        Clock.enqueued += 1
         if isinstance(results[0], tuple):
             return tuple(_together(parts) for parts in zip(*results, strict=True))
         return _together(results)
 
     return on_all
+
+
+class Clock:
+    """Operations that were enqueued, and how many of them the host knows to be over."""
+
+    enqueued = over = 0
+
+
+def _read(tensor):
+    on_card = tensor.device is not None
+    assert not on_card or Clock.over == Clock.enqueued, (
+        "the read waits for the card with the interpreter's lock held"
+    )
 
 
 def _part(x, chip):
@@ -95,10 +109,12 @@ def to_device(tensor, device, memory_config=None):
 
 
 def from_device(tensor):
+    _read(tensor)
     return Tensor(tensor.values, tensor.dtype, tensor.layout, None)
 
 
 def to_torch(tensor, *, mesh_composer):
+    _read(tensor)
     return mesh_composer(tensor.values).bfloat16()
 
 
