@@ -5,12 +5,18 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_hma import check_env
+from sglang_hma.prefill.ttnn import host
 from sglang_hma.prefill.ttnn.card import why_no_ttnn
+
+NO_PAGES = {"cards": [0], "iommu": False, "huge_pages": 0}
+NO_SFPI = {"folder": None, "version": None, "wanted": "7.89.0"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,8 @@ def test_tables_name_what_is_missing(
         ({"packages": {"torch": None}}, "cpu", "torch is not installed"),
         ({"gpus": []}, "gpu", "sees no GPU"),
         ({"tenstorrent": {"cards": [], "stands_in": False}}, "tenstorrent", "tt-kmd"),
-        ({"tenstorrent": {"compiler": None}}, "tenstorrent", "sfpi"),
+        ({"tenstorrent": {"sfpi": NO_SFPI}}, "tenstorrent", "install sfpi 7.89.0 to /opt"),
+        ({"tenstorrent": NO_PAGES}, "tenstorrent", "0 huge pages of 1 GB"),
         ({"packages": {"ttnn": None}}, "tenstorrent", "make venv"),
     ],
 )
@@ -72,5 +79,54 @@ def test_a_python_without_ttnn_is_told_which_one_has_it(
 def test_a_box_with_a_card_can_prefill_on_it(box: dict[str, Any]) -> None:
     other = copy.deepcopy(box)
     other["packages"]["ttnn"] = "0.81.1"
-    other["tenstorrent"] = {"cards": [0], "stands_in": False, "driver": "2.0", "compiler": "/x"}
+    sfpi = {"folder": "/x", "version": "7.89.0", "wanted": "7.89.0"}
+    card = {"cards": [0], "stands_in": False, "driver": "2.0", "firmware": ["18.8.0"]}
+    other["tenstorrent"] = card | {"sfpi": sfpi, "huge_pages": 0, "iommu": True}
     assert check_env.missing(other)["tenstorrent"] == []
+
+
+def ttnn_and_sfpi(folder: Path, says: str | None, wanted: str = "7.89.0") -> tuple[Path, Path]:
+    """A package that wants one release, and an installed compiler that says what it is."""
+    package, sfpi = folder / "ttnn", folder / "sfpi"
+    (package / "tt_metal").mkdir(parents=True)
+    (package / "tt_metal/sfpi-version").write_text(f"# release\nsfpi_version='{wanted}'\n")
+    sfpi.mkdir()
+    if says is not None:
+        compiler = sfpi / "compiler/bin/riscv-tt-elf-g++"
+        compiler.parent.mkdir(parents=True)
+        compiler.write_text(f"#!/bin/sh\necho '{says}'\n")
+        compiler.chmod(0o755)
+    return package, sfpi
+
+
+@pytest.mark.parametrize(
+    ("says", "trouble"),
+    [
+        ("riscv-tt-elf-g++ (tenstorrent/sfpi:7.89.0[1050]) 15.1.0", None),
+        ("riscv-tt-elf-g++ (tenstorrent/sfpi:7.12.1[1]) 15.1.0", "is sfpi 7.12.1, and ttnn is"),
+        ("riscv-tt-elf-g++ (GCC) 15.1.0", "tells its version"),
+        (None, "tells its version"),
+    ],
+)
+def test_a_compiler_is_asked_what_it_is(
+    tmp_path: Path, says: str | None, trouble: str | None
+) -> None:
+    """A folder of its name made it usable, whatever was in it."""
+    found = host.find_sfpi(*ttnn_and_sfpi(tmp_path, says)).trouble()
+    assert found is None if trouble is None else found is not None and trouble in found
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    package, sfpi = ttnn_and_sfpi(tmp_path, None)
+    sfpi.rmdir()
+    assert host.find_sfpi(package, sfpi).trouble() is not None
+    assert host.find_sfpi(None, sfpi).folder is None
+
+
+def test_the_release_that_this_ttnn_wants_is_read() -> None:
+    package = find_spec("ttnn")
+    if package is None or package.origin is None:
+        pytest.skip("ttnn is not installed")
+    file = Path(package.origin).parent / "tt_metal/sfpi-version"
+    wanted = host.wanted_sfpi(file)
+    assert wanted is not None and wanted in file.read_text()

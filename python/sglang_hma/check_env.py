@@ -9,6 +9,7 @@ import json
 import platform
 import shutil
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 
 from hma_kernels import describe
+from sglang_hma.prefill.ttnn import host
 from sglang_hma.prefill.ttnn.card import stands_in, visible_cards, why_no_ttnn
 from sglang_hma.seams import SGLANG_VERSION
 
@@ -28,8 +30,6 @@ PACKAGES = {
     "flashinfer": ("flashinfer-python",),
     "ttnn": ("ttnn",),
 }
-DRIVER = Path("/sys/module/tenstorrent/version")
-SFPI = ("/opt/tenstorrent/sfpi",)
 
 
 def versions() -> dict[str, str | None]:
@@ -76,12 +76,14 @@ def gpus() -> list[dict[str, Any]]:
 def tenstorrent() -> dict[str, Any]:
     package = find_spec("ttnn")
     folder = Path(package.origin).parent if package and package.origin else None
-    compilers = [Path(path) for path in SFPI] + ([folder / "runtime/sfpi"] if folder else [])
     return {
         "cards": visible_cards(),
         "stands_in": stands_in(),
-        "driver": DRIVER.read_text().strip() if DRIVER.exists() else None,
-        "compiler": next((str(path) for path in compilers if path.is_dir()), None),
+        "driver": host.driver(),
+        "firmware": host.firmware(),
+        "sfpi": asdict(host.find_sfpi(folder)),
+        "huge_pages": host.huge_pages(),
+        "iommu": host.has_iommu(),
     }
 
 
@@ -103,8 +105,12 @@ def missing(box: dict[str, Any]) -> dict[str, list[str]]:
         tt.append("/dev/tenstorrent is empty: no card, or its driver (tt-kmd) is not loaded")
     if packages["ttnn"] is None:
         tt.append(why_no_ttnn())
-    if card["compiler"] is None:
-        tt.append("the vendor's compiler is missing: install the sfpi package of ttnn's release")
+    if (trouble := host.Sfpi(**card["sfpi"]).trouble()) is not None:
+        tt.append(trouble)
+    if card["cards"] and not card["iommu"] and card["huge_pages"] < len(card["cards"]):
+        tt.append(
+            f"{card['huge_pages']} huge pages of 1 GB and no IOMMU: the driver needs a page a card"
+        )
     return {"cpu": common, "gpu": common + gpu, "tenstorrent": common + tt}
 
 
@@ -144,7 +150,12 @@ def show(box: dict[str, Any]) -> None:
         )
     card = box["tenstorrent"]
     facts.add_row("Tenstorrent cards", ", ".join(map(str, card["cards"])) or "none")
-    facts.add_row("tt-kmd, sfpi", f"{card['driver'] or 'none'}, {card['compiler'] or 'none'}")
+    sfpi = card["sfpi"]["version"] or ("of no known version" if card["sfpi"]["folder"] else "none")
+    facts.add_row("tt-kmd, sfpi", f"{card['driver'] or 'none'}, {sfpi}")
+    facts.add_row("firmware", ", ".join(card["firmware"]) or "none")
+    facts.add_row(
+        "huge pages of 1 GB", f"{card['huge_pages']}, {'an' if card['iommu'] else 'no'} IOMMU"
+    )
     for name, found in box["packages"].items():
         facts.add_row(name, found or "not installed")
     for name, found in box["tools"].items():
