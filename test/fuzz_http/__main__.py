@@ -105,14 +105,15 @@ def _live(url: str) -> str:
     return "" if reply.status_code == 200 else f"{url}/health/live: {reply.text[:200]}"
 
 
-def threads(fleet: Fleet) -> dict[tuple[str, int], str]:
-    """Of the schedulers and detokenizers, which start none for a single request."""
+def threads(fleet: Fleet) -> dict[str, int]:
+    """How many the schedulers and detokenizers have: they start none for a single request. Those
+    that watch peers end when nothing was asked for a while, and others begin with the next."""
     found = {}
     for name in fleet.names:
         for title in ("scheduler", "detokenizer"):
             process = fleet.part(name, title)
             assert process is not None, f"{name} has no {title}"
-            found |= {(f"{name} {title}", each.id): title for each in process.threads()}
+            found[f"{name} {title}"] = process.num_threads()
     return found
 
 
@@ -204,8 +205,11 @@ def run(count: int, number: int, folder: Path) -> Found:
             found.wrong += check.healthy(fleet)
             found.wrong += check.nothing_kept(fleet)
             found.wrong += check.same_answers(fleet, asked, quiet)
-            lost = sorted({who for who, _ in before_threads.keys() - threads(fleet).keys()})
-            found.wrong += [f"{who} has fewer threads" for who in lost]
+            found.wrong += [
+                f"{who} has {number} threads, {before_threads[who]} before"
+                for who, number in threads(fleet).items()
+                if number < before_threads[who]
+            ]
             last = fleet.rss()
             found.growth_mb = {
                 f"{who[1]} ({who[0]})": round((last[who] - rss) / MB, 1)
