@@ -13,13 +13,12 @@ import ttnn
 from hma_kernels import bfp8_pack
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import opened
-from sglang_hma.prefill.ttnn.offline import split
-from sglang_hma.prefill.ttnn.shape import bucket, page_bucket, pages_of
+from sglang_hma.prefill.ttnn.chunk import Chunk
 from sglang_hma.prefill.ttnn.tiles import tile_bytes, tile_rows
 from test.device.mock_widths import chunks_taken
 from test.prefill.models import on_card, random_model
 
-PAGES = 200
+PAGES, CHUNK = 200, 512
 
 # A card without silicon has no queue to wait on; everything else is called as on a card.
 ttnn.wait_for_event = lambda queue, event: None
@@ -32,7 +31,7 @@ def same_bytes(rng: np.random.Generator) -> bool:
     packed = bfp8_pack(weight, rounding="host")
     plain = ttnn.from_torch(weight[None, None], dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT)
     return torch.equal(tile_bytes(host, (1, 1, 96, 160))[0], packed) and torch.equal(
-        tile_rows(plain, 160, 1, 3), weight[32:]
+        tile_rows(plain, 160), weight
     )
 
 
@@ -41,37 +40,32 @@ def session(kind: str, head_dim: int, chips: int, seed: int) -> dict[str, object
     hf = random_model(kind, head_dim=head_dim, kv_heads=4)
     with opened(range(chips), chips) as card:
         before = card.dram.free
-        runtime = on_card(card, hf, pages=PAGES)
+        runtime = on_card(card, hf, pages=PAGES, chunk_tokens=CHUNK)
         taken = before - card.dram.free
         part = runtime.shape.split(chips)
         predicted = part.weight_bytes(WeightFormats())
         predicted += PAGES * part.page_bytes * part.layers
 
-        seen: set[tuple[int, int, int]] = set()
-        needless = []
-        for length in [1, 31, 32, 33, 64, 100, *rng.integers(1, 200, 6).tolist()]:
-            cut = int(rng.integers(0, length)) // 32 * 32
-            for chunk in split(np.zeros(length, np.int64), [cut] if cut else [], np.arange(1, 9)):
-                tokens = len(chunk.tokens)
-                padded = bucket(tokens)
-                step = 128
-                while chunk.start % step or padded % step:
-                    step //= 2
-                shape = (padded, page_bucket(chunk.start // 32 + pages_of(padded)), step)
-                programs = card.programs
-                for last, rows in ((False, tokens), (True, 1)):
-                    logits = runtime.prefill([chunk], last=last)
-                    assert logits[0].shape == (rows, 512)
-                if shape in seen and card.programs > programs:
-                    needless.append((tokens, chunk.start))
-                seen.add(shape)
+        runtime.runner.warm_up(traces=False)
+        programs = card.programs
+        for _ in range(8):
+            chunks = []
+            for number in range(int(rng.integers(1, 9))):
+                start, length = int(rng.integers(0, 4)) * 32, int(rng.integers(1, 70))
+                pages = np.arange(1, 7) + 6 * number
+                chunks.append(Chunk(np.zeros(length, np.int64), start, pages))
+            for last in (False, True):
+                logits = runtime.prefill(chunks, last=last)
+                rows = [1 if last else len(chunk.tokens) for chunk in chunks]
+                assert [tuple(one.shape) for one in logits] == [(n, 512) for n in rows]
         return {
             "arch": card.arch,
             "chips": card.chips,
             "taken": taken,
             "predicted": predicted,
-            "programs": card.programs,
-            "needless": needless,
+            "programs": programs,
+            "programs_after_start": runtime.runner.facts()["programs_after_start"],
+            "buckets": len(runtime.runner.lanes),
             "layers": runtime.stored[:2],
             "same_bytes": same_bytes(rng),
         }

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sglang_hma.prefill.ttnn.card import opened
-from sglang_hma.prefill.ttnn.model import Chunk
+from sglang_hma.prefill.ttnn.chunk import Chunk
 from test.prefill.models import on_card
 
 CHUNKS = [(32, 0), (96, 32), (2048, 0), (8192, 0), (2048, 8192), (8192, 24576)]

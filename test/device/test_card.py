@@ -13,9 +13,8 @@ import torch
 from hma_kernels import bfp8_pack
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import Card, opened, visible_cards
-from sglang_hma.prefill.ttnn.model import Chunk
+from sglang_hma.prefill.ttnn.chunk import Chunk, pages_of
 from sglang_hma.prefill.ttnn.offline import split
-from sglang_hma.prefill.ttnn.shape import pages_of
 
 from ..prefill.models import CASES, Case, check_agreement, on_card, random_model
 

@@ -18,8 +18,8 @@ from transformers import (
 
 from hma_kernels import bfp8_unpack, reference
 from sglang_hma.prefill.ttnn.card import Card
+from sglang_hma.prefill.ttnn.chunk import pages_of
 from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
-from sglang_hma.prefill.ttnn.shape import pages_of
 
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
@@ -104,8 +104,9 @@ def by_transformers(model: Any, tokens: np.ndarray) -> Result:
     return Result(out.logits[0], [(layer.keys[0], layer.values[0]) for layer in layers])
 
 
-def on_card(card: Card, hf: Any, *, pages: int = 64) -> OfflinePrefill:
-    return OfflinePrefill(card, hf.config, hf.state_dict().items(), pages=pages)
+def on_card(card: Card, hf: Any, *, pages: int = 64, chunk_tokens: int = 2048) -> OfflinePrefill:
+    tensors = hf.state_dict().items()
+    return OfflinePrefill(card, hf.config, tensors, pages=pages, chunk_tokens=chunk_tokens)
 
 
 class Case(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 
 from hma_kernels import bfp8_unpack
 from sglang_hma.prefill.ttnn.card import opened
-from sglang_hma.prefill.ttnn.model import Chunk
+from sglang_hma.prefill.ttnn.chunk import Chunk
 from sglang_hma.prefill.ttnn.offline import split
 
 from .models import CASES, Case, check_agreement, on_card, random_model

@@ -134,8 +134,8 @@ def on_card(args: argparse.Namespace, model: Any, tokens: np.ndarray) -> tuple[T
     """A Tenstorrent card's trace, and its pages as they arrived. Raises CardError, and
     UnsupportedModel."""
     from sglang_hma.prefill.ttnn.card import opened
+    from sglang_hma.prefill.ttnn.chunk import pages_of
     from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
-    from sglang_hma.prefill.ttnn.shape import pages_of
 
     pages = np.arange(1, 1 + pages_of(len(tokens)))
     cuts = list(range(args.chunk, len(tokens), args.chunk))

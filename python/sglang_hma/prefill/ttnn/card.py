@@ -11,6 +11,7 @@ from typing import Any
 
 QUEUES = 2  # commands; copies to the host beside them
 COMPUTE, COPY = range(QUEUES)
+TRACE_BYTES = 256 << 20  # of a chip's memory, for the commands of captured traces
 TTNN_PYTHON = (3, 12)  # ttnn 0.81.1 has a wheel for no other that is supported here
 
 
@@ -64,6 +65,15 @@ class Card:
 
         ttnn.event_synchronize(ttnn.record_event(self.device, COMPUTE))
 
+    def tensor(self, value: Any, dtype: Any, layout: Any) -> Any:
+        """A torch tensor on every chip, in DRAM."""
+        import ttnn
+
+        everywhere = ttnn.ReplicateTensorToMesh(self.device)
+        return ttnn.from_torch(
+            value, dtype=dtype, layout=layout, device=self.device, mesh_mapper=everywhere
+        )
+
     def close(self) -> None:
         import ttnn
 
@@ -91,6 +101,12 @@ def stands_in() -> bool:
     return any(
         os.environ.get(name) for name in ("TT_METAL_SIMULATOR", "TT_METAL_MOCK_CLUSTER_DESC_PATH")
     )
+
+
+def described_only() -> bool:
+    """Whether cards are described to ttnn that are not there: nothing computes, and a trace cannot
+    be captured."""
+    return bool(os.environ.get("TT_METAL_MOCK_CLUSTER_DESC_PATH"))
 
 
 def why_no_ttnn(python: tuple[int, int] = sys.version_info[:2]) -> str:
@@ -132,7 +148,9 @@ def open_card(device_ids: Sequence[int] = (0,), chips: int = 1) -> Card:
     try:
         if chips > 1:
             ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D)
-        device = ttnn.open_mesh_device(ttnn.MeshShape(1, chips), num_command_queues=QUEUES)
+        device = ttnn.open_mesh_device(
+            ttnn.MeshShape(1, chips), num_command_queues=QUEUES, trace_region_size=TRACE_BYTES
+        )
     except RuntimeError as error:
         mesh = f" as a mesh of {chips} chips" if chips > 1 else ""
         raise CardError(f"card {numbers} does not open{mesh}: {reason(error)}") from error

@@ -1,78 +1,41 @@
 """The forward pass of a dense decoder on ttnn operations, over a paged BFP8 cache.
 
-Values are BF16 between operations, accumulated in FP32. K and V leave the projection in BF16 and
-are packed by `typecast`, which is the device packer; attention reads only what was packed. Queries
-keep BF16. Rotary embeddings are in Hugging Face's order, so K's bytes are what a GPU expects.
-
-Layers go over all requests before the next layer starts: a layer's pages are final together.
+Values are BF16 between operations, accumulated in FP32, and BFP8 within the MLP. K and V leave the
+projection in BF16 and are packed by `typecast`, which is the device packer; attention reads only
+what was packed. Queries keep BF16. Rotary embeddings are in Hugging Face's order, so K's bytes are
+what a GPU expects.
 
 On a mesh each chip attends with its own heads over its own pages and has its columns of the MLP;
 the residual stream is on all of them, and the two projections that return to it are summed.
+
+Nothing here reads a value back: what an operation does depends on shapes and on what lies in the
+card's memory, so the same calls serve every batch of a bucket and can be captured as a trace.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from hma_kernels import PAGE, TILE
+from hma_kernels import PAGE, TILE, TILE_BYTES
+from sglang_hma.prefill.ttnn.buckets import Bucket
 from sglang_hma.prefill.ttnn.card import Card
-from sglang_hma.prefill.ttnn.shape import ModelShape, bucket, page_bucket, pages_of
+from sglang_hma.prefill.ttnn.shape import BF16, ModelShape
 from sglang_hma.prefill.ttnn.tiles import tile_rows
 from sglang_hma.prefill.ttnn.weights import Weights
 
-LARGEST_ATTENTION_CHUNK = 128
+# A value of up to so many bytes a core lies in the cores' memory (1.5 MB each), a larger one in
+# DRAM. What an operation needs there for itself is known once it is made: where the first does not
+# leave enough, a lane takes the next.
+CORE_BYTES = (208 << 10, 96 << 10, 0)
+# Rows that go through the LM head at once where every token's logits are asked for.
+HEAD_ROWS = 128
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """New tokens of one request.
-
-    tokens: int [n], n >= 1; start: tokens before them, a multiple of 32; pages: the request's page
-    ids from its first token on, at least ceil((start + n) / 32).
-    """
-
-    tokens: npt.NDArray[np.integer]
-    start: int
-    pages: npt.NDArray[np.integer]
-
-    def __post_init__(self) -> None:
-        if self.start % PAGE:
-            raise ValueError(f"a chunk starts at token {self.start}, no multiple of {PAGE}")
-        if not len(self.tokens) or len(self.pages) < pages_of(self.start + len(self.tokens)):
-            raise ValueError(
-                f"{len(self.tokens)} tokens from {self.start} on {len(self.pages)} pages"
-            )
-
-    @property
-    def own_pages(self) -> npt.NDArray[np.integer]:
-        """Pages that the new tokens are written to."""
-        return self.pages[self.start // PAGE : pages_of(self.start + len(self.tokens))]
-
-
-@dataclass
-class _OnCard:
-    """A chunk's inputs and its residual stream on the card."""
-
-    x: Any
-    cos: Any
-    sin: Any
-    fill_table: Any
-    page_table: Any
-    start: Any
-    attention: Any
-
-
-# (layer, one (K, V) pair a chunk): packed tensors [1, a chip's kv_heads, padded length, head_dim]
-Stored = Callable[[int, list[tuple[Any, Any]]], None]
-After = Callable[[int, list[Any]], None]
-
-
-# K and V of each layer: BFP8 [pages, a chip's kv_heads, 32, head_dim]; page 0 takes what padding
-# writes
+# K and V of each layer: BFP8 [pages, a chip's kv_heads, 32, head_dim]; page 0 takes what rows that
+# are no new token write
 Cache = Sequence[tuple[Any, Any]]
 
 
@@ -101,16 +64,34 @@ def rotary_embedding(config: Any) -> Any:
     return LlamaRotaryEmbedding(config)
 
 
-class PrefillModel:
-    """Weights on a card and what is done with them."""
+@dataclass
+class Block:
+    """Rows that one operation goes over, of one or several slots: on the card."""
 
-    def __init__(self, card: Card, shape: ModelShape, weights: Weights, rotary: Any) -> None:
+    x: Any  # residual stream [1, 1, rows, hidden]
+    cos: Any  # [1, 1, rows, head_dim]
+    sin: Any
+    fill_table: Any  # pages that the rows are written to, [1, rows / 32]
+    slots: list[tuple[Any, Any]]  # page table [1, width] and start [1] of each
+
+
+class PrefillModel:
+    """Weights on a card and what is done with them.
+
+    context: positions that rotary tables are made for.
+    """
+
+    def __init__(
+        self, card: Card, shape: ModelShape, weights: Weights, rotary: Any, *, context: int
+    ) -> None:
         import ttnn
 
-        self.card, self.shape, self.weights, self.rotary = card, shape, weights, rotary
+        self.card, self.shape, self.weights = card, shape, weights
         self.part = shape.split(card.chips)
         # ttnn takes a float that float32 holds exactly, and no other.
         self.scale = float(np.float32(shape.head_dim**-0.5))
+        grid = card.device.compute_with_storage_grid_size()
+        self.grid, self.cores, self.core_bytes = grid, grid.x * grid.y, CORE_BYTES[0]
         # HiFi2 drops the last bit of an activation. In products with packed weights, nearly all of
         # the work, that is less than what packing rounds off. HiFi3 drops only last bit times last
         # bit, and not HiFi4, which a Wormhole gets wrong with FP32 sums (tt-metal issue 38306).
@@ -124,132 +105,205 @@ class PrefillModel:
             )
             for fidelity in (ttnn.MathFidelity.HiFi2, ttnn.MathFidelity.HiFi3)
         )
+        cos, sin = rotary(torch.zeros(1), torch.arange(context)[None])
+        self.context = context
+        self.cos, self.sin = (
+            self.card.tensor(table[0].bfloat16(), ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT)
+            for table in (cos, sin)
+        )
 
-    def forward(
-        self, chunks: Sequence[Chunk], cache: Cache, stored: Stored, after: After | None = None
-    ) -> list[Any]:
-        """The residual stream after the last layer, [1, 1, padded length, hidden] a chunk.
+    def blocks(self, bucket: Bucket, rows: Any, tables: Any) -> list[Block]:
+        """From what `buckets.Inputs` puts on the card."""
+        import ttnn
 
-        `stored`, and `after` with the residual streams, are called after each layer was enqueued,
-        not when it has run.
-        """
-        on_card = [self._upload(chunk) for chunk in chunks]
-        for layer, kv in enumerate(cache):
-            stored(layer, [self._layer(layer, chunk, *kv) for chunk in on_card])
-            if after is not None:
-                after(layer, [chunk.x for chunk in on_card])
-        return [chunk.x for chunk in on_card]
+        size, width = bucket.block_rows, tables.shape[1] - 16
+        found = []
+        for index in range(bucket.blocks):
+            begin, end = index * size, (index + 1) * size
+            ids, positions = (ttnn.slice(rows, [row, begin], [row + 1, end]) for row in (0, 1))
+            cos, sin = (self._rows_of(table, positions) for table in (self.cos, self.sin))
+            slots = []
+            first = index * bucket.block_slots
+            for slot in range(first, first + bucket.block_slots):
+                table = ttnn.slice(tables, [slot, 0], [slot + 1, width])
+                start = ttnn.slice(tables, [slot, width], [slot + 1, width + 1])
+                slots.append((table, ttnn.reshape(start, (1,))))
+            pages = [bucket.slots, begin // PAGE], [bucket.slots + 1, end // PAGE]
+            found.append(
+                Block(
+                    x=self._rows_of(self.weights["embedding"], ids),
+                    cos=cos,
+                    sin=sin,
+                    fill_table=ttnn.slice(tables, *pages),
+                    slots=slots,
+                )
+            )
+        return found
 
-    def hidden(self, x: Any, first: int, rows: int) -> torch.Tensor:
-        """Normed rows first.. of a residual stream, BF16 [rows, hidden], on the host."""
-        return self.rows(self._norm(x, "norm"), first, rows)
+    def _rows_of(self, table: Any, ids: Any) -> Any:
+        """[1, 1, n, columns] for ids [1, n]."""
+        import ttnn
 
-    def rows(self, x: Any, first: int, rows: int) -> torch.Tensor:
-        """Rows first.. of a tensor [1, 1, padded length, hidden], on the host."""
+        found = ttnn.embedding(ids, table, layout=ttnn.TILE_LAYOUT, dtype=ttnn.bfloat16)
+        return ttnn.reshape(found, (1, 1, ids.shape[-1], table.shape[-1]))
+
+    def attention_config(self, bucket: Bucket) -> Any:
+        import ttnn
+
+        return ttnn.SDPAProgramConfig(
+            compute_with_storage_grid_size=self.grid,
+            q_chunk_size=bucket.attention,
+            k_chunk_size=bucket.attention,
+            exp_approx_mode=False,
+        )
+
+    def layer(
+        self, index: int, block: Block, kv: tuple[Any, Any], attention: Any
+    ) -> tuple[Any, Any]:
+        """The block's residual stream goes through one layer, in its place; the layer's packed K
+        and V of the block, [1, a chip's kv_heads, rows, head_dim]."""
+        import ttnn
+
+        place = self._place
+        h = self._norm(block.x, f"{index}.attention_norm")
+        qkv = self._linear(h, f"{index}.wqkv")
+        del h
+        q, k, v = ttnn.experimental.nlp_create_qkv_heads(
+            qkv,
+            num_heads=self.part.heads,
+            num_kv_heads=self.part.kv_heads,
+            transpose_k_heads=False,
+            memory_config=place(qkv.shape),
+        )
+        del qkv
+        if self.shape.qk_norm:
+            q, k = self._norm(q, f"{index}.q_norm"), self._norm(k, f"{index}.k_norm")
+        q, k = (
+            ttnn.experimental.rotary_embedding_hf(
+                *(x, block.cos, block.sin),
+                is_decode_mode=False,
+                memory_config=place(x.shape),
+                compute_kernel_config=self.exact,
+            )
+            for x in (q, k)
+        )
+        # They stay until they were copied to the host: not in the cores' memory.
+        packed = [
+            ttnn.typecast(x, ttnn.bfloat8_b, memory_config=ttnn.DRAM_MEMORY_CONFIG) for x in (k, v)
+        ]
+        del k, v
+        for pages, new in zip(kv, packed, strict=True):
+            ttnn.experimental.paged_fill_cache(pages, new, block.fill_table, batch_idx=0)
+        attended = self._attended(q, block, kv, attention)
+        del q
+        joined = ttnn.experimental.nlp_concat_heads(attended, memory_config=place(attended.shape))
+        del attended
+        # The residual stream lives longest: in DRAM.
+        x = ttnn.add(
+            *(block.x, self._summed_linear(joined, f"{index}.wo")),
+            memory_config=ttnn.DRAM_MEMORY_CONFIG,
+        )
+        del joined
+        gated = self._gated(self._norm(x, f"{index}.mlp_norm"), index)
+        ttnn.add(x, self._summed_linear(gated, f"{index}.down"), output_tensor=block.x)
+        return packed[0], packed[1]
+
+    def _attended(self, q: Any, block: Block, kv: tuple[Any, Any], attention: Any) -> Any:
+        import ttnn
+
+        _, heads, rows, dim = q.shape
+        tokens = rows // len(block.slots)
+        parts = []
+        for slot, (table, start) in enumerate(block.slots):
+            part = q
+            if len(block.slots) > 1:
+                begin, end = slot * tokens, (slot + 1) * tokens
+                part = ttnn.slice(q, [0, 0, begin, 0], [1, heads, end, dim])
+            parts.append(
+                ttnn.transformer.chunked_scaled_dot_product_attention(
+                    *(part, *kv, table),
+                    chunk_start_idx_tensor=start,
+                    scale=self.scale,
+                    program_config=attention,
+                    memory_config=self._place(part.shape),
+                    compute_kernel_config=self.exact,
+                )
+            )
+        if len(parts) == 1:
+            return parts[0]
+        return ttnn.concat(parts, dim=2, memory_config=self._place(q.shape))
+
+    def _gated(self, h: Any, index: int) -> Any:
+        import ttnn
+
+        gate, up = (self._linear(h, f"{index}.{name}", ttnn.bfloat8_b) for name in ("gate", "up"))
+        return ttnn.mul(
+            *(gate, up),
+            input_tensor_a_activations=[ttnn.UnaryOpType.SILU],
+            dtype=ttnn.bfloat8_b,
+            memory_config=self._place(gate.shape, packed=True),
+        )
+
+    def last_logits(self, blocks: Sequence[Block], rows: Any) -> Any:
+        """[1, 1, 32 a block, a chip's vocabulary], of the rows that `buckets.Inputs` names."""
+        import ttnn
+
+        parts = []
+        for index, block in enumerate(blocks):
+            lasts = ttnn.slice(rows, [2, TILE * index], [3, TILE * (index + 1)])
+            table = ttnn.to_layout(block.x, ttnn.ROW_MAJOR_LAYOUT)
+            parts.append(self._rows_of(table, lasts))
+        x = parts[0] if len(parts) == 1 else ttnn.concat(parts, dim=2)
+        return self._head(self._norm(x, "norm"))
+
+    def read_logits(self, logits: Any) -> torch.Tensor:
+        """BF16 [rows, vocab] on the host."""
         import ttnn
 
         self.card.wait()
-        # Cut on the host: on the card each place to cut at would be a program of its own.
+        parts = ttnn.ConcatMeshToTensor(self.card.device, dim=-1)
+        return ttnn.to_torch(logits, mesh_composer=parts)[0, 0, :, : self.shape.vocab]
+
+    def hidden(self, block: Block) -> torch.Tensor:
+        """Normed rows of the residual stream, BF16 [rows, hidden], on the host."""
+        return self.read(self._norm(block.x, "norm"))
+
+    def read(self, x: Any) -> torch.Tensor:
+        """All rows of a tensor [1, 1, rows, hidden], on the host."""
+        import ttnn
+
+        self.card.wait()
         on_host = ttnn.from_device(ttnn.get_device_tensors(x)[0])
-        begin, end = first // TILE, -(-(first + rows) // TILE)
-        part = tile_rows(on_host, self.shape.hidden, begin, end)
-        return part[first - begin * TILE :][:rows]
+        return tile_rows(on_host, self.shape.hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """BF16 [rows, hidden] -> [rows, vocab] through the LM head on the card."""
         import ttnn
 
-        rows = len(hidden)
-        padded = hidden.new_zeros(bucket(rows), self.shape.hidden)
-        padded[:rows] = hidden
-        x = self._tensor(padded[None, None].bfloat16(), ttnn.bfloat16, ttnn.TILE_LAYOUT)
-        parts = ttnn.ConcatMeshToTensor(self.card.device, dim=-1)
-        product = self._linear(x, "lm_head")
-        self.card.wait()
-        logits = ttnn.to_torch(product, mesh_composer=parts)
-        return logits[0, 0, :rows, : self.shape.vocab]
+        found = hidden.new_empty(len(hidden), self.shape.vocab)
+        for begin in range(0, len(hidden), HEAD_ROWS):
+            part = hidden[begin : begin + HEAD_ROWS]
+            padded = hidden.new_zeros(1, 1, HEAD_ROWS, self.shape.hidden)
+            padded[0, 0, : len(part)] = part
+            x = self.card.tensor(padded.bfloat16(), ttnn.bfloat16, ttnn.TILE_LAYOUT)
+            logits = self.read_logits(self._head(x))
+            found[begin : begin + len(part)] = logits[: len(part)]
+        return found
 
-    def _upload(self, chunk: Chunk) -> _OnCard:
+    def _head(self, x: Any) -> Any:
         import ttnn
 
-        length = bucket(len(chunk.tokens))
-        tokens = np.zeros((1, length), np.int32)
-        tokens[0, : len(chunk.tokens)] = chunk.tokens
-        fill = np.zeros((1, length // PAGE), np.int32)
-        fill[0, : len(chunk.own_pages)] = chunk.own_pages
-        seen = pages_of(chunk.start + len(chunk.tokens))
-        pages = np.zeros((1, page_bucket(chunk.start // PAGE + length // PAGE)), np.int32)
-        pages[0, :seen] = chunk.pages[:seen]
-        position = torch.arange(chunk.start, chunk.start + length)[None]
-        cos, sin = (t[None].bfloat16() for t in self.rotary(torch.zeros(1), position))
-
-        row, tile = ttnn.ROW_MAJOR_LAYOUT, ttnn.TILE_LAYOUT
-        ids = self._tensor(torch.from_numpy(tokens), ttnn.uint32, row)
-        x = ttnn.embedding(ids, self.weights["embedding"], layout=tile, dtype=ttnn.bfloat16)
-        return _OnCard(
-            x=ttnn.reshape(x, (1, 1, length, self.shape.hidden)),
-            cos=self._tensor(cos, ttnn.bfloat16, tile),
-            sin=self._tensor(sin, ttnn.bfloat16, tile),
-            fill_table=self._tensor(torch.from_numpy(fill), ttnn.int32, row),
-            page_table=self._tensor(torch.from_numpy(pages), ttnn.int32, row),
-            start=self._tensor(torch.tensor([chunk.start], dtype=torch.int32), ttnn.int32, row),
-            attention=self._attention_config(chunk.start, length),
+        return ttnn.linear(
+            x,
+            self.weights["lm_head"],
+            dtype=ttnn.bfloat16,
+            memory_config=ttnn.DRAM_MEMORY_CONFIG,
+            compute_kernel_config=self.fast,
         )
 
-    def _attention_config(self, start: int, length: int) -> Any:
-        """Attention goes over as many tokens at once as divide both its start and its length."""
-        import ttnn
-
-        tokens = LARGEST_ATTENTION_CHUNK
-        while start % tokens or length % tokens:
-            tokens //= 2
-        return ttnn.SDPAProgramConfig(
-            compute_with_storage_grid_size=self.card.device.compute_with_storage_grid_size(),
-            q_chunk_size=tokens,
-            k_chunk_size=tokens,
-            exp_approx_mode=False,
-        )
-
-    def _layer(self, layer: int, chunk: _OnCard, keys: Any, values: Any) -> tuple[Any, Any]:
-        import ttnn
-
-        shape = self.part
-        qkv = self._linear(self._norm(chunk.x, f"{layer}.attention_norm"), f"{layer}.wqkv")
-        q, k, v = ttnn.experimental.nlp_create_qkv_heads(
-            qkv, num_heads=shape.heads, num_kv_heads=shape.kv_heads, transpose_k_heads=False
-        )
-        if shape.qk_norm:
-            q, k = self._norm(q, f"{layer}.q_norm"), self._norm(k, f"{layer}.k_norm")
-        q, k = (
-            ttnn.experimental.rotary_embedding_hf(
-                x, chunk.cos, chunk.sin, is_decode_mode=False, compute_kernel_config=self.exact
-            )
-            for x in (q, k)
-        )
-        k8, v8 = ttnn.typecast(k, ttnn.bfloat8_b), ttnn.typecast(v, ttnn.bfloat8_b)
-        for cache, packed in ((keys, k8), (values, v8)):
-            ttnn.experimental.paged_fill_cache(cache, packed, chunk.fill_table, batch_idx=0)
-        attended = ttnn.transformer.chunked_scaled_dot_product_attention(
-            *(q, keys, values, chunk.page_table),
-            chunk_start_idx_tensor=chunk.start,
-            scale=self.scale,
-            program_config=chunk.attention,
-            compute_kernel_config=self.exact,
-        )
-        joined = ttnn.experimental.nlp_concat_heads(attended)
-        x = ttnn.add(chunk.x, self._summed_linear(joined, f"{layer}.wo"))
-        h = self._norm(x, f"{layer}.mlp_norm")
-        gated = ttnn.mul(
-            self._linear(h, f"{layer}.gate"),
-            self._linear(h, f"{layer}.up"),
-            input_tensor_a_activations=[ttnn.UnaryOpType.SILU],
-        )
-        chunk.x = ttnn.add(x, self._summed_linear(gated, f"{layer}.down"))
-        return k8, v8
-
-    def _linear(self, x: Any, name: str) -> Any:
-        """With its bias, if it has one."""
-        return self._product(x, name, self.weights.get(f"{name}_bias"))
+    def _linear(self, x: Any, name: str, dtype: Any = None) -> Any:
+        """With its bias, if it has one; BF16 unless another type is asked for."""
+        return self._product(x, name, self.weights.get(f"{name}_bias"), dtype)
 
     def _summed_linear(self, x: Any, name: str) -> Any:
         """Over the chips, each of which has a part of every value; the bias comes after that."""
@@ -261,14 +315,17 @@ class PrefillModel:
         whole = ttnn.all_reduce(self._product(x, name, None))
         return whole if bias is None else ttnn.add(whole, bias)
 
-    def _product(self, x: Any, name: str, bias: Any) -> Any:
+    def _product(self, x: Any, name: str, bias: Any, dtype: Any = None) -> Any:
         import ttnn
 
+        weight, dtype = self.weights[name], dtype or ttnn.bfloat16
+        shape = 1, 1, x.shape[2], weight.shape[-1]
         return ttnn.linear(
             x,
-            self.weights[name],
+            weight,
             bias=bias,
-            dtype=ttnn.bfloat16,
+            dtype=dtype,
+            memory_config=self._place(shape, packed=dtype == ttnn.bfloat8_b),
             compute_kernel_config=self.fast,
         )
 
@@ -279,14 +336,15 @@ class PrefillModel:
             x,
             epsilon=self.shape.eps,
             weight=self.weights[name],
+            memory_config=self._place(x.shape),
             compute_kernel_config=self.exact,
         )
 
-    def _tensor(self, value: torch.Tensor, dtype: Any, layout: Any) -> Any:
+    def _place(self, shape: Sequence[int], *, packed: bool = False) -> Any:
+        """Where a value of this shape goes."""
         import ttnn
 
-        device = self.card.device
-        everywhere = ttnn.ReplicateTensorToMesh(device)
-        return ttnn.from_torch(
-            value, dtype=dtype, layout=layout, device=device, mesh_mapper=everywhere
-        )
+        tiles = int(np.prod(tuple(shape))) // TILE**2
+        size = tiles * (TILE_BYTES if packed else TILE**2 * BF16)
+        fits = size <= self.core_bytes * self.cores
+        return ttnn.L1_MEMORY_CONFIG if fits else ttnn.DRAM_MEMORY_CONFIG

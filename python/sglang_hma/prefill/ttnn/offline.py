@@ -7,13 +7,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hma_kernels import TILE, TILE_BYTES
+from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import Card
+from sglang_hma.prefill.ttnn.chunk import Chunk, pages_of
 from sglang_hma.prefill.ttnn.config_fields import check_fields
-from sglang_hma.prefill.ttnn.model import Chunk, PrefillModel, empty_cache, rotary_embedding
-from sglang_hma.prefill.ttnn.readback import Readback, store_pages
-from sglang_hma.prefill.ttnn.shape import ModelShape, pages_of
+from sglang_hma.prefill.ttnn.model import PrefillModel, empty_cache, rotary_embedding
+from sglang_hma.prefill.ttnn.readback import store_pages
+from sglang_hma.prefill.ttnn.runner import Runner
+from sglang_hma.prefill.ttnn.shape import ModelShape
 from sglang_hma.prefill.ttnn.weights import Weights
 
 ALL_BFP8 = WeightFormats()
@@ -31,12 +33,15 @@ class OfflinePrefill:
         *,
         pages: int,
         formats: WeightFormats = ALL_BFP8,
+        chunk_tokens: int = 8192,
     ) -> None:
         check_fields(config)
         self.card, self.shape = card, ModelShape.of(config)
         weights = Weights(self.shape, card, None, formats)
         weights.load(tensors)
-        self.model = PrefillModel(card, self.shape, weights, rotary_embedding(config))
+        context = min(config.max_position_embeddings, pages * PAGE)
+        rotary = rotary_embedding(config)
+        self.model = PrefillModel(card, self.shape, weights, rotary, context=context)
         self.cache = empty_cache(card, self.shape, pages)
         size = (pages, self.shape.kv_heads, self.shape.head_dim // TILE, TILE_BYTES)
         self.host = [
@@ -44,6 +49,9 @@ class OfflinePrefill:
             for _ in range(self.shape.layers)
         ]
         self.stored: list[int] = []
+        self.runner = Runner(
+            self.model, self.cache, self._store, self.stored.append, chunk_tokens=chunk_tokens
+        )
 
     def prefill(
         self,
@@ -55,29 +63,12 @@ class OfflinePrefill:
         """BF16 logits [n, vocab] of each chunk's tokens, or [1, vocab] of its last one; returns
         when all pages are in `host`. `hidden` gets what the first chunk's residual stream is after
         each layer, [n, hidden]."""
-        readback = Readback(self.card, self._store, self.stored.append)
-        own = [chunk.own_pages for chunk in chunks]
+        if last:
+            return [row[None] for row in self.runner.last_logits(chunks)]
+        return [self.model.logits(rows) for rows in self.runner.hidden(chunks, hidden)]
 
-        def keep(_layer: int, streams: list[Any]) -> None:
-            if hidden is not None:
-                hidden.append(self.model.rows(streams[0], 0, len(chunks[0].tokens)))
-
-        try:
-            streams = self.model.forward(
-                chunks,
-                self.cache,
-                lambda layer, pairs: readback.submit(layer, list(zip(own, pairs, strict=True))),
-                keep,
-            )
-            logits = []
-            for chunk, stream in zip(chunks, streams, strict=True):
-                rows = 1 if last else len(chunk.tokens)
-                normed = self.model.hidden(stream, len(chunk.tokens) - rows, rows)
-                logits.append(self.model.logits(normed))
-            readback.drain()
-        finally:
-            readback.close()
-        return logits
+    def close(self) -> None:
+        self.runner.close()
 
     def _store(
         self, layer: int, which: int, pages: npt.NDArray[np.integer], head: int, rows: torch.Tensor

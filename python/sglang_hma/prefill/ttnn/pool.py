@@ -38,6 +38,7 @@ class CardKVPool(Bfp8KVPool):
         super()._create_buffers()
         model = CardCausalLM.serving
         self.card_cache = empty_cache(model.card, model.shape, self.num_pages)
+        model.serve_from(self)
 
     def store_pages(
         self, layer: int, which: int, pages: npt.NDArray[np.integer], head: int, rows: torch.Tensor

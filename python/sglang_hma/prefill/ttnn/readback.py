@@ -1,8 +1,9 @@
-"""K and V leave the card on its second command queue, layer by layer, while later layers compute.
+"""K and V leave the card on its second command queue while later layers compute.
 
-A slot is a host tensor that one layer's K or V of one chunk is copied to. It is used again as soon
-as its bytes lie in the pool's pages, which are what Mooncake has registered. A few layers may be on
-their way; the forward waits before it adds another.
+A slot is a host tensor that one tensor of the card's is copied to. It is used again as soon as its
+bytes lie in the pool's pages, which are what Mooncake has registered: a copy on the host that ttnn
+leaves no way around, on this object's thread and counted. A few parts may be on their way; the
+forward waits before it adds another.
 """
 
 import queue
@@ -18,7 +19,7 @@ import torch
 from sglang_hma.prefill.ttnn.card import COMPUTE, COPY, Card
 from sglang_hma.prefill.ttnn.tiles import tile_bytes
 
-LAYERS_IN_FLIGHT = 3
+IN_FLIGHT = 3
 
 # (layer, K or V: 0 or 1, page ids [n], first KV head, bytes [n, kv_heads, head_dim / 32, 1088])
 Store = Callable[[int, int, npt.NDArray[np.integer], int, torch.Tensor], None]
@@ -32,6 +33,24 @@ def store_pages(
     buffer[torch.from_numpy(pages.astype(np.int64)), head : head + rows.shape[1]] = rows
 
 
+@dataclass(frozen=True)
+class Part:
+    """K (0) or V (1) of a layer: a chip's KV heads of the rows that lie in `pages`, 0 for those
+    that nobody wants."""
+
+    layer: int
+    which: int
+    pages: npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """BFP8 [1, a chip's KV heads * parts, rows, head_dim]: one part's heads after another's."""
+
+    tensor: Any
+    parts: tuple[Part, ...]
+
+
 @dataclass
 class _Slot:
     tensor: Any
@@ -39,11 +58,10 @@ class _Slot:
 
 
 @dataclass
-class _Layer:
-    index: int
+class _Batch:
+    layers: Sequence[int]
     arrived: Any
-    copies: list[tuple[int, npt.NDArray[np.integer], _Slot]]
-    sources: list[Any]  # stay allocated on the card until they were copied
+    copies: list[tuple[Outgoing, _Slot]]
 
 
 class Readback:
@@ -52,34 +70,28 @@ class Readback:
     def __init__(self, card: Card, store: Store, layer_stored: Callable[[int], None]) -> None:
         self.device, self.chips = card.device, card.chips
         self.store, self.layer_stored = store, layer_stored
+        self.bytes_stored = 0
         self.free: dict[tuple[int, ...], list[_Slot]] = {}
-        self.room = threading.BoundedSemaphore(LAYERS_IN_FLIGHT)
-        self.pending: queue.Queue[_Layer | None] = queue.Queue()
+        self.room = threading.BoundedSemaphore(IN_FLIGHT)
+        self.pending: queue.Queue[_Batch | None] = queue.Queue()
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="hma-readback", daemon=True)
         self.thread.start()
 
-    def submit(
-        self,
-        layer: int,
-        chunks: Sequence[tuple[npt.NDArray[np.integer], tuple[Any, Any]]],
-    ) -> None:
-        """chunks: (page ids, (K, V)) with K, V BFP8 [1, kv_heads, tokens, head_dim] on each
-        chip."""
+    def submit(self, outgoing: Sequence[Outgoing], layers: Sequence[int]) -> None:
+        """Copies what was enqueued to compute; `layers` are complete once it is stored."""
         import ttnn
 
         self.room.acquire()
         self._raise()
         computed = ttnn.record_event(self.device, COMPUTE)
         ttnn.wait_for_event(COPY, computed)
-        copies, sources = [], []
-        for pages, pair in chunks:
-            for which, source in enumerate(pair):
-                slot = self._slot(source)
-                ttnn.copy_device_to_host_tensor(source, slot.tensor, blocking=False, cq_id=COPY)
-                copies.append((which, pages, slot))
-                sources.append(source)
-        self.pending.put(_Layer(layer, ttnn.record_event(self.device, COPY), copies, sources))
+        copies = []
+        for one in outgoing:
+            slot = self._slot(one.tensor)
+            ttnn.copy_device_to_host_tensor(one.tensor, slot.tensor, blocking=False, cq_id=COPY)
+            copies.append((one, slot))
+        self.pending.put(_Batch(layers, ttnn.record_event(self.device, COPY), copies))
 
     def drain(self) -> None:
         """Wait until everything that was submitted is stored; raise what went wrong there."""
@@ -107,25 +119,31 @@ class Readback:
         return _Slot(tensor, [tile_bytes(tensor, shape, chip) for chip in range(self.chips)])
 
     def _run(self) -> None:
-        while (layer := self.pending.get()) is not None:
+        while (batch := self.pending.get()) is not None:
             try:
                 if self.error is None:
-                    self._finish(layer)
+                    self._finish(batch)
             except BaseException as error:  # the forward's thread raises it
                 self.error = error
             finally:
                 self.room.release()
                 self.pending.task_done()
 
-    def _finish(self, layer: _Layer) -> None:
+    def _finish(self, batch: _Batch) -> None:
         import ttnn
 
-        ttnn.event_synchronize(layer.arrived)
-        layer.sources.clear()
-        for which, pages, slot in layer.copies:
+        ttnn.event_synchronize(batch.arrived)
+        while batch.copies:
+            one, slot = batch.copies.pop()
             for chip, rows in enumerate(slot.bytes):
-                first = chip * len(rows)
-                of_pages = rows[:, : len(pages)].transpose(0, 1)
-                self.store(layer.index, which, pages, first, of_pages)
+                heads = len(rows) // len(one.parts)
+                for part, mine in zip(one.parts, rows.view(-1, heads, *rows.shape[1:]), strict=True):
+                    wanted = np.flatnonzero(part.pages)
+                    if len(wanted):
+                        bytes_ = mine[:, torch.from_numpy(wanted)].transpose(0, 1)
+                        pages = part.pages[wanted]
+                        self.store(part.layer, part.which, pages, chip * heads, bytes_)
+                        self.bytes_stored += bytes_.numel()
             self.free[tuple(slot.tensor.shape)].append(slot)
-        self.layer_stored(layer.index)
+        for layer in batch.layers:
+            self.layer_stored(layer)

@@ -3,24 +3,21 @@
 import itertools
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
-from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
-from sglang.srt.runtime_context import get_model
+from sglang.srt.model_executor.forward_context import get_req_to_token_pool
+from sglang.srt.runtime_context import get_model, get_schedule
 
 from hma_kernels import PAGE
 from sglang_hma.config import HmaConfig
-from sglang_hma.prefill.ttnn.card import Card, open_card
-from sglang_hma.prefill.ttnn.model import (
-    LARGEST_ATTENTION_CHUNK,
-    Chunk,
-    PrefillModel,
-    rotary_embedding,
-)
-from sglang_hma.prefill.ttnn.readback import Readback
+from sglang_hma.prefill.ttnn.buckets import BLOCK, buckets
+from sglang_hma.prefill.ttnn.card import Card, described_only, open_card
+from sglang_hma.prefill.ttnn.chunk import Chunk
+from sglang_hma.prefill.ttnn.lane import lane_bytes
+from sglang_hma.prefill.ttnn.model import PrefillModel, rotary_embedding
+from sglang_hma.prefill.ttnn.runner import Runner
 from sglang_hma.prefill.ttnn.shape import ModelShape
 from sglang_hma.prefill.ttnn.weights import WeightCache, Weights, checkpoint_folder
 
@@ -58,7 +55,6 @@ class CardCausalLM(torch.nn.Module):
         self.card: Card = open_card(ours.device_ids, ours.chips)
         self.part = self.shape.split(ours.chips)
         self.logits_processor = LogitsProcessor(config)
-        self.readback: Readback | None = None
         CardCausalLM.serving = self
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -79,7 +75,9 @@ class CardCausalLM(torch.nn.Module):
         weights = Weights(self.shape, self.card, cache, formats)
         if not weights.load_cached():
             weights.load(itertools.chain(first, tensors))
-        self.model = PrefillModel(self.card, self.shape, weights, rotary_embedding(self.config))
+        rotary = rotary_embedding(self.config)
+        context = self.config.context_len  # SGLang notes it there
+        self.model = PrefillModel(self.card, self.shape, weights, rotary, context=context)
         self.head = _CardHead(self.model)
         logger.info(
             "Tenstorrent %s, %d chips: weights take %.2f of %.2f GB of each",
@@ -90,10 +88,11 @@ class CardCausalLM(torch.nn.Module):
         )
 
     def fitting_tokens(self, wanted: int, chunk: int) -> int:
-        """At most `wanted` KV tokens beside a forward of `chunk` tokens and page 0; RuntimeError
-        if not even one chunk fits."""
+        """At most `wanted` KV tokens beside what forwards of `chunk` tokens take and page 0;
+        RuntimeError if not even one chunk fits."""
         free = self.card.dram.free
-        room = (self.part.pages_in(free, chunk) - 1) * PAGE
+        lanes = sum(lane_bytes(bucket, self.part) for bucket in buckets(chunk))
+        room = (self.part.pages_in(free - lanes, min(chunk, BLOCK)) - 1) * PAGE
         if room < chunk:
             raise RuntimeError(
                 f"{free / 1e9:.2f} GB of the card are left for K and V of a chunk of {chunk} "
@@ -113,61 +112,50 @@ class CardCausalLM(torch.nn.Module):
             "dram_total": dram.total,
             "dram_free": dram.free,
             "weights": self.part.weight_bytes(config.weight_formats),
-            "programs": self.card.programs,
+            **self.runner.facts(),
         }
+
+    def serve_from(self, pool: Any) -> None:
+        """pool: a CardKVPool. Everything that a batch may need is made before the first comes."""
+        self.runner = Runner(
+            self.model,
+            pool.card_cache,
+            pool.store_pages,
+            pool.layer_stored,
+            chunk_tokens=get_schedule().chunked_prefill_size,
+        )
+        self.runner.warm_up(traces=not described_only())
 
     @torch.no_grad()
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Any, **_: Any
     ) -> LogitsProcessorOutput:
-        pool = get_token_to_kv_pool()
-        if self.readback is None:
-            self.readback = Readback(self.card, pool.store_pages, pool.layer_stored)
-        parts = parts_of(input_ids, batch, get_req_to_token_pool().req_to_token)
-        chunks = [part.chunk for part in parts]
-        own = [chunk.own_pages for chunk in chunks]
-        readback = self.readback
-
-        def stored(layer: int, pairs: list[tuple[Any, Any]]) -> None:
-            readback.submit(layer, list(zip(own, pairs, strict=True)))
-
-        try:
-            streams = self.model.forward(chunks, pool.card_cache, stored)
-            hidden = input_ids.new_zeros(len(input_ids), self.shape.hidden, dtype=torch.bfloat16)
-            end = 0
-            for part, stream in zip(parts, streams, strict=True):
-                length, rows = len(part.chunk.tokens), part.rows
-                end += length
-                if rows:
-                    hidden[end - rows : end] = self.model.hidden(stream, length - rows, rows)
-        finally:
-            readback.drain()
+        chunks = chunks_of(input_ids, batch, get_req_to_token_pool().req_to_token)
+        if only_next_tokens(batch):
+            return LogitsProcessorOutput(next_token_logits=self.runner.last_logits(chunks).float())
+        hidden = torch.cat(self.runner.hidden(chunks))
         return self.logits_processor(input_ids, hidden, self.head, batch)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A chunk, and how many of its last tokens' hidden states are asked for."""
+def only_next_tokens(batch: Any) -> bool:
+    """Whether nothing but the logits of each request's last token is asked for."""
+    return not (
+        batch.return_logprob
+        or batch.capture_hidden_mode.need_capture()
+        or batch.multi_item_delimiter_indices is not None
+        or batch.token_indices_to_pool is not None
+    )
 
-    chunk: Chunk
-    rows: int
 
-
-def parts_of(input_ids: torch.Tensor, batch: Any, req_to_token: torch.Tensor) -> list[Part]:
-    """Of each request of an extend batch one, or two where its cached prefix ends where attention
-    could go over few tokens at once: then all but the first of them stand apart."""
+def chunks_of(input_ids: torch.Tensor, batch: Any, req_to_token: torch.Tensor) -> list[Chunk]:
+    """One of each request of an extend batch."""
     if not batch.forward_mode.is_extend():
         raise RuntimeError(f"a Tenstorrent server only prefills, not {batch.forward_mode}")
-    parts, begin = [], 0
+    chunks, begin = [], 0
     for index in range(batch.batch_size):
-        length, start = batch.extend_seq_lens_cpu[index], batch.extend_prefix_lens_cpu[index]
-        tokens = input_ids[begin : begin + length].numpy()
+        length, start = batch.extend_seq_lens_cpu[index], int(batch.extend_prefix_lens_cpu[index])
         slots = req_to_token[int(batch.req_pool_indices[index]), : start + length : PAGE]
-        pages = (slots // PAGE).numpy()
-        cut = min(-start % LARGEST_ATTENTION_CHUNK, length)
-        for first, last in ((0, cut), (cut, length)):
-            if first < last:
-                rows = last - first if batch.return_logprob else int(last == length)
-                parts.append(Part(Chunk(tokens[first:last], int(start) + first, pages), rows))
+        tokens = input_ids[begin : begin + length].numpy()
+        chunks.append(Chunk(tokens, start, (slots // PAGE).numpy()))
         begin += length
-    return parts
+    return chunks

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hma_kernels import PAGE, TILE, TILE_BYTES
+from hma_kernels import TILE, TILE_BYTES
 from sglang_hma.config import WeightFormats, WeightGroup
 from sglang_hma.decoder_dims import DecoderDims, dims_of
 from sglang_hma.prefill.ttnn.errors import UnsupportedModel
@@ -106,9 +106,9 @@ class ModelShape(DecoderDims):
         mlp = self.hidden + 3 * self.intermediate
         return tokens * BF16 * (residual + max(attention, mlp))
 
-    def pages_in(self, free: int, chunk: int) -> int:
-        """KV pages, over all layers, that fit in `free` bytes beside a chunk's activations."""
-        room = free - self.activation_bytes(bucket(chunk))
+    def pages_in(self, free: int, rows: int) -> int:
+        """KV pages, over all layers, that fit in `free` bytes beside the activations of `rows`."""
+        room = free - self.activation_bytes(rows)
         return max(0, room // (self.page_bytes * self.layers))
 
 
@@ -126,18 +126,3 @@ def biased_layers(name: str, config: Any) -> frozenset[str]:
 
 def tiles_of(rows: int, columns: int) -> int:
     return -(-rows // TILE) * -(-columns // TILE)
-
-
-def bucket(tokens: int) -> int:
-    """Length that `tokens` are padded to, so that few programs serve all prompts."""
-    step = TILE if tokens <= 128 else 128 if tokens <= 1024 else 512
-    return -(-tokens // step) * step
-
-
-def page_bucket(pages: int) -> int:
-    """Page-table width: a power of two, at least 8 entries of 4 bytes."""
-    return max(8, 1 << (pages - 1).bit_length())
-
-
-def pages_of(tokens: int) -> int:
-    return -(-tokens // PAGE)

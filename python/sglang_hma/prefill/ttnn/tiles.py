@@ -23,8 +23,8 @@ def tile_bytes(tensor: Any, shape: tuple[int, ...], chip: int = 0) -> torch.Tens
     return _raw(tensor, chip).view(heads, tokens // PAGE, dim // TILE, TILE_BYTES)
 
 
-def tile_rows(tensor: Any, width: int, begin: int, end: int) -> torch.Tensor:
-    """Rows 32 * begin .. 32 * end of a host tensor in BF16 [1, 1, rows, width]: [rows, width]."""
+def tile_rows(tensor: Any, width: int) -> torch.Tensor:
+    """A host tensor in BF16 [1, 1, rows, width] as [rows, width]."""
     tiles = width // TILE
-    values = _raw(tensor).view(torch.bfloat16).view(-1, tiles, 2, 2, FACE, FACE)[begin:end]
+    values = _raw(tensor).view(torch.bfloat16).view(-1, tiles, 2, 2, FACE, FACE)
     return values.permute(0, 2, 4, 1, 3, 5).reshape(-1, width)

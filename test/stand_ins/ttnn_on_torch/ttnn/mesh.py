@@ -8,7 +8,7 @@ import torch
 
 from hma_kernels import bfp8_pack
 
-from .tensors import Clock, Tensor
+from .tensors import Clock, Tensor, Trace
 
 BufferType = SimpleNamespace(DRAM="dram")
 FabricConfig = SimpleNamespace(DISABLED="off", FABRIC_1D="line")
@@ -42,7 +42,7 @@ class Device:
         return 0
 
     def compute_with_storage_grid_size(self):
-        return (13, 10)
+        return SimpleNamespace(x=13, y=10)
 
 
 class Event:
@@ -58,8 +58,8 @@ def set_fabric_config(config):
     _fabric[0] = config
 
 
-def open_mesh_device(chips, *, num_command_queues):
-    assert num_command_queues == 2
+def open_mesh_device(chips, *, num_command_queues, trace_region_size):
+    assert num_command_queues == 2 and trace_region_size > 0
     assert chips == 1 or _fabric[0] == FabricConfig.FABRIC_1D, "chips that are not linked"
     if chips > 4:
         raise RuntimeError(f"info:\nRequested mesh shape MeshShape([1, {chips}])")
@@ -105,7 +105,28 @@ def copy_device_to_host_tensor(source, target, *, blocking, cq_id):
     _pending.append((weakref.ref(source), target))
 
 
+def begin_trace_capture(device, *, cq_id):
+    assert cq_id == 0 and Trace.capturing is None
+    Trace.capturing = Trace()
+    return Trace.capturing
+
+
+def end_trace_capture(device, trace, *, cq_id):
+    assert cq_id == 0 and Trace.capturing is trace
+    Trace.capturing = None
+
+
+def execute_trace(device, trace, *, cq_id, blocking):
+    assert cq_id == 0 and not blocking and Trace.capturing is None
+    trace.replay()
+
+
+def release_trace(device, trace):
+    trace.steps.clear()
+
+
 def record_event(device, queue):
+    assert Trace.capturing is None, "a trace has no events"
     if queue == 0:
         return Event([], Clock.enqueued)
     event = Event(list(_pending))

@@ -14,11 +14,14 @@ from .tensors import (
     ROW_MAJOR_LAYOUT,
     TILE_LAYOUT,
     Tensor,
+    Trace,
     bfloat8_b,
     bfloat16,
+    enqueue,
     int32,
     on_each_chip,
     uint32,
+    written,
 )
 
 MathFidelity = SimpleNamespace(HiFi2="HiFi2", HiFi3="HiFi3")
@@ -34,25 +37,60 @@ def SDPAProgramConfig(**options):
     return SimpleNamespace(**options)
 
 
-def _out(value, *sources):
+def _out(value, *sources, dtype=bfloat16, layout=TILE_LAYOUT):
     for source in sources:
         assert source.device is not None, "an operand is on the host"
-    return Tensor([value.bfloat16().float()], bfloat16, TILE_LAYOUT, sources[0].device)
+    value = value.bfloat16()
+    if dtype == bfloat8_b:
+        value = bfp8_round(value.contiguous(), rounding="device")
+    return Tensor([value.float()], dtype, layout, sources[0].device)
 
 
 @on_each_chip
 def embedding(ids, table, *, layout, dtype):
-    assert ids.dtype == uint32 and table.layout == ROW_MAJOR_LAYOUT
-    return _out(table.value[ids.value.long()], ids, table)
+    assert ids.dtype == uint32 and ids.layout == table.layout == ROW_MAJOR_LAYOUT
+    rows = table.value.reshape(-1, table.shape[-1])
+    return _out(rows[ids.value.long()], ids, table)
 
 
 @on_each_chip
 def reshape(x, shape):
-    return _out(x.value.reshape(shape), x)
+    return Tensor([x.value.reshape(shape)], x.dtype, x.layout, x.device)
 
 
 @on_each_chip
-def rms_norm(x, *, epsilon, weight, compute_kernel_config):
+def slice(x, begin, end):
+    unit = 32 if x.layout == TILE_LAYOUT else 1
+    assert all(a % unit == b % unit == 0 for a, b in zip(begin[-2:], end[-2:], strict=True))
+    # A card reads lines of 64 bytes from where a row is cut.
+    assert x.layout == TILE_LAYOUT or begin[-1] % 16 == 0, begin
+    part = x.value
+    for dim, (first, last) in enumerate(zip(begin, end, strict=True)):
+        assert 0 <= first < last <= x.shape[dim], (begin, end, x.shape)
+        part = part.narrow(dim, first, last - first)
+    return Tensor([part.clone()], x.dtype, x.layout, x.device)
+
+
+def concat(tensors, *, dim, memory_config=None):
+    assert len(tensors) > 1 and len({(x.dtype, x.layout) for x in tensors}) == 1
+    return _joined(*tensors, dim=dim)
+
+
+@on_each_chip
+def _joined(*tensors, dim):
+    first = tensors[0]
+    values = torch.cat([x.value for x in tensors], dim)
+    return Tensor([values], first.dtype, first.layout, first.device)
+
+
+@on_each_chip
+def to_layout(x, layout):
+    assert x.layout == TILE_LAYOUT and layout == ROW_MAJOR_LAYOUT
+    return Tensor([x.value.clone()], x.dtype, layout, x.device)
+
+
+@on_each_chip
+def rms_norm(x, *, epsilon, weight, memory_config=None, compute_kernel_config):
     assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
     assert weight.layout == TILE_LAYOUT and weight.shape == (1, 1, 1, x.shape[-1])
     wide = x.value.double()
@@ -61,38 +99,47 @@ def rms_norm(x, *, epsilon, weight, compute_kernel_config):
 
 
 @on_each_chip
-def linear(x, weight, *, bias=None, dtype, compute_kernel_config):
-    assert dtype == bfloat16 and weight.layout == TILE_LAYOUT
+def linear(x, weight, *, bias=None, dtype, memory_config=None, compute_kernel_config):
+    assert weight.layout == TILE_LAYOUT and x.layout == TILE_LAYOUT
     y = x.value.double() @ weight.value.double()
-    return _out(y if bias is None else y + bias.value.double(), x, weight)
+    return _out(y if bias is None else y + bias.value.double(), x, weight, dtype=dtype)
 
 
 @on_each_chip
-def add(a, b):
+def _sum(a, b):
     return _out(a.value + b.value, a, b)
 
 
+def add(a, b, *, memory_config=None, output_tensor=None):
+    return written(output_tensor, _sum, a, b)
+
+
 @on_each_chip
-def mul(a, b, *, input_tensor_a_activations):
+def mul(a, b, *, input_tensor_a_activations, dtype, memory_config=None):
     assert input_tensor_a_activations == [UnaryOpType.SILU]
-    return _out(torch.nn.functional.silu(a.value.double()) * b.value.double(), a, b)
+    product = torch.nn.functional.silu(a.value.double()) * b.value.double()
+    return _out(product, a, b, dtype=dtype)
 
 
 def all_reduce(x):
     assert x.device.chips > 1 and x.dtype == bfloat16
-    total = functools.reduce(lambda a, b: (a + b).bfloat16().float(), x.values)
-    return Tensor([total] * len(x.values), x.dtype, x.layout, x.device)
+
+    def over_all():
+        total = functools.reduce(lambda a, b: (a + b).bfloat16().float(), x.values)
+        return Tensor([total] * len(x.values), x.dtype, x.layout, x.device)
+
+    return enqueue(over_all)
 
 
 @on_each_chip
-def typecast(x, dtype):
+def typecast(x, dtype, *, memory_config=None):
     assert dtype == bfloat8_b and x.dtype == bfloat16
     rounded = bfp8_round(x.value.bfloat16(), rounding="device").float()
     return Tensor([rounded], dtype, x.layout, x.device)
 
 
 @on_each_chip
-def _create_qkv_heads(qkv, *, num_heads, num_kv_heads, transpose_k_heads):
+def _create_qkv_heads(qkv, *, num_heads, num_kv_heads, transpose_k_heads, memory_config=None):
     assert not transpose_k_heads
     heads = qkv.value[0, 0].unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(0, 1)[None]
     return tuple(
@@ -101,10 +148,10 @@ def _create_qkv_heads(qkv, *, num_heads, num_kv_heads, transpose_k_heads):
 
 
 @on_each_chip
-def _rotary_embedding_hf(x, cos, sin, *, is_decode_mode, compute_kernel_config):
+def _rotary_embedding_hf(x, cos, sin, *, is_decode_mode, memory_config=None, compute_kernel_config):
     assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
     assert not is_decode_mode and (x.shape[-1] == 32 or x.shape[-1] % 64 == 0)
-    assert cos.shape == (1, 1, *x.shape[2:]), (cos.shape, x.shape)
+    assert tuple(cos.shape) == (1, 1, *tuple(x.shape)[2:]), (cos.shape, x.shape)
     first, second = x.value.double().chunk(2, -1)
     turned = torch.cat((-second, first), -1)
     return _out(x.value.double() * cos.value + turned * sin.value, x, cos, sin)
@@ -116,19 +163,30 @@ def _paged_fill_cache(cache, new, table, *, batch_idx):
     pages = table.value[0].long()
     rows = new.value[0].unflatten(1, (-1, 32)).transpose(0, 1)
     assert len(pages) == len(rows)
-    cache.value[pages] = rows
+    if Trace.capturing is None:  # a call that is captured does nothing until it is replayed
+        cache.value[pages] = rows
 
 
 @on_each_chip
-def _nlp_concat_heads(x):
+def _nlp_concat_heads(x, *, memory_config=None):
     return _out(x.value.transpose(1, 2).flatten(2)[:, None], x)
 
 
 @on_each_chip
 def _chunked_attention(
-    q, keys, values, table, *, chunk_start_idx_tensor, scale, program_config, compute_kernel_config
+    q,
+    keys,
+    values,
+    table,
+    *,
+    chunk_start_idx_tensor,
+    scale,
+    program_config,
+    memory_config=None,
+    compute_kernel_config,
 ):
     assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3
+    assert chunk_start_idx_tensor.shape == (1,) and q.shape[0] == table.shape[0] == 1
     start, length = int(chunk_start_idx_tensor.value), q.shape[2]
     size = program_config.q_chunk_size
     assert start % size == length % size == 0 and size == program_config.k_chunk_size
