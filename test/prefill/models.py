@@ -56,7 +56,7 @@ def random_model(
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         tie_word_embeddings=tied,
         initializer_range=0.06 if spread else 0.02,
         architectures=[make_model.__name__],

@@ -78,16 +78,20 @@ def test_a_batch_of_eight_equals_eight_requests(rng: np.random.Generator) -> Non
             assert same_pages(together, alone, chunks)
 
 
-def test_a_prefix_may_end_anywhere(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("length", "chunk_tokens"), [(400, CHUNK), (2500, 2048)])
+def test_a_prefix_may_end_anywhere(
+    rng: np.random.Generator, length: int, chunk_tokens: int
+) -> None:
     """Behind cached pages, in one pass or several, whatever the edges that attention wants."""
     hf = random_model("qwen3", vocab=500)
-    tokens, pages = rng.integers(0, 500, 400), rng.permutation(np.arange(1, 64))[:13]
+    count = pages_of(length)
+    tokens, pages = rng.integers(0, 500, length), rng.permutation(np.arange(1, 96))[:count]
     with opened() as card:
-        cut, whole = (on_card(card, hf, chunk_tokens=CHUNK) for _ in range(2))
+        cut, whole = (on_card(card, hf, pages=96, chunk_tokens=chunk_tokens) for _ in range(2))
         expected = whole.prefill([Chunk(tokens, 0, pages)])[0]
         done = 0
-        cuts = rng.choice(np.arange(1, 12), 4, replace=False) * PAGE
-        for end in [*sorted(cuts.tolist()), 400]:
+        cuts = rng.choice(np.arange(1, length // PAGE), 4, replace=False) * PAGE
+        for end in [*sorted(cuts.tolist()), length]:
             part = cut.prefill([Chunk(tokens[done:end], done, pages[: pages_of(end)])])[0]
             assert torch.equal(part, expected[done:end]), (done, end)
             done = end

@@ -5,8 +5,9 @@ request and is attended by itself; everything else goes over all rows of a bucke
 its weights are read once. A request takes as many slots as it needs: a bucket of 16 slots of 128
 tokens serves one prompt of 2,000 tokens, or 16 of 100.
 
-A slot begins where attention may begin (at a multiple of 128, or of 32 in the slots of 32): behind
-a cached prefix that ends elsewhere, its first rows stand for tokens that are cached already.
+A slot begins where attention may begin (at a multiple of 128; of 32 in the slots of 32, of 256 in
+those of 2,048): behind a cached prefix that ends elsewhere, its first rows stand for tokens that
+are cached already.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from sglang_hma.prefill.ttnn.chunk import Chunk, pages_of
 ATTENTION_TOKENS = 128
 # Rows that one operation goes over: their values fit in the memory of a Blackhole's cores.
 BLOCK = 2048
+# In slots of that size.
+LARGE_ATTENTION_TOKENS = 256
 # What reading the weights costs, in rows that a card multiplies in that time.
 STREAM_ROWS = 256
 # What a slot's own operations cost, in rows.
@@ -40,7 +43,7 @@ class Bucket:
     @property
     def attention(self) -> int:
         """Tokens that attention goes over at once; a slot's first position is a multiple of it."""
-        return min(self.tokens, ATTENTION_TOKENS)
+        return attention_tokens(self.tokens)
 
     @property
     def block_slots(self) -> int:
@@ -77,6 +80,11 @@ class Group:
 
     bucket: Bucket
     slots: tuple[Slot, ...]
+
+
+def attention_tokens(tokens: int) -> int:
+    """In slots of `tokens`."""
+    return LARGE_ATTENTION_TOKENS if tokens >= BLOCK else min(tokens, ATTENTION_TOKENS)
 
 
 def buckets(chunk_tokens: int) -> list[Bucket]:
@@ -167,7 +175,7 @@ def _cut(slots: Sequence[Slot], of: Sequence[Bucket]) -> list[Group]:
 def _begin(chunk: Chunk, tokens: int, first: int = 0) -> int:
     """Where the slot of the chunk's token `first` begins, if it is the first slot."""
     position = chunk.start + first
-    return position - position % min(tokens, ATTENTION_TOKENS)
+    return position - position % attention_tokens(tokens)
 
 
 def _count(chunk: Chunk, tokens: int) -> int:

@@ -137,7 +137,8 @@ class Readback:
             one, slot = batch.copies.pop()
             for chip, rows in enumerate(slot.bytes):
                 heads = len(rows) // len(one.parts)
-                for part, mine in zip(one.parts, rows.view(-1, heads, *rows.shape[1:]), strict=True):
+                of_parts = rows.view(-1, heads, *rows.shape[1:])
+                for part, mine in zip(one.parts, of_parts, strict=True):
                     wanted = np.flatnonzero(part.pages)
                     if len(wanted):
                         bytes_ = mine[:, torch.from_numpy(wanted)].transpose(0, 1)
