@@ -116,6 +116,7 @@ def test_server_info_tells_the_card(card: Pair) -> None:
     assert (info["kv_format"], info["prefill_runtime"]) == ("bfp8", "ttnn")
     chips = info["tenstorrent"]
     assert (chips["arch"], chips["chips"], chips["device_ids"]) == ("blackhole", 2, [0])
+    assert chips["traces"] == chips["buckets"] > 3 and chips["programs_after_start"] == 0
     assert 0 < chips["weights"] < chips["dram_free"] <= chips["dram_total"]
     assert "tenstorrent" not in card.decode.info()["internal_states"][0]["hma"]
 
