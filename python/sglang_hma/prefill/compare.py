@@ -61,6 +61,11 @@ def pack_weights(model: Any, groups: Collection[str] = get_args(WeightGroup)) ->
             group = "head" if module is head else "attention" if "attn" in name else "mlp"
             if group in groups:
                 module.weight.data = round_weight(module.weight.data)
+        elif "mlp" in groups:
+            # Of all experts, [experts, out, in].
+            for weight in module.parameters(recurse=False):
+                if weight.dim() == 3:
+                    weight.data = round_weight(weight.data)
 
 
 def by_transformers(
@@ -134,7 +139,7 @@ def on_card(args: argparse.Namespace, model: Any, tokens: np.ndarray) -> tuple[T
     """A Tenstorrent card's trace, and its pages as they arrived. Raises CardError, and
     UnsupportedModel."""
     from sglang_hma.prefill.ttnn.card import opened
-    from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
+    from sglang_hma.prefill.ttnn.offline import OfflinePrefill, as_saved, split
     from sglang_hma.prefill.ttnn.shape import pages_of
 
     pages = np.arange(1, 1 + pages_of(len(tokens)))
@@ -142,7 +147,7 @@ def on_card(args: argparse.Namespace, model: Any, tokens: np.ndarray) -> tuple[T
     hidden: list[list[torch.Tensor]] = []
     with opened(args.device_ids, args.mesh or len(args.device_ids)) as card:
         runtime = OfflinePrefill(
-            card, model.config, model.state_dict().items(), pages=len(pages) + 1
+            card, model.config, as_saved(model.state_dict()), pages=len(pages) + 1
         )
         logits = []
         for chunk in split(tokens, cuts, pages):

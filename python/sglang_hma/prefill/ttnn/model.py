@@ -1,4 +1,4 @@
-"""The forward pass of a dense decoder on ttnn operations, over a paged BFP8 cache.
+"""The forward pass of a decoder on ttnn operations, over a paged BFP8 cache.
 
 Values are BF16 between operations, accumulated in FP32. K and V leave the projection in BF16 and
 are packed by `typecast`, which is the device packer; attention reads only what was packed. Queries
@@ -20,6 +20,7 @@ import torch
 
 from hma_kernels import PAGE, TILE
 from sglang_hma.prefill.ttnn.card import Card
+from sglang_hma.prefill.ttnn.mlp import Mlp
 from sglang_hma.prefill.ttnn.shape import ModelShape, bucket, page_bucket, pages_of
 from sglang_hma.prefill.ttnn.tiles import tile_rows
 from sglang_hma.prefill.ttnn.weights import Weights
@@ -98,7 +99,11 @@ def rotary_embedding(config: Any) -> Any:
     """(any tensor, positions [1, n]) -> cosines and sines [1, n, head_dim], scaling included."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    return LlamaRotaryEmbedding(config)
+    rotary = LlamaRotaryEmbedding(config)
+    # What stays within the context that longrope's short factors are for (config_fields.py) may be
+    # padded beyond it, and does not get the long ones for that.
+    rotary.rope_type = "default"
+    return rotary
 
 
 class PrefillModel:
@@ -124,6 +129,7 @@ class PrefillModel:
             )
             for fidelity in (ttnn.MathFidelity.HiFi2, ttnn.MathFidelity.HiFi3)
         )
+        self.mlp = Mlp(self.part, weights, self._linear, self._summed_linear, self.exact)
 
     def forward(
         self, chunks: Sequence[Chunk], cache: Cache, stored: Stored, after: After | None = None
@@ -238,13 +244,7 @@ class PrefillModel:
         )
         joined = ttnn.experimental.nlp_concat_heads(attended)
         x = ttnn.add(chunk.x, self._summed_linear(joined, f"{layer}.wo"))
-        h = self._norm(x, f"{layer}.mlp_norm")
-        gated = ttnn.mul(
-            self._linear(h, f"{layer}.gate"),
-            self._linear(h, f"{layer}.up"),
-            input_tensor_a_activations=[ttnn.UnaryOpType.SILU],
-        )
-        chunk.x = ttnn.add(x, self._summed_linear(gated, f"{layer}.down"))
+        chunk.x = ttnn.add(x, self.mlp(layer, self._norm(x, f"{layer}.mlp_norm")))
         return k8, v8
 
     def _linear(self, x: Any, name: str) -> Any:

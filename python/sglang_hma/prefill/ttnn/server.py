@@ -14,6 +14,7 @@ from sglang.srt.runtime_context import get_model
 from hma_kernels import PAGE
 from sglang_hma.config import HmaConfig
 from sglang_hma.prefill.ttnn.card import Card, open_card
+from sglang_hma.prefill.ttnn.checkpoint import check_files
 from sglang_hma.prefill.ttnn.model import (
     LARGEST_ATTENTION_CHUNK,
     Chunk,
@@ -40,7 +41,7 @@ class _CardHead:
 
 
 class CardCausalLM(torch.nn.Module):
-    """What SGLang takes for Qwen3ForCausalLM, Qwen2ForCausalLM and LlamaForCausalLM."""
+    """What SGLang takes for the ARCHITECTURES of shape.py."""
 
     serving: "ClassVar[CardCausalLM]"  # a process has one model, loaded before its pool is made
 
@@ -75,6 +76,8 @@ class CardCausalLM(torch.nn.Module):
         first = list(itertools.islice(tensors, 1))
         source, chips = get_model(), self.card.chips
         folder = checkpoint_folder(source.model_path, source.revision, source.download_dir)
+        if folder:
+            check_files(folder, self.shape)
         cache = WeightCache.for_model(folder, formats, chips) if folder else None
         weights = Weights(self.shape, self.card, cache, formats)
         if not weights.load_cached():

@@ -16,6 +16,7 @@ from .tensors import (
     Tensor,
     bfloat8_b,
     bfloat16,
+    float32,
     int32,
     on_each_chip,
     uint32,
@@ -34,10 +35,11 @@ def SDPAProgramConfig(**options):
     return SimpleNamespace(**options)
 
 
-def _out(value, *sources):
+def _out(value, *sources, dtype=bfloat16):
     for source in sources:
         assert source.device is not None, "an operand is on the host"
-    return Tensor([value.bfloat16().float()], bfloat16, TILE_LAYOUT, sources[0].device)
+    rounded = value.float() if dtype == float32 else value.bfloat16().float()
+    return Tensor([rounded], dtype, TILE_LAYOUT, sources[0].device)
 
 
 @on_each_chip
@@ -62,9 +64,9 @@ def rms_norm(x, *, epsilon, weight, compute_kernel_config):
 
 @on_each_chip
 def linear(x, weight, *, bias=None, dtype, compute_kernel_config):
-    assert dtype == bfloat16 and weight.layout == TILE_LAYOUT
+    assert dtype in (bfloat16, float32) and weight.layout == TILE_LAYOUT
     y = x.value.double() @ weight.value.double()
-    return _out(y if bias is None else y + bias.value.double(), x, weight)
+    return _out(y if bias is None else y + bias.value.double(), x, weight, dtype=dtype)
 
 
 @on_each_chip
@@ -73,9 +75,53 @@ def add(a, b):
 
 
 @on_each_chip
-def mul(a, b, *, input_tensor_a_activations):
-    assert input_tensor_a_activations == [UnaryOpType.SILU]
-    return _out(torch.nn.functional.silu(a.value.double()) * b.value.double(), a, b)
+def mul(a, b, *, input_tensor_a_activations=()):
+    assert list(input_tensor_a_activations) in ([], [UnaryOpType.SILU]) and a.dtype == b.dtype
+    wide = a.value.double()
+    if input_tensor_a_activations:
+        wide = torch.nn.functional.silu(wide)
+    return _out(wide * b.value.double(), a, b, dtype=a.dtype)
+
+
+def _compared(operation):
+    @on_each_chip
+    def compare(a, b, *, dtype):
+        assert a.dtype == b.dtype and dtype == bfloat16
+        return _out(operation(a.value, b.value).float(), a, b)
+
+    return compare
+
+
+lt, ge = _compared(torch.lt), _compared(torch.ge)
+
+
+@on_each_chip
+def topk(x, k, *, dim, largest, sorted, stable):
+    assert dim == -1 and largest and sorted and stable and x.dtype == float32
+    values, places = x.value.sort(dim=-1, descending=True, stable=True)
+    return (
+        _out(values[..., :k], x, dtype=float32),
+        Tensor([places[..., :k].int()], uint32, TILE_LAYOUT, x.device),
+    )
+
+
+@on_each_chip
+def scatter(x, dim, index, source):
+    assert x.dtype == source.dtype == bfloat16, "ttnn refuses float32 in tiles"
+    return _out(x.value.scatter(dim, index.value.long(), source.value), x, index, source)
+
+
+@on_each_chip
+def where(condition, value, other):
+    assert condition.dtype == value.dtype, "ttnn refuses mixed types"
+    chosen = torch.where(condition.value != 0, value.value, torch.tensor(other))
+    return _out(chosen, condition, value, dtype=value.dtype)
+
+
+@on_each_chip
+def softmax(x, *, dim, compute_kernel_config, numeric_stable):
+    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3 and numeric_stable
+    return _out(x.value.double().softmax(dim), x, dtype=x.dtype)
 
 
 def all_reduce(x):
@@ -86,7 +132,10 @@ def all_reduce(x):
 
 @on_each_chip
 def typecast(x, dtype):
-    assert dtype == bfloat8_b and x.dtype == bfloat16
+    if dtype != bfloat8_b:
+        assert {dtype, x.dtype} == {float32, bfloat16}
+        return _out(x.value, x, dtype=dtype)
+    assert x.dtype == bfloat16
     rounded = bfp8_round(x.value.bfloat16(), rounding="device").float()
     return Tensor([rounded], dtype, x.layout, x.device)
 
