@@ -68,7 +68,7 @@ PLUGIN_POINTS = (
     ),
     PluginPoint(
         "`sglang.srt.models.registry.ModelRegistry.models`",
-        "`prefill/ttnn/server.py:CardCausalLM` for Qwen3, Qwen2 and Llama",
+        "`prefill/ttnn/server.py:CardCausalLM` for the `ARCHITECTURES` of `shape.py`",
         "with `--hma-prefill-runtime ttnn`: the model runs on a Tenstorrent card",
     ),
 )

@@ -25,8 +25,8 @@ QWEN3_32B, WIDE = "widths:5120,64,8,25600", "widths:8192,64,8,4096"
 
 # (arch, chips): what one process runs there. Importing ttnn takes longer than a run.
 RUNS = {
-    ("blackhole", 1): ("qwen3:128", "qwen2:64"),
-    ("blackhole", 2): ("qwen3:64",),
+    ("blackhole", 1): ("qwen3:128", "qwen2:64", "mistral:128", "phi3:64", "qwen3_moe:64"),
+    ("blackhole", 2): ("qwen3:64", "qwen3_moe, some dense:64"),
     ("blackhole", 4): ("qwen2:64", WIDE),
     ("wormhole_b0", 1): ("llama:64", QWEN3_32B),
 }

@@ -10,16 +10,34 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hma_kernels import bfp8_unpack, reference
 from sglang_hma.prefill.ttnn.card import Card
 from sglang_hma.prefill.ttnn.chunk import pages_of
-from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
+from sglang_hma.prefill.ttnn.offline import OfflinePrefill, as_saved, split
+
+NO_PAD = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+ORIGINAL = "original_max_position_embeddings"
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 10000.0, ORIGINAL: 256},
+    **{"short_factor": [1 + 0.1 * i for i in range(32)], "long_factor": [8.0] * 32},
+}
+ALL_CHOSEN = {"num_experts_per_tok": 32}
+# Columns of all experts are more than lie side by side.
+SOME_DENSE = {"mlp_only_layers": [1], "moe_intermediate_size": 416}
+MOE = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
 
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
@@ -27,6 +45,24 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama, biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    # As a published Qwen2.5 has them.
+    "qwen2.5": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 2}
+        | {"rope_theta": 1e6, "rms_norm_eps": 1e-6},
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral, a wide window": (MistralConfig, MistralForCausalLM, {"sliding_window": 512}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, NO_PAD),
+    "phi3, longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        NO_PAD | {"rope_parameters": LONGROPE, ORIGINAL: 256},
+    ),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, MOE | {"norm_topk_prob": True}),
+    "qwen3_moe, all chosen": (Qwen3MoeConfig, Qwen3MoeForCausalLM, MOE | ALL_CHOSEN),
+    "qwen3_moe, some dense": (Qwen3MoeConfig, Qwen3MoeForCausalLM, MOE | SOME_DENSE),
 }
 
 
@@ -40,6 +76,7 @@ def random_model(
     vocab: int = 512,
     hidden: int = 256,
     spread: bool = True,
+    context: int = 512,
 ) -> Any:
     """Weights that BF16 holds, as float32: as transformers initializes them, or spread.
 
@@ -48,7 +85,7 @@ def random_model(
     """
     make_config, make_model, fields = KINDS[kind]
     sizes = {"hidden_size": hidden, "intermediate_size": 512, "vocab_size": vocab}
-    if kind == "qwen2":
+    if kind.startswith(("qwen2", "phi3")):
         sizes["hidden_size"] = 4 * head_dim
     config = make_config(
         **sizes,
@@ -56,19 +93,23 @@ def random_model(
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=4096,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
         initializer_range=0.06 if spread else 0.02,
         architectures=[make_model.__name__],
         **fields,
     )
+    if "longrope" in kind:
+        config.context_len = 256  # SGLang's note of --context-length
     model = make_model(config).eval()
     for name, parameter in model.named_parameters():
         if spread and "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
         elif spread and name.endswith("bias"):
             parameter.data.normal_(0, 0.2)
-    return model.bfloat16().float()
+        # Not its buffers: rotary frequencies in BF16 would be another model's.
+        parameter.data = parameter.data.bfloat16().float()
+    return model
 
 
 @dataclass
@@ -90,11 +131,19 @@ def with_packed_weights(model: Any) -> Any:
     rounded.lm_head.weight = torch.nn.Parameter(rounded.lm_head.weight.detach().clone())
     for module in rounded.modules():
         if isinstance(module, torch.nn.Linear):
-            packed = reference.pack(module.weight.detach().T.numpy(), "host")
-            rows, columns = module.weight.T.shape
-            unpacked = np.asarray(reference.unpack(packed), np.float32)[:rows, :columns]
-            module.weight.data = torch.from_numpy(unpacked.T.copy())
+            module.weight.data = _packed(module.weight)
+        elif isinstance(module, Qwen3MoeExperts):
+            for weights in (module.gate_up_proj, module.down_proj):
+                weights.data = torch.stack([_packed(weight) for weight in weights])
     return rounded
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in]"""
+    packed = reference.pack(weight.detach().T.numpy(), "host")
+    rows, columns = weight.T.shape
+    unpacked = np.asarray(reference.unpack(packed), np.float32)[:rows, :columns]
+    return torch.from_numpy(unpacked.T.copy())
 
 
 def by_transformers(model: Any, tokens: np.ndarray) -> Result:
@@ -105,8 +154,12 @@ def by_transformers(model: Any, tokens: np.ndarray) -> Result:
 
 
 def on_card(card: Card, hf: Any, *, pages: int = 64, chunk_tokens: int = 2048) -> OfflinePrefill:
-    tensors = hf.state_dict().items()
+    tensors = saved(hf).items()
     return OfflinePrefill(card, hf.config, tensors, pages=pages, chunk_tokens=chunk_tokens)
+
+
+def saved(hf: Any) -> dict[str, torch.Tensor]:
+    return dict(as_saved(hf.state_dict()))
 
 
 class Case(NamedTuple):
@@ -132,6 +185,17 @@ CASES = [
     Case("qwen3, biases", 2, 64, 77, (32,)),
     Case("llama, biases", 2, 64, 70, (64,)),
     Case("llama", 1, 64, 33, spread=False, hidden=8192),
+    Case("qwen2.5", 2, 64, 77, (32,), spread=False),
+    Case("mistral", 2, 64, 100, (64,)),
+    Case("mistral", 2, 128, 100, (64,), spread=False),
+    Case("mistral, a wide window", 2, 64, 65, spread=False),
+    Case("phi3", 2, 64, 100, (64,)),
+    Case("phi3", 2, 64, 100, (64,), spread=False),
+    Case("phi3, longrope", 2, 64, 232, (32,), spread=False),
+    Case("qwen3_moe, all chosen", 2, 64, 77, (32,)),
+    # Spread, what BF16 leaves of a router's input would choose other experts here and there.
+    Case("qwen3_moe", 2, 64, 100, (64,), spread=False),
+    Case("qwen3_moe, some dense", 3, 64, 65, spread=False),
 ]
 
 

@@ -16,9 +16,12 @@ from sglang_hma.prefill.reference import prepare_model
 GROUPS = {"self_attn.qkv_proj": "attention", "mlp.down_proj": "mlp", "lm_head": "head"}
 
 
+ROUTER = "block.gate"
+
+
 def small_model() -> Any:
     model = torch.nn.Module()
-    for path in GROUPS:
+    for path in (*GROUPS, ROUTER):
         *parents, name = path.split(".")
         place = model
         for parent in parents:
@@ -27,6 +30,7 @@ def small_model() -> Any:
         layer = ReplicatedLinear(64, 96, bias=False, params_dtype=torch.bfloat16)
         torch.nn.init.normal_(layer.weight)
         place.add_module(name, layer)
+    model.block.experts = torch.nn.Module()
     return model
 
 
@@ -60,3 +64,4 @@ def test_only_the_packed_groups_are_rounded(
             expected = torch.from_numpy(reference.unpack(tiles)).T.bfloat16()
             assert not torch.equal(expected, before[name])
         assert torch.equal(model.state_dict()[name], expected), path
+    assert torch.equal(model.state_dict()[f"{ROUTER}.weight"], before[f"{ROUTER}.weight"])

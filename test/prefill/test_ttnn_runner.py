@@ -40,12 +40,15 @@ def same_pages(one: OfflinePrefill, other: OfflinePrefill, chunks: list[Chunk]) 
     )
 
 
-@pytest.mark.parametrize(("chips", "layers", "chunk"), [(1, 8, 256), (2, 2, 128)])
+@pytest.mark.parametrize(
+    ("kind", "chips", "layers", "chunk"),
+    [("qwen3", 1, 8, 256), ("qwen3", 2, 2, 128), ("qwen3_moe", 1, 2, 128)],
+)
 def test_traces_compute_what_calls_do(
-    rng: np.random.Generator, chips: int, layers: int, chunk: int
+    rng: np.random.Generator, kind: str, chips: int, layers: int, chunk: int
 ) -> None:
     """A replay that used anything but this batch's inputs would show: batches differ."""
-    hf = random_model("qwen3", vocab=500, layers=layers)
+    hf = random_model(kind, vocab=500, layers=layers)
     with opened(range(chips), chips) as card:
         traced, called = (on_card(card, hf, chunk_tokens=chunk) for _ in range(2))
         traced.runner.warm_up(traces=True)
@@ -83,7 +86,7 @@ def test_a_prefix_may_end_anywhere(
     rng: np.random.Generator, length: int, chunk_tokens: int
 ) -> None:
     """Behind cached pages, in one pass or several, whatever the edges that attention wants."""
-    hf = random_model("qwen3", vocab=500)
+    hf = random_model("qwen3", vocab=500, context=4096)
     count = pages_of(length)
     tokens, pages = rng.integers(0, 500, length), rng.permutation(np.arange(1, 96))[:count]
     with opened() as card:

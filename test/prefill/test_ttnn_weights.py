@@ -21,12 +21,15 @@ from sglang_hma.prefill.ttnn.weights import (
     fingerprint,
 )
 
-from .models import KINDS, random_model
+from .models import KINDS, random_model, saved
 
 pytestmark = pytest.mark.usefixtures("stand_in")
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("qwen3", True), ("qwen2", False), ("llama", False)])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [("qwen3", True), ("qwen2", False), ("llama", False), ("phi3", False), ("qwen3_moe", False)],
+)
 def test_second_start_reads_the_cache_alone(
     rng: np.random.Generator, tmp_path: Path, kind: str, tied: bool
 ) -> None:
@@ -35,7 +38,7 @@ def test_second_start_reads_the_cache_alone(
     with opened() as card:
         first = Weights(shape, card, cache, WeightFormats())
         assert not first.load_cached()
-        named = list(hf.state_dict().items())
+        named = list(saved(hf).items())
         first.load(named[i] for i in rng.permutation(len(named)))
         second = Weights(shape, card, cache, WeightFormats())
         assert second.load_cached()
@@ -46,7 +49,7 @@ def test_second_start_reads_the_cache_alone(
     assert not list(tmp_path.glob(f"*.{os.getpid()}.tensorbin"))
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "llama, biases"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "llama, biases", "phi3", "qwen3_moe"])
 @pytest.mark.parametrize("chips", [2, 4])
 def test_chips_share_the_weights(tmp_path: Path, kind: str, chips: int) -> None:
     """Every chip's part of what one chip would hold; the cache keeps the parts."""
@@ -55,14 +58,14 @@ def test_chips_share_the_weights(tmp_path: Path, kind: str, chips: int) -> None:
     heads, kv, dim = shape.heads // chips, shape.kv_heads // chips, shape.head_dim
     with opened() as one, opened(range(chips), chips) as several:
         whole = Weights(shape, one, None, WeightFormats())
-        Weights(shape, several, cache, WeightFormats()).load(hf.state_dict().items())
-        whole.load(hf.state_dict().items())
+        Weights(shape, several, cache, WeightFormats()).load(saved(hf).items())
+        whole.load(saved(hf).items())
         parts = Weights(shape, several, cache, WeightFormats())
         assert parts.load_cached()
     for name, tensor in whole.tensors.items():
         expected, got = tensor.value, parts[name].values
         assert len(got) == chips
-        kind_of = name.partition(".")[2] or name
+        kind_of = name.rpartition(".")[2]
         if kind_of in ("wqkv", "wqkv_bias"):
             q, k, v = expected.split([n * dim for n in (shape.heads, *[shape.kv_heads] * 2)], -1)
             for chip, part in enumerate(got):
@@ -73,7 +76,7 @@ def test_chips_share_the_weights(tmp_path: Path, kind: str, chips: int) -> None:
                 assert torch.equal(part, torch.cat(list(columns), -1))
         elif kind_of in ("wo", "down"):
             assert torch.equal(torch.cat(got, -2), expected)
-        elif kind_of in ("gate", "up", "gate_bias", "up_bias"):
+        elif kind_of in ("gate", "up", "gate_bias", "up_bias") or name.startswith("spread"):
             assert torch.equal(torch.cat(got, -1), expected)
         elif kind_of == "lm_head":
             joined = torch.cat(got, -1)
@@ -119,16 +122,16 @@ def test_every_tensor_of_a_checkpoint_is_used(kind: str, tied: bool) -> None:
     """What transformers saves is what the pieces are made of, shapes included."""
     hf = random_model(kind, tied=tied)
     shape = ModelShape.of(hf.config)
-    saved = {name: tuple(x.shape) for name, x in hf.state_dict().items()}
+    shapes = {name: tuple(x.shape) for name, x in saved(hf).items()}
     if tied:
-        saved.pop("lm_head.weight")
-    assert source_shapes(shape) == saved
-    assert {source for piece in pieces(shape, 1) for source in piece.sources} == saved.keys()
+        shapes.pop("lm_head.weight")
+    assert source_shapes(shape) == shapes
+    assert {source for piece in pieces(shape, 1) for source in piece.sources} == shapes.keys()
 
 
 ODD_TENSORS = {
-    "a bias": ("model.layers.1.self_attn.o_proj.bias", (256,), "has no use"),
-    "another layer": ("model.layers.2.mlp.up_proj.weight", (512, 256), "has no use"),
+    "a bias": ("model.layers.1.self_attn.o_proj.bias", (256,), "there is none"),
+    "another layer": ("model.layers.2.mlp.up_proj.weight", (512, 256), "num_hidden_layers = 2,"),
     "another kind of norm": ("model.layers.0.pre_feedforward_layernorm.weight", (256,), "no use"),
     "another head": ("lm_head.bias", (512,), "has no use"),
     "one of another shape": ("model.norm.weight", (128,), r"is \[128\], and .* \[256\]"),

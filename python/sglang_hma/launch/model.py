@@ -32,15 +32,7 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
     if getattr(model, "is_hybrid_swa", False):
         raise Refusal(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
     if config.on_card:
-        from sglang_hma.prefill.ttnn.config_fields import check_fields
-        from sglang_hma.prefill.ttnn.errors import UnsupportedModel
-        from sglang_hma.prefill.ttnn.shape import ModelShape
-
-        try:
-            check_fields(model.hf_config)
-            ModelShape.of(model.hf_config).split(config.chips)
-        except UnsupportedModel as error:
-            raise Refusal(f"{error}: serve it with --hma-prefill-runtime reference") from None
+        _check_for_card(config, server_args, model.hf_config)
     for label, dim in (("head_dim", model.head_dim), ("v_head_dim", model.v_head_dim)):
         if dim % PAGE_TOKENS:
             raise Refusal(
@@ -49,3 +41,26 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
     if str(model.dtype) == "torch.float16":
         raise Refusal(f"{name} is float16: add --dtype bfloat16, K and V are kept in BFP8 and BF16")
     return model
+
+
+def _check_for_card(config: HmaConfig, server_args: Any, hf_config: Any) -> None:
+    """Its config, and the files of the checkpoint if they are on this host already."""
+    from sglang_hma.prefill.ttnn.checkpoint import OddCheckpoint, check_files
+    from sglang_hma.prefill.ttnn.config_fields import check_fields
+    from sglang_hma.prefill.ttnn.errors import UnsupportedModel
+    from sglang_hma.prefill.ttnn.shape import ModelShape
+    from sglang_hma.prefill.ttnn.weights import checkpoint_folder
+
+    try:
+        check_fields(hf_config)
+        shape = ModelShape.of(hf_config)
+        shape.split(config.chips)
+    except UnsupportedModel as error:
+        raise Refusal(f"{error}: serve it with --hma-prefill-runtime reference") from None
+    path, revision = server_args.model_path, server_args.revision
+    folder = checkpoint_folder(path, revision, server_args.download_dir)
+    try:
+        if folder is not None:
+            check_files(folder, shape)
+    except OddCheckpoint as error:
+        raise Refusal(f"--model-path is {path}: {error}") from None

@@ -61,6 +61,11 @@ def pack_weights(model: Any, groups: Collection[str] = get_args(WeightGroup)) ->
             group = "head" if module is head else "attention" if "attn" in name else "mlp"
             if group in groups:
                 module.weight.data = round_weight(module.weight.data)
+        elif "mlp" in groups:
+            # Of all experts, [experts, out, in].
+            for weight in module.parameters(recurse=False):
+                if weight.dim() == 3:
+                    weight.data = round_weight(weight.data)
 
 
 def by_transformers(
@@ -135,14 +140,14 @@ def on_card(args: argparse.Namespace, model: Any, tokens: np.ndarray) -> tuple[T
     UnsupportedModel."""
     from sglang_hma.prefill.ttnn.card import opened
     from sglang_hma.prefill.ttnn.chunk import pages_of
-    from sglang_hma.prefill.ttnn.offline import OfflinePrefill, split
+    from sglang_hma.prefill.ttnn.offline import OfflinePrefill, as_saved, split
 
     pages = np.arange(1, 1 + pages_of(len(tokens)))
     cuts = list(range(args.chunk, len(tokens), args.chunk))
     hidden: list[list[torch.Tensor]] = []
     with opened(args.device_ids, args.mesh or len(args.device_ids)) as card:
         runtime = OfflinePrefill(
-            card, model.config, model.state_dict().items(), pages=len(pages) + 1
+            card, model.config, as_saved(model.state_dict()), pages=len(pages) + 1
         )
         logits = []
         for chunk in split(tokens, cuts, pages):

@@ -16,6 +16,7 @@ from sglang_hma.prefill.weights import (
     linear_weights,
     refuse_quantized,
     round_weight,
+    routers,
     untie_lm_head,
     weight_groups,
 )
@@ -33,11 +34,12 @@ def prepare_model(model: Module) -> None:
     elif not exact:
         return
     rounded = 0
-    groups = weight_groups(model)
+    groups, kept = weight_groups(model), routers(model)
     for module, name in linear_weights(model):
         parameter = getattr(module, name)
         wide = exact and parameter.dtype == torch.float32 and isinstance(module, LinearBase)
-        if config.rounds_prefill_weights and config.weight_formats.packs(groups[module]):
+        packed = config.weight_formats.packs(groups[module]) and module not in kept
+        if config.rounds_prefill_weights and packed:
             rounded += 1
             for_prefill = round_weight(parameter.data)
             if config.role == "null":

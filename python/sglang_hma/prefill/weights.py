@@ -1,7 +1,7 @@
 """A model's linear weights, and what they become in a prefill card's BFP8.
 
 The vendor's host packer takes W.T, so 16 neighbouring output features share an exponent.
-Embeddings, norms and biases stay as they are.
+Embeddings, norms, biases and routers of experts stay as they are.
 """
 
 import copy
@@ -47,6 +47,12 @@ def linear_weights(model: Module) -> list[tuple[Module, str]]:
     if lm_head is not None and all(lm_head is not module for module, _ in found):
         found.append((lm_head, "weight"))
     return found
+
+
+def routers(model: Module) -> set[Module]:
+    """The layers that choose a token's experts: a card keeps them in BF16."""
+    found = {getattr(m, "gate", None) for m in model.modules() if hasattr(m, "experts")}
+    return {module for module in found if isinstance(module, LinearBase)}
 
 
 def weight_groups(model: Module) -> dict[Module, WeightGroup]:

@@ -1,4 +1,4 @@
-"""The forward pass of a dense decoder on ttnn operations, over a paged BFP8 cache.
+"""The forward pass of a decoder on ttnn operations, over a paged BFP8 cache.
 
 Values are BF16 between operations, accumulated in FP32, and BFP8 within the MLP. K and V leave the
 projection in BF16 and are packed by `typecast`, which is the device packer; attention reads only
@@ -22,6 +22,7 @@ import torch
 from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.prefill.ttnn.buckets import Bucket
 from sglang_hma.prefill.ttnn.card import Card
+from sglang_hma.prefill.ttnn.mlp import Mlp
 from sglang_hma.prefill.ttnn.shape import BF16, ModelShape
 from sglang_hma.prefill.ttnn.tiles import tile_rows
 from sglang_hma.prefill.ttnn.weights import Weights
@@ -61,7 +62,11 @@ def rotary_embedding(config: Any) -> Any:
     """(any tensor, positions [1, n]) -> cosines and sines [1, n, head_dim], scaling included."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    return LlamaRotaryEmbedding(config)
+    rotary = LlamaRotaryEmbedding(config)
+    # What stays within the context that longrope's short factors are for (config_fields.py) may be
+    # padded beyond it, and does not get the long ones for that.
+    rotary.rope_type = "default"
+    return rotary
 
 
 @dataclass
@@ -110,6 +115,9 @@ class PrefillModel:
         self.cos, self.sin = (
             self.card.tensor(table[0].bfloat16(), ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT)
             for table in (cos, sin)
+        )
+        self.mlp = Mlp(
+            self.part, weights, self._linear, self._summed_linear, self._place, self.exact
         )
 
     def blocks(self, bucket: Bucket, rows: Any, tables: Any) -> list[Block]:
@@ -204,8 +212,8 @@ class PrefillModel:
             memory_config=ttnn.DRAM_MEMORY_CONFIG,
         )
         del joined
-        gated = self._gated(self._norm(x, f"{index}.mlp_norm"), index)
-        ttnn.add(x, self._summed_linear(gated, f"{index}.down"), output_tensor=block.x)
+        more = self.mlp(index, self._norm(x, f"{index}.mlp_norm"))
+        ttnn.add(x, more, output_tensor=block.x)
         return packed[0], packed[1]
 
     def _attended(self, q: Any, block: Block, kv: tuple[Any, Any], attention: Any) -> Any:
@@ -232,17 +240,6 @@ class PrefillModel:
         if len(parts) == 1:
             return parts[0]
         return ttnn.concat(parts, dim=2, memory_config=self._place(q.shape))
-
-    def _gated(self, h: Any, index: int) -> Any:
-        import ttnn
-
-        gate, up = (self._linear(h, f"{index}.{name}", ttnn.bfloat8_b) for name in ("gate", "up"))
-        return ttnn.mul(
-            *(gate, up),
-            input_tensor_a_activations=[ttnn.UnaryOpType.SILU],
-            dtype=ttnn.bfloat8_b,
-            memory_config=self._place(gate.shape, packed=True),
-        )
 
     def last_logits(self, blocks: Sequence[Block], rows: Any) -> Any:
         """[1, 1, 32 a block, a chip's vocabulary], of the rows that `buckets.Inputs` names."""

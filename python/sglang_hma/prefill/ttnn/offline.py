@@ -1,6 +1,6 @@
 """The runtime without a server: a model on a card, its cache, and host pages beside it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,20 @@ class OfflinePrefill:
         self, layer: int, which: int, pages: npt.NDArray[np.integer], head: int, rows: torch.Tensor
     ) -> None:
         store_pages(self.host[layer][which], pages, head, rows)
+
+
+def as_saved(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """A transformers model's tensors as its checkpoint has them: each expert's by itself, and not
+    all experts' in one, [experts, out, in]."""
+    for name, value in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if not stem.endswith(".experts"):
+            yield name, value
+            continue
+        modules = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for number, expert in enumerate(value):
+            for module, part in zip(modules, expert.chunk(len(modules)), strict=True):
+                yield f"{stem}.{number}.{module}.weight", part
 
 
 def split(

@@ -14,6 +14,7 @@ from hma_kernels import PAGE
 from sglang_hma.config import HmaConfig
 from sglang_hma.prefill.ttnn.buckets import BLOCK, buckets
 from sglang_hma.prefill.ttnn.card import Card, described_only, open_card
+from sglang_hma.prefill.ttnn.checkpoint import check_files
 from sglang_hma.prefill.ttnn.chunk import Chunk
 from sglang_hma.prefill.ttnn.lane import lane_bytes
 from sglang_hma.prefill.ttnn.model import PrefillModel, rotary_embedding
@@ -37,7 +38,7 @@ class _CardHead:
 
 
 class CardCausalLM(torch.nn.Module):
-    """What SGLang takes for Qwen3ForCausalLM, Qwen2ForCausalLM and LlamaForCausalLM."""
+    """What SGLang takes for the ARCHITECTURES of shape.py."""
 
     serving: "ClassVar[CardCausalLM]"  # a process has one model, loaded before its pool is made
 
@@ -71,6 +72,8 @@ class CardCausalLM(torch.nn.Module):
         first = list(itertools.islice(tensors, 1))
         source, chips = get_model(), self.card.chips
         folder = checkpoint_folder(source.model_path, source.revision, source.download_dir)
+        if folder:
+            check_files(folder, self.shape)
         cache = WeightCache.for_model(folder, formats, chips) if folder else None
         weights = Weights(self.shape, self.card, cache, formats)
         if not weights.load_cached():

@@ -7,8 +7,16 @@ from hma_kernels import TILE, TILE_BYTES
 from sglang_hma.config import WeightFormats, WeightGroup
 from sglang_hma.decoder_dims import DecoderDims, dims_of
 from sglang_hma.prefill.ttnn.errors import UnsupportedModel
+from sglang_hma.prefill.ttnn.experts import Experts
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+ARCHITECTURES = (
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen2ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+)
 BF16 = 2
 
 
@@ -21,6 +29,8 @@ class ModelShape(DecoderDims):
     eps: float
     qk_norm: bool
     biased: frozenset[str]  # linear layers with a bias: wqkv, wo, gate, up, down
+    fused: bool = False  # the checkpoint has one tensor of Q, K and V, and one of gate and up
+    experts: Experts | None = None
 
     @classmethod
     def of(cls, config: Any) -> "ModelShape":
@@ -34,8 +44,10 @@ class ModelShape(DecoderDims):
             **dims_of(config),
             logits=config.vocab_size,
             eps=config.rms_norm_eps,
-            qk_norm=name == "Qwen3ForCausalLM",
+            qk_norm=name in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
             biased=biased_layers(name, config),
+            fused=name == "Phi3ForCausalLM",
+            experts=Experts.of(config) if name == "Qwen3MoeForCausalLM" else None,
         )
         shape._check(config)
         return shape
@@ -53,7 +65,8 @@ class ModelShape(DecoderDims):
         """What each of `chips` chips holds. Raises UnsupportedModel."""
         if chips == 1:
             return self
-        for name, unit in (("heads", 1), ("kv_heads", 1), ("intermediate", TILE)):
+        units = {"heads": 1, "kv_heads": 1} | ({"intermediate": TILE} if self.dense_layers else {})
+        for name, unit in units.items():
             if getattr(self, name) % (chips * unit):
                 raise UnsupportedModel(
                     f"{name} of the model are {getattr(self, name)}, which {chips} chips cannot "
@@ -65,7 +78,13 @@ class ModelShape(DecoderDims):
             kv_heads=self.kv_heads // chips,
             intermediate=self.intermediate // chips,
             logits=-(-self.vocab // (chips * TILE)) * TILE,
+            experts=self.experts and self.experts.split(chips),
         )
+
+    @property
+    def dense_layers(self) -> int:
+        """How many have no experts."""
+        return self.layers - (len(self.experts.layers) if self.experts else 0)
 
     @property
     def qkv_width(self) -> int:
@@ -77,21 +96,30 @@ class ModelShape(DecoderDims):
         return 2 * self.kv_heads * (self.head_dim // TILE) * TILE_BYTES
 
     def weight_bytes(self, formats: WeightFormats) -> int:
-        """On a chip: tiles of linear weights, norms and biases, rows of the BF16 embedding."""
+        """On a chip: tiles of linear weights, of norms, biases and routers, rows of the BF16
+        embedding."""
         attention = tiles_of(self.hidden, self.qkv_width)
         attention += tiles_of(self.heads * self.head_dim, self.hidden)
         mlp = 2 * tiles_of(self.hidden, self.intermediate)
         mlp += tiles_of(self.intermediate, self.hidden)
+        rows = (2 * self.layers + 1) * tiles_of(1, self.hidden)
+        mlp *= self.dense_layers
+        if self.experts:
+            up, down = (self.hidden, self.experts.columns), (self.experts.columns, self.hidden)
+            group = 2 * tiles_of(*up) + tiles_of(*down)
+            # What spreads an expert's weight over its columns, for all layers.
+            mlp += self.experts.groups * tiles_of(self.experts.number, self.experts.columns)
+            mlp += len(self.experts.layers) * self.experts.groups * group
+            rows += len(self.experts.layers) * tiles_of(self.hidden, self.experts.number)
         tiles: dict[WeightGroup, int] = {
             "attention": self.layers * attention,
-            "mlp": self.layers * mlp,
+            "mlp": mlp,
             "head": tiles_of(self.hidden, self.logits),
         }
         linear = sum(
             number * (TILE_BYTES if formats.packs(group) else TILE * TILE * BF16)
             for group, number in tiles.items()
         )
-        rows = (2 * self.layers + 1) * tiles_of(1, self.hidden)
         if self.qk_norm:
             rows += 2 * self.layers * tiles_of(1, self.head_dim)
         widths = {"wqkv": self.qkv_width, "wo": self.hidden, "down": self.hidden}
@@ -103,7 +131,9 @@ class ModelShape(DecoderDims):
         """The most that lives at once in a forward of `tokens` tokens, beside the weights."""
         residual = 2 * self.hidden
         attention = 2 * self.qkv_width + self.heads * self.head_dim
-        mlp = self.hidden + 3 * self.intermediate
+        mlp = self.hidden + 3 * self.intermediate if self.dense_layers else 0
+        if self.experts:
+            mlp = max(mlp, self.experts.activation_width(self.hidden))
         return tokens * BF16 * (residual + max(attention, mlp))
 
     def pages_in(self, free: int, rows: int) -> int:
@@ -116,6 +146,8 @@ def biased_layers(name: str, config: Any) -> frozenset[str]:
     """As SGLang's models have them: Qwen2 at Q, K and V always, Llama also by a field `bias`."""
     if name == "Qwen2ForCausalLM":
         return frozenset({"wqkv"})
+    if name in ("MistralForCausalLM", "Phi3ForCausalLM"):
+        return frozenset()
     attention = getattr(config, "attention_bias", False)
     attention |= name == "LlamaForCausalLM" and getattr(config, "bias", False)
     mlp = name == "LlamaForCausalLM" and getattr(config, "mlp_bias", False)

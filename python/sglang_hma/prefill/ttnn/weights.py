@@ -20,7 +20,14 @@ import torch
 
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import Card, cache_folder
-from sglang_hma.prefill.ttnn.pieces import Piece, pieces, refuse_tensor
+from sglang_hma.prefill.ttnn.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    refuse_head,
+    refuse_missing,
+    refuse_tensor,
+)
+from sglang_hma.prefill.ttnn.pieces import Piece, pieces
 from sglang_hma.prefill.ttnn.shape import ModelShape
 
 KEEP_MODELS = 4
@@ -122,6 +129,7 @@ class Weights:
         self, shape: ModelShape, card: Card, cache: WeightCache | None, formats: WeightFormats
     ) -> None:
         self.shape, self.device, self.cache, self.formats = shape, card.device, cache, formats
+        self.chips = card.chips
         self.plan = list(pieces(shape, card.chips))
         self.tensors: dict[str, Any] = {}
 
@@ -146,15 +154,26 @@ class Weights:
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """From (name, tensor) pairs in any order; keeps those whose piece is not complete yet.
 
-        Raises ValueError if a tensor is missing, of another shape, or of no use.
+        Raises OddCheckpoint, a ValueError, if one is missing, of another shape or dtype, or of no
+        use.
         """
         users: dict[str, list[Piece]] = {}
         for piece in self.plan:
             for source in piece.sources:
                 users.setdefault(source, []).append(piece)
+        for piece in self.plan:
+            if not piece.sources:
+                self._place(piece, [])
         waiting: dict[str, torch.Tensor] = {}
+        heads: dict[str, torch.Tensor] = {}
+        seen = set()
         for name, tensor in _progress(tensors, "Weights packed", total=len(users)):
-            refuse_tensor(self.shape, name, tensor)
+            refuse_tensor(self.shape, name, tensor.shape, tensor.dtype)
+            seen.add(name)
+            if self.shape.tied and name in (EMBEDDING, HEAD):
+                heads[name] = tensor
+                if len(heads) == 2:
+                    refuse_head(heads.pop(EMBEDDING), heads.pop(HEAD))
             if name not in users:
                 continue
             waiting[name] = tensor
@@ -164,10 +183,7 @@ class Weights:
             for source in {s for piece in users[name] for s in piece.sources}:
                 if all(piece.name in self.tensors for piece in users[source]):
                     waiting.pop(source, None)
-        missing = [piece for piece in self.plan if piece.name not in self.tensors]
-        if missing:
-            names = [s for piece in missing for s in piece.sources if s not in waiting]
-            raise ValueError(f"the checkpoint has no {names[0]} ({len(names)} tensors missing)")
+        refuse_missing(self.shape, seen)
         if self.cache is not None:
             self.cache.finish()
 

@@ -18,6 +18,7 @@ from .tensors import (
     bfloat8_b,
     bfloat16,
     enqueue,
+    float32,
     int32,
     on_each_chip,
     uint32,
@@ -37,13 +38,13 @@ def SDPAProgramConfig(**options):
     return SimpleNamespace(**options)
 
 
-def _out(value, *sources, dtype=bfloat16, layout=TILE_LAYOUT):
+def _out(value, *sources, dtype=bfloat16):
     for source in sources:
         assert source.device is not None, "an operand is on the host"
-    value = value.bfloat16()
+    value = value.float() if dtype == float32 else value.bfloat16()
     if dtype == bfloat8_b:
         value = bfp8_round(value.contiguous(), rounding="device")
-    return Tensor([value.float()], dtype, layout, sources[0].device)
+    return Tensor([value.float()], dtype, TILE_LAYOUT, sources[0].device)
 
 
 @on_each_chip
@@ -115,10 +116,53 @@ def add(a, b, *, memory_config=None, output_tensor=None):
 
 
 @on_each_chip
-def mul(a, b, *, input_tensor_a_activations, dtype, memory_config=None):
-    assert input_tensor_a_activations == [UnaryOpType.SILU]
-    product = torch.nn.functional.silu(a.value.double()) * b.value.double()
-    return _out(product, a, b, dtype=dtype)
+def mul(a, b, *, input_tensor_a_activations=(), dtype=None, memory_config=None):
+    assert list(input_tensor_a_activations) in ([], [UnaryOpType.SILU]) and a.dtype == b.dtype
+    wide = a.value.double()
+    if input_tensor_a_activations:
+        wide = torch.nn.functional.silu(wide)
+    return _out(wide * b.value.double(), a, b, dtype=dtype or a.dtype)
+
+
+def _compared(operation):
+    @on_each_chip
+    def compare(a, b, *, dtype):
+        assert a.dtype == b.dtype and dtype == bfloat16
+        return _out(operation(a.value, b.value).float(), a, b)
+
+    return compare
+
+
+lt, ge = _compared(torch.lt), _compared(torch.ge)
+
+
+@on_each_chip
+def topk(x, k, *, dim, largest, sorted, stable):
+    assert dim == -1 and largest and sorted and stable and x.dtype == float32
+    values, places = x.value.sort(dim=-1, descending=True, stable=True)
+    return (
+        _out(values[..., :k], x, dtype=float32),
+        Tensor([places[..., :k].int()], uint32, TILE_LAYOUT, x.device),
+    )
+
+
+@on_each_chip
+def scatter(x, dim, index, source):
+    assert x.dtype == source.dtype == bfloat16, "ttnn refuses float32 in tiles"
+    return _out(x.value.scatter(dim, index.value.long(), source.value), x, index, source)
+
+
+@on_each_chip
+def where(condition, value, other):
+    assert condition.dtype == value.dtype, "ttnn refuses mixed types"
+    chosen = torch.where(condition.value != 0, value.value, torch.tensor(other))
+    return _out(chosen, condition, value, dtype=value.dtype)
+
+
+@on_each_chip
+def softmax(x, *, dim, compute_kernel_config, numeric_stable):
+    assert compute_kernel_config["math_fidelity"] == MathFidelity.HiFi3 and numeric_stable
+    return _out(x.value.double().softmax(dim), x, dtype=x.dtype)
 
 
 def all_reduce(x):
@@ -133,7 +177,10 @@ def all_reduce(x):
 
 @on_each_chip
 def typecast(x, dtype, *, memory_config=None):
-    assert dtype == bfloat8_b and x.dtype == bfloat16
+    if dtype != bfloat8_b:
+        assert {dtype, x.dtype} == {float32, bfloat16}
+        return _out(x.value, x, dtype=dtype)
+    assert x.dtype == bfloat16
     rounded = bfp8_round(x.value.bfloat16(), rounding="device").float()
     return Tensor([rounded], dtype, x.layout, x.device)
 

@@ -8,7 +8,8 @@ import torch
 
 from hma_kernels import bfp8_round
 
-bfloat8_b, bfloat16, uint32, int32 = "bfloat8_b", "bfloat16", "uint32", "int32"
+bfloat8_b, bfloat16, float32 = "bfloat8_b", "bfloat16", "float32"
+uint32, int32 = "uint32", "int32"
 TILE_LAYOUT, ROW_MAJOR_LAYOUT = "tile", "row major"
 DRAM_MEMORY_CONFIG, L1_MEMORY_CONFIG = "dram", "l1"
 
