@@ -12,6 +12,7 @@ nothing here was measured.
 An operation that the recorder does not know fails by its name; operations.py says how to add it.
 """
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +24,14 @@ from rich.progress import track
 from benchmark.common import Figure, console, finish, parser, table
 from benchmark.tenstorrent.counts import Counts, by_name, count
 from benchmark.tenstorrent.driven import MODELS, Bucket, Recording, config_of, served
-from benchmark.tenstorrent.predicted import CARDS, HOST_CALL_S, Prediction, predict, rates
-from sglang_hma.config import WeightFormats
+from benchmark.tenstorrent.predicted import CARDS, HOST_CALL_S, Prediction, linked, predict, rates
+from sglang_hma.config import MESHES, WeightFormats
 from sglang_hma.prefill.ttnn.shape import ModelShape
 
 BEFORE = Path(__file__).parents[2] / "docs" / "benchmarks" / "tenstorrent_cost_before.json"
 MOST_HOST_CALLS = 60
 LEAST_SAVED = 0.5  # of the bytes outside matmuls
+CHIPS = tuple(MESHES.values())
 GB, MB, TERA = 1e9, 1e6, 1e12
 
 
@@ -63,11 +65,13 @@ def from_json(row: dict[str, Any]) -> Row:
     return Row(row["model"], Bucket(**row["bucket"]), Counts(**row["counts"]), cards)
 
 
-def rows_of(args: Any, model: str, buckets: Sequence[Bucket]) -> Iterator[tuple[Row, Recording]]:
+def rows_of(
+    args: argparse.Namespace, model: str, buckets: Sequence[Bucket]
+) -> Iterator[tuple[Row, Recording]]:
     config = config_of(model)
     shape = ModelShape.of(config)
-    on = {card: rates(card, args.host_call_us * 1e-6) for card in args.cards}
-    on = {card: each.shared(args.compute_share, args.memory_share) for card, each in on.items()}
+    found = [rates(card, args.host_call_us * 1e-6, args.mesh) for card in args.cards]
+    on = {each.card: each.shared(args.compute_share, args.memory_share) for each in found}
     by_chips: dict[int, list[Recording]] = {}
     for chips in sorted({1, *(each.chips for each in on.values())}):
         with served(config, chips) as server:
@@ -167,7 +171,11 @@ def show_operations(model: str, recorded: Recording) -> None:
     )
 
 
-def compare(rows: Sequence[Row], before: dict[tuple[str, Bucket], Row], named: str) -> None:
+def compare(
+    rows: Sequence[Row], before: dict[tuple[str, Bucket], Row], named: str, *, times: bool
+) -> None:
+    """times: whether both were predicted at the same rates."""
+
     def change(old: float, new: float, form: str) -> str:
         return f"{old:{form}} → {new:{form}}"
 
@@ -189,6 +197,8 @@ def compare(rows: Sequence[Row], before: dict[tuple[str, Bucket], Row], named: s
         ],
     )
     common = [name for name in pairs[0][1].cards if name in pairs[0][0].cards]
+    if not times or not common:
+        return
     table(
         "Before → now: PREDICTED ms",
         ("", *common),
@@ -216,8 +226,13 @@ def figures(rows: Sequence[Row], before: dict[tuple[str, Bucket], Row]) -> Itera
             yield Figure(f"{name}: bytes outside matmuls by before's", share, LEAST_SAVED, False)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The examples keep their lines."""
+
+
 def main() -> None:
     options = parser(__doc__ or "", timed=False)
+    options.formatter_class = _Help
     add = options.add_argument
     known = ", ".join(MODELS)
     add("--model", nargs="+", default=["Qwen3-8B"], help=f"{known}, or a config.json's path")
@@ -226,6 +241,7 @@ def main() -> None:
     add("--short", type=int, default=100, help="tokens of a short prompt")
     add("--prefix", type=int, default=0, help="cached tokens before each prompt, a multiple of 32")
     add("--cards", nargs="+", choices=list(CARDS), default=list(CARDS), help="times are for")
+    add("--mesh", type=int, default=1, help="so many cards share the model, of at most 4 chips")
     add("--host-call-us", type=float, default=HOST_CALL_S * 1e6, help="of a call, the host's")
     add("--compute-share", type=float, default=1.0, help="of the matrix engines' peak")
     add("--memory-share", type=float, default=1.0, help="of DRAM's bandwidth")
@@ -235,6 +251,11 @@ def main() -> None:
     args = options.parse_args()
     if args.prefix % 32:
         options.error(f"--prefix {args.prefix}: no multiple of 32, the tokens of a page")
+    if args.mesh > 1:
+        args.cards = [card for card in args.cards if linked(card)]
+    args.cards = [card for card in args.cards if rates(card, cards=args.mesh).chips in CHIPS]
+    if not args.cards:
+        options.error(f"--mesh {args.mesh}: no such mesh of --cards; a mesh is 1, 2 or 4 chips")
     buckets = [Bucket(tokens, 1, args.prefix) for tokens in args.chunks]
     buckets += [Bucket(args.short, many, args.prefix) for many in args.batches]
     if not buckets:
@@ -247,14 +268,17 @@ def main() -> None:
             for _, recorded in found:
                 show_operations(Path(model).name, recorded)
         rows += [row for row, _ in found]
-    before, named = {}, ""
+    shares = {"compute": args.compute_share, "memory": args.memory_share}
+    taken = shares | {"host_call_us": args.host_call_us}
+    before, named, same_rates = {}, "", False
     if args.before.is_file():
         file = json.loads(args.before.read_text())
         before, named = {row.key: row for row in map(from_json, file["rows"])}, file["of"]
-    compare(rows, before, named)
-    finish(
-        args, {"of": args.of, "rows": [row.as_json() for row in rows]}, list(figures(rows, before))
-    )
+        same_rates = file["rates"] == taken
+    compare(rows, before, named, times=same_rates)
+    found_rows = [row.as_json() for row in rows]
+    results = {"of": args.of, "rates": taken, "rows": found_rows}
+    finish(args, results, list(figures(rows, before)))
 
 
 if __name__ == "__main__":

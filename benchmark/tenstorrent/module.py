@@ -74,7 +74,10 @@ class Namespace(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         full = f"{self.__name__}.{name}"
-        raise UnknownOperation(f"{full} is not known to the cost model: describe it in {HERE}")
+        raise UnknownOperation(
+            f"{full} is not known to the cost model: describe an operation in {HERE}, what the "
+            "host does in module.py"
+        )
 
 
 def _module(recorder: Recorder) -> ModuleType:

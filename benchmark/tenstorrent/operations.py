@@ -35,6 +35,7 @@ class Work:
     """kind: matmul, attention, other; or view, which moves nothing and has no program. reads: bytes
     from DRAM, None for every operand once. writes: bytes to DRAM into operands, beside the results.
     flops: of the matrix engine. weight: what a matmul multiplies with. link: bytes between chips.
+    gives: an operand that was written to and is given back.
     """
 
     outs: tuple[Out, ...] = ()
@@ -45,6 +46,7 @@ class Work:
     weight: Tensor | None = None
     link: int = 0
     programs: int = 1
+    gives: Tensor | None = None
 
 
 def _like(x: Tensor, *_: Any, dtype: str | None = None, **__: Any) -> Work:
@@ -124,7 +126,8 @@ def _concat_heads(x: Tensor, **_: Any) -> Work:
 
 def _paged_fill(cache: Tensor, new: Tensor, table: Tensor, **_: Any) -> Work:
     """Reads what is new and writes it into the cache's pages."""
-    return Work(reads=new.dram + table.dram, writes=new.bytes if cache.dram else 0)
+    written = new.bytes if cache.dram else 0
+    return Work(reads=new.dram + table.dram, writes=written, gives=cache)
 
 
 def _chunked_attention(
@@ -185,7 +188,7 @@ def _reshape(x: Tensor, shape: Sequence[int], *_: Any, **__: Any) -> Work:
     view = x.shape[-1] == whole[-1] and (x.layout != TILE_LAYOUT or same_rows)
     integers = None if x.integers is None else x.integers.reshape(whole)
     out = Out(whole, x.dtype, x.layout, x.memory or DRAM, integers)
-    return Work((out,), kind="view", reads=0, programs=0) if view else Work((out,))
+    return _view(out) if view else Work((out,))
 
 
 def _slice(
@@ -197,6 +200,8 @@ def _slice(
     shape = [len(range(*each.indices(n))) for each, n in zip(cut, x.shape, strict=True)]
     integers = None if x.integers is None else x.integers[cut]
     out = Out(shape, x.dtype, x.layout, x.memory or DRAM, integers)
+    if tuple(shape) == x.shape:
+        return _view(out)
     return Work((out,), reads=size(tuple(shape), x.dtype, x.layout) if x.dram else 0)
 
 
@@ -206,29 +211,23 @@ def _concat(parts: Sequence[Tensor], dim: int = 0, *_: Any, **__: Any) -> Work:
     return Work((Out(shape, parts[0].dtype, parts[0].layout),))
 
 
-def _split(x: Tensor, sizes: Any, dim: int = 0, **_: Any) -> Work:
-    n = x.shape[dim]
-    whole = isinstance(sizes, int)
-    lengths = [min(sizes, n - at) for at in range(0, n, sizes)] if whole else list(sizes)
-    shapes = [[*x.shape] for _ in lengths]
-    for shape, length in zip(shapes, lengths, strict=True):
-        shape[dim] = length
-    outs = tuple(Out(shape, x.dtype, x.layout, x.memory or DRAM) for shape in shapes)
-    return Work(outs, programs=len(shapes))
-
-
 def _to_layout(x: Tensor, layout: str, dtype: Any = None, *_: Any, **__: Any) -> Work:
-    return Work((_as(x, dtype, layout),))
+    return _moved(x, _as(x, dtype, layout))
 
 
 def _to_memory(x: Tensor, memory_config: Memory, dtype: Any = None, *_: Any, **__: Any) -> Work:
-    return Work((Out(x.shape, dtype or x.dtype, x.layout, memory_config),))
+    return _moved(x, Out(x.shape, dtype or x.dtype, x.layout, memory_config))
 
 
-def _swiglu(x: Tensor, dim: int = -1, **_: Any) -> Work:
-    shape = list(x.shape)
-    shape[dim] //= 2
-    return Work((Out(shape, x.dtype, x.layout, x.memory or DRAM),))
+def _moved(x: Tensor, out: Out) -> Work:
+    """Nothing is done where nothing changes."""
+    asked = (tuple(out.shape), out.dtype, out.layout, out.memory)
+    same = asked == (tuple(x.shape), x.dtype, x.layout, x.memory)
+    return _view(out) if same else Work((out,))
+
+
+def _view(out: Out) -> Work:
+    return Work((out,), kind="view", reads=0, programs=0)
 
 
 def _permute(x: Tensor, dims: Sequence[int], **_: Any) -> Work:
@@ -271,9 +270,7 @@ OPERATIONS: dict[str, Callable[..., Work]] = {
     "silu": _like,
     "slice": _slice,
     "softmax": _like,
-    "split": _split,
     "subtract": _binary,
-    "swiglu": _swiglu,
     "tilize": lambda x, **_: _to_layout(x, TILE_LAYOUT),
     "to_layout": _to_layout,
     "to_memory_config": _to_memory,

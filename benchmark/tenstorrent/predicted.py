@@ -10,6 +10,7 @@ Rates are the vendor's, from the planner's catalogue, unless a share of them is 
 a floor: no program reaches the peaks, and two operations never share the card.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,8 +26,9 @@ PASSES = {"LoFi": 1, "HiFi2": 2, "HiFi3": 3, "HiFi4": 4}
 # (the same report): 72 and 128 cores of a Wormhole at 1 GHz make twice the 148 and 262 TFLOPS of
 # docs.tenstorrent.com/aibs/wormhole, 120 of a Blackhole at 1.35 GHz make its 664.
 QUOTED_PASSES = {"n150": 2, "n300": 2, "p100a": 1, "p150": 1}
-# Between the two chips of an n300, each way: 400GbE (docs.tenstorrent.com/aibs/wormhole).
-LINK_BYTES_S = 50e9
+# To another chip, on the card or over its ports, each way: 400GbE of a Wormhole and 800G of a
+# Blackhole (docs.tenstorrent.com/aibs). A p100a has no ports.
+LINK_BYTES_S = {"n150": 50e9, "n300": 50e9, "p150": 100e9}
 # Time of a traced product less the card's own, and of small products that the host enqueues one by
 # one (tt-metal, tech_reports/GEMM_FLOPS, tuned, its utilizations by host's and by device's clock):
 # 1.4 to 1.9 us on p150 and 2.7 to 4.5 on n150; 35 to 75 us and 46 to 49.
@@ -44,9 +46,9 @@ class Rates:
     dram: float
     pcie: float
     memory: float
-    link: float = LINK_BYTES_S
-    program_s: float = 0.0
-    host_call_s: float = HOST_CALL_S
+    link: float
+    program_s: float
+    host_call_s: float
 
     def flops_s(self, fidelity: str) -> float:
         return self.lofi / PASSES[fidelity or UNSAID]
@@ -56,18 +58,24 @@ class Rates:
         return replace(self, lofi=self.lofi * compute, dram=self.dram * memory)
 
 
-def rates(card: str, host_call_s: float = HOST_CALL_S) -> Rates:
-    """card: of CARDS. PCIe as the planner has it for a card's pages."""
+def linked(card: str) -> bool:
+    """Whether it goes together with others of its kind."""
+    return CARDS[card] in LINK_BYTES_S
+
+
+def rates(card: str, host_call_s: float = HOST_CALL_S, cards: int = 1) -> Rates:
+    """card: of CARDS; so many of them in a mesh. PCIe as the planner has it for a card's pages."""
     known = catalogue.load()
     name = CARDS[card]
     found = known.card(name)
     return Rates(
-        card=card,
-        chips=found.chips,
+        card=f"{cards} x {card}" if cards > 1 else card,
+        chips=found.chips * cards,
         lofi=found.tflops["bfp8"].value * 1e12 * QUOTED_PASSES[name] / found.chips,
         dram=found.bandwidth_gb_s.value * 1e9 / found.chips,
         pcie=known.hosts["workstation"].bus_gb_s.value * 1e9 / found.chips,
         memory=found.memory_gb.value * 1e9 / found.chips,
+        link=LINK_BYTES_S.get(name, math.inf),
         program_s=PROGRAM_S[name],
         host_call_s=host_call_s,
     )

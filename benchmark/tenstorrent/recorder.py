@@ -103,7 +103,7 @@ class Recorder:
                 self.capture.again.append(again)
             else:
                 self.calls.append(call)
-        return results[0] if len(results) == 1 else tuple(results) or None
+        return results[0] if len(results) == 1 else tuple(results) or work.gives
 
     def _results(
         self, work: Work, operands: list[Tensor], options: Mapping[str, Any]

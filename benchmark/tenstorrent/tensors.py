@@ -34,12 +34,12 @@ class Shape(tuple[int, ...]):
 class Memory:
     """What ttnn calls a memory config: DRAM, or the cores' own L1, which costs no DRAM traffic."""
 
-    buffer: str = "DRAM"
+    buffer_type: str = "DRAM"
     spread: str = "INTERLEAVED"
 
     @property
     def in_dram(self) -> bool:
-        return self.buffer == "DRAM"
+        return self.buffer_type == "DRAM"
 
 
 DRAM, L1 = Memory("DRAM"), Memory("L1")
@@ -95,7 +95,7 @@ class Tensor:
 
     @cached_property
     def looks(self) -> Looks:
-        memory = "host" if self.memory is None else self.memory.buffer
+        memory = "host" if self.memory is None else self.memory.buffer_type
         return Looks(tuple(self.shape), self.dtype, self.layout, memory)
 
     def host_buffer(self) -> Any:

@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from benchmark.tenstorrent.module import UnknownOperation, recording
-from benchmark.tenstorrent.predicted import Rates, operation_s, predict, rates
+from benchmark.tenstorrent.predicted import Rates, linked, operation_s, predict, rates
 
 BFP8, BF16 = 1088, 2048  # bytes of a tile of 32 x 32
-ON = Rates("a card", 1, lofi=8e12, dram=1e9, pcie=1e8, memory=1e9, program_s=1e-3, host_call_s=1e-2)
+ON = Rates(
+    *("a card", 1),
+    **{"lofi": 8e12, "dram": 1e9, "pcie": 1e8, "memory": 1e9, "link": 1e9},
+    **{"program_s": 1e-3, "host_call_s": 1e-2},
+)
 
 
 @pytest.fixture
@@ -219,3 +223,25 @@ def test_rates_are_the_vendors() -> None:
         assert rates(card).lofi == pytest.approx(cores * 4096 * clock * 1e9, rel=0.005)
     assert rates("n300").lofi == pytest.approx(64 * 4096e9, rel=0.005)
     assert rates("p150").dram == 512e9 and rates("n300").dram == 288e9
+    four = rates("p150", cards=4)
+    assert (four.chips, four.dram, four.link) == (4, 512e9, 100e9) and not linked("p100")
+
+
+def test_a_sum_over_chips_goes_over_their_links() -> None:
+    with recording() as recorder:
+        ttnn = importlib.import_module("ttnn")
+        device = ttnn.open_mesh_device(ttnn.MeshShape(1, 4), num_command_queues=2)
+        everywhere = ttnn.ReplicateTensorToMesh(device)
+        x = ttnn.from_torch(
+            torch.zeros(1, 1, 32, 64),
+            dtype=ttnn.bfloat16,
+            layout=ttnn.TILE_LAYOUT,
+            device=device,
+            mesh_mapper=everywhere,
+        )
+        recorder.take()
+        ttnn.all_reduce(x)
+        (call,) = recorder.take()
+    # Three quarters of the tensor leave a chip twice; 1 GB/s of links as of DRAM.
+    assert call.link == 2 * 3 * 2 * BF16 // 4 and call.reads == call.writes == 2 * BF16
+    assert operation_s(call, ON) == pytest.approx(4 * BF16 / 1e9 + 2e-3)
