@@ -30,6 +30,7 @@ from sglang_hma.prefill.ttnn.shape import ModelShape
 
 BEFORE = Path(__file__).parents[2] / "docs" / "benchmarks" / "tenstorrent_cost_before.json"
 MOST_HOST_CALLS = 60
+MOST_STREAMED = 1.05  # what layers share, such as a table of experts, is read in each
 LEAST_SAVED = 0.5  # of the bytes outside matmuls
 CHIPS = tuple(MESHES.values())
 GB, MB, TERA = 1e9, 1e6, 1e12
@@ -219,7 +220,9 @@ def figures(rows: Sequence[Row], before: dict[tuple[str, Bucket], Row]) -> Itera
     for row in rows:
         name, found = f"{row.model}, {row.bucket}", row.counts
         yield Figure(f"{name}: host calls", found.host_calls, MOST_HOST_CALLS, False)
-        yield Figure(f"{name}: times weights are streamed", found.weights_streamed, 1, False)
+        yield Figure(
+            f"{name}: times weights are streamed", found.weights_streamed, MOST_STREAMED, False
+        )
         yield Figure(f"{name}: programs compiled after start", found.new_programs, 0, False)
         if row.key in before:
             share = found.outside_bytes / before[row.key].counts.outside_bytes

@@ -240,6 +240,27 @@ def _transpose(x: Tensor, a: int, b: int, **_: Any) -> Work:
     return Work((Out(shape, x.dtype, x.layout, x.memory or DRAM),))
 
 
+def _topk(x: Tensor, k: int, dim: int = -1, **_: Any) -> Work:
+    """Values and where they were."""
+    shape = list(x.shape)
+    shape[dim] = k
+    place, numbers = x.memory or DRAM, "uint32" if x.dtype == "float32" else "uint16"
+    return Work((Out(shape, x.dtype, x.layout, place), Out(shape, numbers, x.layout, place)))
+
+
+def _scatter(x: Tensor, _dim: int, index: Tensor, source: Tensor, *_: Any, **__: Any) -> Work:
+    """Its operands are laid out in rows and scattered, and the result in tiles: five programs,
+    each of which reads and writes where x is."""
+    rows = sum(each.dram for each in (x, index, source))
+    between = rows + x.dram if x.dram else 0
+    return Work((_as(x),), reads=rows + between, writes=between, programs=5)
+
+
+def _where(condition: Tensor, a: Any, b: Any, **_: Any) -> Work:
+    values = next((each for each in (a, b) if isinstance(each, Tensor)), condition)
+    return _binary(condition, values, dtype=values.dtype)
+
+
 def _all_reduce(x: Tensor, *_: Any, **__: Any) -> Work:
     """A reduce-scatter and an all-gather: each chip sends all but its own part twice."""
     chips = x.on.chips
@@ -258,15 +279,20 @@ OPERATIONS: dict[str, Callable[..., Work]] = {
     "experimental.nlp_create_qkv_heads": _create_heads,
     "experimental.paged_fill_cache": _paged_fill,
     "experimental.rotary_embedding_hf": _like,
+    "ge": _binary,
     "gelu": _like,
+    "gt": _binary,
     "layer_norm": _like,
+    "le": _binary,
     "linear": _linear,
+    "lt": _binary,
     "matmul": _linear,
     "mul": _binary,
     "multiply": _binary,
     "permute": _permute,
     "reshape": _reshape,
     "rms_norm": _like,
+    "scatter": _scatter,
     "silu": _like,
     "slice": _slice,
     "softmax": _like,
@@ -274,8 +300,10 @@ OPERATIONS: dict[str, Callable[..., Work]] = {
     "tilize": lambda x, **_: _to_layout(x, TILE_LAYOUT),
     "to_layout": _to_layout,
     "to_memory_config": _to_memory,
+    "topk": _topk,
     "transformer.chunked_scaled_dot_product_attention": _chunked_attention,
     "transformer.scaled_dot_product_attention": _plain_attention,
     "transpose": _transpose,
     "typecast": _typecast,
+    "where": _where,
 }

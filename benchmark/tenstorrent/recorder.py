@@ -98,7 +98,7 @@ class Recorder:
 
         call = self._call(name, work, operands, results, args, plain)
         with self.lock:
-            self.programs |= {call.program} - {None}
+            self.programs |= {(call.program, part) for part in range(call.programs)}
             if self.capture is not None and self.capture.thread == threading.get_ident():
                 self.capture.again.append(again)
             else:

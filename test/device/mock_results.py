@@ -18,7 +18,7 @@ def calls(ttnn: Any, device: Any, place: str) -> Iterator[tuple[str, Callable[[]
     )
 
     def tensor(*shape: int, dtype: Any = bf16, layout: Any = tile, where: str = place) -> Any:
-        values = torch.float32 if dtype in (bf16, bfp8) else torch.int32
+        values = torch.float32 if dtype in (bf16, bfp8, ttnn.float32) else torch.int32
         return ttnn.from_torch(
             torch.zeros(shape, dtype=values),
             dtype=dtype,
@@ -84,6 +84,15 @@ def calls(ttnn: Any, device: Any, place: str) -> Iterator[tuple[str, Callable[[]
     yield "silu", lambda: ttnn.silu(x)
     yield "softmax", lambda: ttnn.softmax(x, dim=-1)
     yield "residual in norm", lambda: ttnn.rms_norm(x, residual_input_tensor=x, weight=norm)
+    wide, mask = tensor(1, 1, 64, 128, dtype=ttnn.float32), tensor(1, 1, 64, 128)
+    few, ones = tensor(1, 1, 64, 8, dtype=ttnn.uint16), tensor(1, 1, 64, 8)
+    options = {"dim": -1, "largest": True, "sorted": True, "stable": True}
+    yield "lt", lambda: ttnn.lt(wide, wide, dtype=bf16)
+    yield "ge", lambda: ttnn.ge(wide, wide, dtype=bf16)
+    yield "topk", lambda: ttnn.topk(wide, 8, **options)
+    yield "topk of BF16", lambda: ttnn.topk(mask, 8, **options)
+    yield "scatter", lambda: ttnn.scatter(mask, -1, few, ones)
+    yield "where", lambda: ttnn.where(wide, wide, -1e4)
 
 
 def last(value: Any) -> str:
