@@ -84,6 +84,11 @@ bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, an
 		--plot build/bench/transfer_ttft.svg $(ARGS)
 	$(RUN) -m benchmark.transfer.checksum --json build/bench/transfer_checksum.json $(ARGS)
 
+.PHONY: bench-tenstorrent
+bench-tenstorrent: venv ## What a batch costs the Tenstorrent runtime, counted, and the time predicted from it; no card; ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.tenstorrent.cost --json build/bench/tenstorrent_cost.json $(ARGS)
+
 .PHONY: fuzz-messages
 fuzz-messages: venv ## 10,000 mutated control messages to each role of real managers; ARGS='COUNT SEED'
 	$(RUN) -m test.transfer.fuzz_messages $(ARGS)

@@ -1,6 +1,7 @@
 """Real ttnn accepts the runtime's calls; programs are used again; memory is as predicted."""
 
 import functools
+import importlib
 import json
 import os
 import secrets
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from benchmark.tenstorrent.module import recording
+
 from .mock_card import environment
+from .mock_results import results
 
 pytestmark = pytest.mark.skipif(
     find_spec("ttnn") is None,
@@ -80,3 +84,22 @@ def test_operations_fit_a_core_at_published_widths(
 ) -> None:
     """Up to 8,192 tokens after 24,576."""
     assert len(on_described(arch, chips, run)) == 6
+
+
+def test_the_cost_models_recorder_gives_back_what_ttnn_does(tmp_path: Path) -> None:
+    """Shapes, types, layouts, memory, and how many programs each operation needs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "test.device.mock_results"],
+        env=os.environ | environment(tmp_path),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    by_ttnn = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    with recording():
+        ttnn = importlib.import_module("ttnn")
+        recorded = json.loads(json.dumps(results(ttnn, ttnn.open_device(0))))
+    assert len(recorded) > 40
+    for expected, found in zip(by_ttnn, recorded, strict=True):
+        assert found == expected
