@@ -1,7 +1,6 @@
 """The Tenstorrent server's own forward, on a recorder: loaded and called as SGLang does it.
 
-SGLang's part is small here: pools that are looked up, a batch, and the choice of last rows before
-the LM head. No server is started and no checkpoint is read: weights have shapes and no values.
+SGLang's part is small here: pools that are looked up, and a batch. No server is started and no checkpoint is read: weights have shapes and no values.
 """
 
 import contextlib
@@ -26,6 +25,8 @@ from sglang_hma.planner.model_shape import KNOWN
 from sglang_hma.planner.model_shape import ModelShape as Dims
 from sglang_hma.prefill.ttnn.config_fields import check_fields
 
+CHUNK = 8192  # --chunked-prefill-size
+PAGES = 8192  # of the pool; how many makes no difference to a call
 MODELS = ("Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
 ENVIRONMENT = {
     "TT_METAL_SIMULATOR": "a recorder",  # no card is looked for
@@ -86,31 +87,23 @@ def config_of(model: str) -> Any:
     return config
 
 
-class _LastRows:
-    """SGLang's logits processor, as far as the card sees it: the head gets each prompt's last."""
-
-    def __init__(self, _config: Any) -> None:
-        pass
-
-    def __call__(self, _ids: Any, hidden: torch.Tensor, head: Any, batch: Any) -> torch.Tensor:
-        last = torch.tensor(batch.extend_seq_lens_cpu).cumsum(0) - 1
-        logits: torch.Tensor = head.quant_method.apply(head, hidden[last])
-        return logits
-
-
 class Server:
     """A model that is loaded on `chips` chips."""
 
     def __init__(self, recorder: Recorder, config: Any, pools: SimpleNamespace) -> None:
+        from sglang_hma.prefill.ttnn.model import empty_cache
         from sglang_hma.prefill.ttnn.pieces import source_shapes
         from sglang_hma.prefill.ttnn.server import CardCausalLM
 
         self.recorder, self.pools = recorder, pools
+        config.context_len = config.max_position_embeddings  # as SGLang notes it
         self.model = CardCausalLM(config)
         self.model.load_weights(
             (name, torch.empty(size, device="meta"))
             for name, size in source_shapes(self.model.shape).items()
         )
+        pools.kv.card_cache = empty_cache(self.model.card, self.model.shape, PAGES)
+        self.model.serve_from(pools.kv)
         self.at_start = frozenset(recorder.programs)
 
     def record(self, bucket: Bucket) -> Recording:
@@ -122,17 +115,19 @@ class Server:
         return Recording(bucket, compiled, self.recorder.take())
 
     def _forward(self, bucket: Bucket) -> None:
-        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 
         tokens, requests, prefix = bucket.tokens, bucket.requests, bucket.prefix
         pages = -(-(prefix + tokens) // PAGE)
-        self._make_room(1 + requests * pages)
         slots = torch.arange(PAGE, (1 + requests * pages) * PAGE).view(requests, -1)
         self.pools.requests = SimpleNamespace(req_to_token=slots)
         batch = SimpleNamespace(
             forward_mode=ForwardMode.EXTEND,
             batch_size=requests,
             return_logprob=False,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+            multi_item_delimiter_indices=None,
+            token_indices_to_pool=None,
             extend_seq_lens_cpu=[tokens] * requests,
             extend_prefix_lens_cpu=[prefix] * requests,
             req_pool_indices=torch.arange(requests),
@@ -141,16 +136,8 @@ class Server:
         positions = torch.arange(prefix, prefix + tokens).repeat(requests)
         self.model.forward(ids, positions, batch)
 
-    def _make_room(self, pages: int) -> None:
-        from sglang_hma.prefill.ttnn.model import empty_cache
-
-        if pages > self.pools.pages:
-            self.pools.pages = pages
-            self.pools.kv.card_cache = empty_cache(self.model.card, self.model.shape, pages)
-
     def close(self) -> None:
-        if self.model.readback is not None:
-            self.model.readback.close()
+        self.model.runner.close()
 
 
 @contextlib.contextmanager
@@ -159,16 +146,16 @@ def served(config: Any, chips: int = 1) -> Iterator[Server]:
     from sglang_hma.prefill.ttnn import server as seam
 
     kv = SimpleNamespace(card_cache=(), store_pages=_nothing, layer_stored=_nothing)
-    pools = SimpleNamespace(kv=kv, requests=None, pages=0)
+    pools = SimpleNamespace(kv=kv, requests=None)
     ours = HmaConfig(
         role="prefill", prefill_runtime="ttnn", chips=chips, device_ids=tuple(range(chips))
     )
     said = {CONFIG_ENV: msgspec.json.encode(ours).decode()}
     nowhere = SimpleNamespace(model_path="shapes alone: no files", revision=None, download_dir=None)
     sglang: dict[str, Any] = {
-        "LogitsProcessor": _LastRows,
+        "LogitsProcessor": _nothing,
         "get_model": lambda: nowhere,
-        "get_token_to_kv_pool": lambda: pools.kv,
+        "get_schedule": lambda: SimpleNamespace(chunked_prefill_size=CHUNK),
         "get_req_to_token_pool": lambda: pools.requests,
     }
     with (

@@ -27,7 +27,9 @@ from benchmark.tenstorrent.tensors import (
 )
 
 HERE = "benchmark/tenstorrent/operations.py"
-GRID = (13, 10)  # cores of a described Blackhole card; an option of programs, no rate
+GRID = SimpleNamespace(
+    x=13, y=10
+)  # cores of a described Blackhole card; an option of programs, no rate
 DRAM_BANKS = 8
 
 
@@ -54,7 +56,7 @@ class Device:
     def enable_program_cache(self) -> None:
         """It always is."""
 
-    def compute_with_storage_grid_size(self) -> tuple[int, int]:
+    def compute_with_storage_grid_size(self) -> SimpleNamespace:
         return GRID
 
 

@@ -94,6 +94,8 @@ class Recorder:
 
         def again() -> Call:
             anew = operation(*args, **options)
+            for out, result in zip(anew.outs, results, strict=True):
+                result.integers = out.integers
             return self._call(name, anew, operands, results, args, plain)
 
         call = self._call(name, work, operands, results, args, plain)

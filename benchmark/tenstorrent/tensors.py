@@ -19,7 +19,7 @@ TILE_LAYOUT, ROW_MAJOR_LAYOUT = "TILE", "ROW_MAJOR"
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "uint32": 4, "int32": 4, "uint16": 2, "uint8": 1}
 # A tile of 32 x 32 with a shared exponent for each 16 values.
 BLOCK_TILE_BYTES = {"bfloat8_b": TILE_BYTES, "bfloat4_b": TILE_BYTES - TILE * TILE // 2}
-KEPT_INTEGERS = 1 << 16
+KEPT_INTEGERS = 1 << 18  # of page tables and token ids: a server has few of either
 
 _numbers = itertools.count()
 

@@ -95,7 +95,7 @@ def test_an_extra_call_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_does_not_outlive_its_recording() -> None:
     with served(small_config()) as server:
         server.record(Bucket(64))
-        stood_in, thread = sys.modules["ttnn"], server.model.readback.thread
+        stood_in, thread = sys.modules["ttnn"], server.model.runner.readback.thread
     assert sys.modules.get("ttnn") is not stood_in and not thread.is_alive()
 
 
