@@ -1,6 +1,7 @@
 """The Tenstorrent server's own forward, on a recorder: loaded and called as SGLang does it.
 
-SGLang's part is small here: pools that are looked up, and a batch. No server is started and no checkpoint is read: weights have shapes and no values.
+SGLang's part is small here: pools that are looked up, and a batch. No server is started and no
+checkpoint is read: weights have shapes and no values.
 """
 
 import contextlib

@@ -14,6 +14,8 @@ from hma_kernels import bfp8_pack
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.card import opened
 from sglang_hma.prefill.ttnn.chunk import Chunk
+from sglang_hma.prefill.ttnn.lane import input_bytes
+from sglang_hma.prefill.ttnn.shape import BF16
 from sglang_hma.prefill.ttnn.tiles import tile_bytes, tile_rows
 from test.device.mock_widths import chunks_taken
 from test.prefill.models import on_card, random_model
@@ -45,6 +47,9 @@ def session(kind: str, head_dim: int, chips: int, seed: int) -> dict[str, object
         part = runtime.shape.split(chips)
         predicted = part.weight_bytes(WeightFormats())
         predicted += PAGES * part.page_bytes * part.layers
+        predicted += 2 * runtime.model.context * part.head_dim * BF16  # rotary tables
+        for bucket in runtime.runner.buckets:
+            predicted += input_bytes(bucket, runtime.runner.width)
 
         runtime.runner.warm_up(traces=False)
         programs = card.programs

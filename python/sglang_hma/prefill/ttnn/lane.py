@@ -42,11 +42,16 @@ def segments(layers: int) -> list[range]:
     return [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def lane_bytes(bucket: Bucket, shape: ModelShape) -> int:
-    """What stays allocated on a chip for a lane with traces: the residual stream, rotary rows, and
-    packed K and V of all layers."""
-    row = BF16 * (shape.hidden + 2 * shape.head_dim)
-    return bucket.rows * (row + shape.layers * shape.page_bytes // PAGE)
+def input_bytes(bucket: Bucket, width: int) -> int:
+    """Of what `Inputs` puts on a chip."""
+    return 4 * (3 * bucket.rows + (bucket.slots + 1) * (width + 16))
+
+
+def lane_bytes(bucket: Bucket, shape: ModelShape, width: int) -> int:
+    """What stays allocated on a chip for a lane with traces: its inputs, the residual stream,
+    rotary rows, and packed K and V of all layers."""
+    row = BF16 * (shape.hidden + 2 * shape.head_dim) + shape.layers * shape.page_bytes // PAGE
+    return input_bytes(bucket, width) + bucket.rows * row
 
 
 class Lane:

@@ -12,7 +12,7 @@ from sglang.srt.runtime_context import get_model, get_schedule
 
 from hma_kernels import PAGE
 from sglang_hma.config import HmaConfig
-from sglang_hma.prefill.ttnn.buckets import BLOCK, buckets
+from sglang_hma.prefill.ttnn.buckets import BLOCK, buckets, table_width
 from sglang_hma.prefill.ttnn.card import Card, described_only, open_card
 from sglang_hma.prefill.ttnn.checkpoint import check_files
 from sglang_hma.prefill.ttnn.chunk import Chunk
@@ -94,7 +94,9 @@ class CardCausalLM(torch.nn.Module):
         """At most `wanted` KV tokens beside what forwards of `chunk` tokens take and page 0;
         RuntimeError if not even one chunk fits."""
         free = self.card.dram.free
-        lanes = sum(lane_bytes(bucket, self.part) for bucket in buckets(chunk))
+        among = buckets(chunk)
+        width = table_width(self.model.context, among)
+        lanes = sum(lane_bytes(bucket, self.part, width) for bucket in among)
         room = (self.part.pages_in(free - lanes, min(chunk, BLOCK)) - 1) * PAGE
         if room < chunk:
             raise RuntimeError(
