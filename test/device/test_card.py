@@ -12,9 +12,12 @@ import torch
 
 from hma_kernels import bfp8_pack
 from sglang_hma.config import WeightFormats
+from sglang_hma.prefill.ttnn.buckets import inputs, pack
 from sglang_hma.prefill.ttnn.card import Card, opened, visible_cards
 from sglang_hma.prefill.ttnn.chunk import Chunk, pages_of
+from sglang_hma.prefill.ttnn.lane import input_bytes
 from sglang_hma.prefill.ttnn.offline import split
+from sglang_hma.prefill.ttnn.shape import BF16
 
 from ..prefill.models import CASES, Case, check_agreement, on_card, random_model
 
@@ -74,7 +77,7 @@ def test_norm_is_near_bf16_at_every_width(card: Card, rng: np.random.Generator, 
     on = ttnn.from_torch(
         x[None, None], dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, device=card.device
     )
-    got = on_card(card, hf).model.hidden(on, 0, 32).double()
+    got = on_card(card, hf).model.output.hidden(on).double()
     wide = x.double()
     scale = (wide.square().mean(-1, keepdim=True) + hf.config.rms_norm_eps).rsqrt()
     expected = wide * scale * hf.model.norm.weight.detach().double()
@@ -97,9 +100,9 @@ def test_pages_hold_what_the_device_rule_packs(
     unpacked: list[torch.Tensor] = []
     typecast = ttnn.typecast
 
-    def recorded(x: Any, dtype: Any) -> Any:
+    def recorded(x: Any, dtype: Any, **options: Any) -> Any:
         unpacked.append(ttnn.to_torch(x)[0])
-        return typecast(x, dtype)
+        return typecast(x, dtype, **options)
 
     monkeypatch.setattr(ttnn, "typecast", recorded)
     runtime = on_card(card, random_model("qwen3", head_dim=128))
@@ -108,24 +111,59 @@ def test_pages_hold_what_the_device_rule_packs(
     for chunk in split(tokens, cuts, pages):
         runtime.prefill([chunk])
         used = torch.from_numpy(chunk.own_pages)
+        runner = runtime.runner
+        (group,) = pack([chunk], runner.buckets)
+        given = inputs(group, [chunk], runner.width, runtime.model.context)
+        tiles = torch.from_numpy(np.flatnonzero(given.own_pages))
         for layer in range(runtime.shape.layers):
             for which in range(2):
                 packed = bfp8_pack(unpacked.pop(0).contiguous(), rounding="device")
-                expected = packed.transpose(0, 1)[: len(used)]
+                expected = packed.transpose(0, 1)[tiles]
                 assert torch.equal(runtime.host[layer][which][used], expected)
     assert not unpacked
 
 
-def test_memory_is_as_predicted_and_a_bucket_compiles_once(card: Card) -> None:
+def test_memory_is_as_predicted_and_nothing_compiles_after_the_start(
+    card: Card, rng: np.random.Generator
+) -> None:
     before = card.dram.free
-    runtime = on_card(card, random_model("qwen3"), pages=200)
+    runtime = on_card(card, random_model("qwen3"), pages=200, chunk_tokens=256)
     taken = before - card.dram.free
-    shape = runtime.shape
+    shape, runner = runtime.shape, runtime.runner
     predicted = shape.weight_bytes(WeightFormats()) + 200 * shape.page_bytes * shape.layers
+    predicted += 2 * runtime.model.context * shape.head_dim * BF16
+    predicted += sum(input_bytes(bucket, runner.width) for bucket in runner.buckets)
     print(f"DRAM: {taken} bytes taken, {predicted} predicted")
     assert abs(predicted - taken) <= 0.05 * taken
-    programs = []
-    for length in (40, 33, 64, 50):
-        runtime.prefill([Chunk(np.arange(length), 0, np.arange(1, 3))], last=True)
-        programs.append(card.programs)
-    assert programs[0] > 0 and len(set(programs)) == 1, programs
+    runner.warm_up(traces=False)
+    assert card.programs > 0
+    for _ in range(4):
+        runtime.prefill(several(rng), last=True)
+    assert runner.facts()["programs_after_start"] == 0
+
+
+def several(rng: np.random.Generator) -> list[Chunk]:
+    """Requests with pages of their own."""
+    count = int(rng.integers(1, 5))
+    lengths = rng.integers(1, 90, count).tolist()
+    pages = np.split(np.arange(1, 1 + 3 * count), count)
+    return [Chunk(rng.integers(0, 512, n), 0, own) for n, own in zip(lengths, pages, strict=True)]
+
+
+def test_traces_compute_what_calls_do(card: Card, rng: np.random.Generator) -> None:
+    hf = random_model("qwen3", layers=2)
+    traced, called = (on_card(card, hf, chunk_tokens=128) for _ in range(2))
+    traced.runner.warm_up(traces=True)
+    assert traced.runner.facts()["traces"] == len(traced.runner.lanes)
+    for _ in range(4):
+        chunks = several(rng)
+        answers = [runtime.prefill(chunks, last=True) for runtime in (traced, called)]
+        for one, other in zip(*answers, strict=True):
+            assert torch.equal(one, other)
+        used = torch.from_numpy(np.concatenate([c.pages[: c.end // 32] for c in chunks]))
+        for layer in range(2):
+            for which in range(2):
+                ours, theirs = (r.host[layer][which][used] for r in (traced, called))
+                assert torch.equal(ours, theirs)
+    traced.close()
+    called.close()

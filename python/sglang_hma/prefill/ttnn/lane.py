@@ -89,7 +89,7 @@ class Lane:
     def run(self, inputs: Inputs, leaving: Leaving) -> Any:
         """Logits on the card: rows as `inputs.lasts` says."""
         if not self.traces:
-            return self.model.last_logits(self.run_eagerly(inputs, leaving), self.rows)
+            return self._last_logits(self.run_eagerly(inputs, leaving))
         import ttnn
 
         self.upload(inputs)
@@ -133,8 +133,8 @@ class Lane:
         for self.core_bytes in CORE_BYTES:
             try:
                 blocks = self.run_eagerly(nothing, leaving)
-                self.model.read_logits(self.model.last_logits(blocks, self.rows))
-                self.model.hidden(blocks[0])
+                self.model.output.read_logits(self._last_logits(blocks))
+                self.model.output.hidden(blocks[0].x)
                 return
             except RuntimeError as error:
                 if self.core_bytes == CORE_BYTES[-1]:
@@ -180,8 +180,11 @@ class Lane:
                 found += self.model.layer(layer, block, self.cache[layer], self.attention)
         packed = ttnn.concat(found, dim=1, memory_config=ttnn.DRAM_MEMORY_CONFIG)
         if layers.stop == len(self.cache):
-            self.logits = self.model.last_logits(self.kept, self.rows)
+            self.logits = self._last_logits(self.kept)
         return packed
+
+    def _last_logits(self, blocks: Sequence[Block]) -> Any:
+        return self.model.output.last_logits([block.x for block in blocks], self.rows)
 
     def release(self) -> None:
         import ttnn

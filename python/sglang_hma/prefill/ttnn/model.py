@@ -23,17 +23,14 @@ from hma_kernels import PAGE, TILE, TILE_BYTES
 from sglang_hma.prefill.ttnn.buckets import Bucket
 from sglang_hma.prefill.ttnn.card import Card
 from sglang_hma.prefill.ttnn.mlp import Mlp
+from sglang_hma.prefill.ttnn.output import Output
 from sglang_hma.prefill.ttnn.shape import BF16, ModelShape
-from sglang_hma.prefill.ttnn.tiles import tile_rows
 from sglang_hma.prefill.ttnn.weights import Weights
 
 # A value of up to so many bytes a core lies in the cores' memory (1.5 MB each), a larger one in
 # DRAM. What an operation needs there for itself is known once it is made: where the first does not
 # leave enough, a lane takes the next.
 CORE_BYTES = (208 << 10, 96 << 10, 0)
-# Rows that go through the LM head at once where every token's logits are asked for.
-HEAD_ROWS = 128
-
 
 # K and V of each layer: BFP8 [pages, a chip's kv_heads, 32, head_dim]; page 0 takes what rows that
 # are no new token write
@@ -115,6 +112,9 @@ class PrefillModel:
         self.cos, self.sin = (
             self.card.tensor(table[0].bfloat16(), ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT)
             for table in (cos, sin)
+        )
+        self.output = Output(
+            *(card, shape, weights), norm=self._norm, rows_of=self._rows_of, fast=self.fast
         )
         self.mlp = Mlp(
             self.part, weights, self._linear, self._summed_linear, self._place, self.exact
@@ -240,63 +240,6 @@ class PrefillModel:
         if len(parts) == 1:
             return parts[0]
         return ttnn.concat(parts, dim=2, memory_config=self._place(q.shape))
-
-    def last_logits(self, blocks: Sequence[Block], rows: Any) -> Any:
-        """[1, 1, 32 a block, a chip's vocabulary], of the rows that `buckets.Inputs` names."""
-        import ttnn
-
-        parts = []
-        for index, block in enumerate(blocks):
-            lasts = ttnn.slice(rows, [2, TILE * index], [3, TILE * (index + 1)])
-            table = ttnn.to_layout(block.x, ttnn.ROW_MAJOR_LAYOUT)
-            parts.append(self._rows_of(table, lasts))
-        x = parts[0] if len(parts) == 1 else ttnn.concat(parts, dim=2)
-        return self._head(self._norm(x, "norm"))
-
-    def read_logits(self, logits: Any) -> torch.Tensor:
-        """BF16 [rows, vocab] on the host."""
-        import ttnn
-
-        self.card.wait()
-        parts = ttnn.ConcatMeshToTensor(self.card.device, dim=-1)
-        return ttnn.to_torch(logits, mesh_composer=parts)[0, 0, :, : self.shape.vocab]
-
-    def hidden(self, block: Block) -> torch.Tensor:
-        """Normed rows of the residual stream, BF16 [rows, hidden], on the host."""
-        return self.read(self._norm(block.x, "norm"))
-
-    def read(self, x: Any) -> torch.Tensor:
-        """All rows of a tensor [1, 1, rows, hidden], on the host."""
-        import ttnn
-
-        self.card.wait()
-        on_host = ttnn.from_device(ttnn.get_device_tensors(x)[0])
-        return tile_rows(on_host, self.shape.hidden)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """BF16 [rows, hidden] -> [rows, vocab] through the LM head on the card."""
-        import ttnn
-
-        found = hidden.new_empty(len(hidden), self.shape.vocab)
-        for begin in range(0, len(hidden), HEAD_ROWS):
-            part = hidden[begin : begin + HEAD_ROWS]
-            padded = hidden.new_zeros(1, 1, HEAD_ROWS, self.shape.hidden)
-            padded[0, 0, : len(part)] = part
-            x = self.card.tensor(padded.bfloat16(), ttnn.bfloat16, ttnn.TILE_LAYOUT)
-            logits = self.read_logits(self._head(x))
-            found[begin : begin + len(part)] = logits[: len(part)]
-        return found
-
-    def _head(self, x: Any) -> Any:
-        import ttnn
-
-        return ttnn.linear(
-            x,
-            self.weights["lm_head"],
-            dtype=ttnn.bfloat16,
-            memory_config=ttnn.DRAM_MEMORY_CONFIG,
-            compute_kernel_config=self.fast,
-        )
 
     def _linear(self, x: Any, name: str, dtype: Any = None) -> Any:
         """With its bias, if it has one; BF16 unless another type is asked for."""

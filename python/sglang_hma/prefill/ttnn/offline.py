@@ -65,7 +65,7 @@ class OfflinePrefill:
         each layer, [n, hidden]."""
         if last:
             return [row[None] for row in self.runner.last_logits(chunks)]
-        return [self.model.logits(rows) for rows in self.runner.hidden(chunks, hidden)]
+        return [self.model.output.logits(rows) for rows in self.runner.hidden(chunks, hidden)]
 
     def close(self) -> None:
         self.runner.close()

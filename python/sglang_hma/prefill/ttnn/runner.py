@@ -51,7 +51,7 @@ class Runner:
             lane.warm_up(self._leaving(final=False))
             self.readback.drain()
         head = self.model.shape.hidden
-        self.model.logits(torch.zeros(1, head, dtype=torch.bfloat16))
+        self.model.output.logits(torch.zeros(1, head, dtype=torch.bfloat16))
         if traces:
             self._capture(lanes)
         self.programs_at_start = self.model.card.programs
@@ -82,7 +82,7 @@ class Runner:
         def take(lane: Lane, group: Group, given: Inputs, final: bool) -> None:
             logits = lane.run(given, self._leaving(final))
             if given.lasts:
-                rows = self.model.read_logits(logits)
+                rows = self.model.output.read_logits(logits)
                 for chunk, row in given.lasts:
                     found[chunk] = rows[row]
 
@@ -94,7 +94,7 @@ class Runner:
     ) -> list[torch.Tensor]:
         """Normed hidden states of each chunk's tokens, BF16 [n, hidden]. `residuals` gets what the
         first chunk's residual stream is after each layer, [n, hidden]."""
-        size = self.model.shape.hidden
+        output, size = self.model.output, self.model.shape.hidden
 
         def rows() -> list[torch.Tensor]:
             return [torch.empty(len(c.tokens), size, dtype=torch.bfloat16) for c in chunks]
@@ -104,10 +104,10 @@ class Runner:
         def take(lane: Lane, group: Group, given: Inputs, final: bool) -> None:
             def after(layer: int, blocks: Sequence[Block]) -> None:
                 if residuals is not None:
-                    _spread(group, [self.model.read(b.x) for b in blocks], chunks, streams[layer])
+                    _spread(group, [output.read(b.x) for b in blocks], chunks, streams[layer])
 
             blocks = lane.run_eagerly(given, self._leaving(final), after)
-            _spread(group, [self.model.hidden(block) for block in blocks], chunks, found)
+            _spread(group, [output.hidden(block.x) for block in blocks], chunks, found)
 
         self._each_group(chunks, take)
         if residuals is not None:

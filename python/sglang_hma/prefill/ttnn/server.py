@@ -34,7 +34,7 @@ class _CardHead:
         self.quant_method = self
 
     def apply(self, _: Any, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.model.logits(hidden)
+        return self.model.output.logits(hidden)
 
 
 class CardCausalLM(torch.nn.Module):
