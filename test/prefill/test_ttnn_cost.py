@@ -19,7 +19,7 @@ from benchmark.tenstorrent.operations import OPERATIONS
 from benchmark.tenstorrent.recorder import Recorder
 from sglang_hma.prefill.ttnn.card import opened
 from sglang_hma.prefill.ttnn.offline import split
-from sglang_hma.prefill.ttnn.shape import pages_of
+from sglang_hma.prefill.ttnn.chunk import pages_of
 
 from .models import on_card, random_model
 
