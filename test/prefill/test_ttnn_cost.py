@@ -18,8 +18,8 @@ from benchmark.tenstorrent.module import recording
 from benchmark.tenstorrent.operations import OPERATIONS
 from benchmark.tenstorrent.recorder import Recorder
 from sglang_hma.prefill.ttnn.card import opened
-from sglang_hma.prefill.ttnn.offline import split
 from sglang_hma.prefill.ttnn.chunk import pages_of
+from sglang_hma.prefill.ttnn.offline import split
 
 from .models import on_card, random_model
 
