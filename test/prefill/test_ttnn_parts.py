@@ -7,9 +7,15 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 
+from benchmark.tenstorrent.driven import served
 from hma_kernels import PAGE
+from sglang_hma.prefill.ttnn.buckets import buckets, table_width
+from sglang_hma.prefill.ttnn.card import Card, Dram
 from sglang_hma.prefill.ttnn.chunk import pages_of
+from sglang_hma.prefill.ttnn.lane import lane_bytes
 from sglang_hma.prefill.ttnn.server import chunks_of, only_next_tokens
+
+from .models import random_model
 
 
 @pytest.mark.parametrize("trial", range(10))
@@ -49,3 +55,31 @@ def test_whose_rows_are_needed(asked: str | None) -> None:
         token_indices_to_pool=[1] if asked == "positions" else None,
     )
     assert only_next_tokens(batch) == (asked is None)
+
+
+def test_pages_that_fit_beside_what_a_forward_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are bytes for and no more; where not even a chunk's fit, words say so."""
+    from sglang_hma.prefill.ttnn import server as seam
+
+    hf = random_model("qwen3")
+    with served(hf.config) as server:
+        model = server.model
+        schedule = SimpleNamespace(chunked_prefill_size=2048)
+        monkeypatch.setattr(seam, "get_schedule", lambda: schedule)
+        among = buckets(2048)
+        width = table_width(model.model.context, among)
+        lanes = sum(lane_bytes(bucket, model.part, width) for bucket in among)
+        page = model.part.page_bytes * model.part.layers
+        other = lanes + model.part.activation_bytes(2048)
+
+        def fitting(free: int) -> int:
+            dram = property(lambda _: Dram(total=1 << 40, free=free))
+            monkeypatch.setattr(Card, "dram", dram)
+            return int(model.fitting_tokens(10**6))
+
+        assert fitting(other + 101 * page) == fitting(other + 102 * page - 1) == 100 * PAGE
+        assert fitting(1 << 40) == 10**6
+        with pytest.raises(RuntimeError, match="use a smaller model or a smaller --chunked-pre"):
+            fitting(other + 64 * page)
+        schedule.chunked_prefill_size = -1
+        assert model.chunk_tokens == hf.config.max_position_embeddings

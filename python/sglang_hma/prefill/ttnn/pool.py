@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig
-from sglang.srt.runtime_context import get_schedule
 from typing_extensions import override
 
 from sglang_hma.kvcache.pool import Bfp8KVPool
@@ -24,9 +23,8 @@ class CardPoolConfigurator(HmaPoolConfigurator):
     """SGLang's token budget, as far as the card's memory goes."""
 
     def usable(self, sizes: MemoryPoolConfig, *, reserved: int) -> MemoryPoolConfig:
-        sizes.max_total_num_tokens = CardCausalLM.serving.fitting_tokens(
-            sizes.max_total_num_tokens, get_schedule().chunked_prefill_size
-        )
+        model = CardCausalLM.serving
+        sizes.max_total_num_tokens = model.fitting_tokens(sizes.max_total_num_tokens)
         return sizes
 
 

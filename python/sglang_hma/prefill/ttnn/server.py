@@ -90,10 +90,16 @@ class CardCausalLM(torch.nn.Module):
             dram.total / 1e9,
         )
 
-    def fitting_tokens(self, wanted: int, chunk: int) -> int:
-        """At most `wanted` KV tokens beside what forwards of `chunk` tokens take and page 0;
-        RuntimeError if not even one chunk fits."""
-        free = self.card.dram.free
+    @property
+    def chunk_tokens(self) -> int:
+        """New tokens of a batch at most; without chunks a prompt is as long as the context."""
+        said = get_schedule().chunked_prefill_size
+        return int(said) if said > 0 else self.model.context
+
+    def fitting_tokens(self, wanted: int) -> int:
+        """At most `wanted` KV tokens beside what a forward takes and page 0; RuntimeError if not
+        even one chunk fits."""
+        free, chunk = self.card.dram.free, self.chunk_tokens
         among = buckets(chunk)
         width = table_width(self.model.context, among)
         lanes = sum(lane_bytes(bucket, self.part, width) for bucket in among)
@@ -127,7 +133,7 @@ class CardCausalLM(torch.nn.Module):
             pool.card_cache,
             pool.store_pages,
             pool.layer_stored,
-            chunk_tokens=get_schedule().chunked_prefill_size,
+            chunk_tokens=self.chunk_tokens,
         )
         self.runner.warm_up(traces=not described_only())
 
