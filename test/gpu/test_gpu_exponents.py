@@ -42,8 +42,9 @@ def test_exponents_far_apart(
     given = q.double().numpy()
     truth = reference.decode_attention(given, kv, table, scale=dim**-0.5)
     size = reference.decode_attention(given, absolute(kv), table, scale=dim**-0.5)
-    # The interpreter cuts off where a GPU rounds.
+    # The interpreter cuts off where a GPU rounds, and subnormal values of BF16 pages become zero.
     allowed = NOISE * size + np.abs(truth) * torch.finfo(torch.bfloat16).eps
+    allowed += np.finfo(np.float32).tiny
     assert np.isfinite(got).all()
     assert (np.abs(got - truth) <= allowed).all()
 
