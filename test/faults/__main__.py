@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, folder: Path) -> Found:
             quiet = quiet_answers(fleet.url, asked)
             injector = Injector(fleet, link, disk)
             load = Load(fleet.url, asked, quiet, args.clients, args.seed)
-            memory = Memory(fleet.rss, lambda: len(load.outcomes))
+            memory = Memory(fleet.rss, lambda: len(load.outcomes), fleet.served_again)
             with memory:
                 with load:
                     begin = time.monotonic()

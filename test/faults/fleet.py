@@ -4,6 +4,7 @@ import contextlib
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,12 @@ class Fleet(Process):
         server.popen = self.popen
         return server
 
+    def served_again(self) -> Counter[str]:
+        """How often launch_pd has said that each program serves again."""
+        return Counter(SERVES_AGAIN.findall(self.text()))
+
     def returns(self, name: str) -> int:
-        """How often launch_pd has said that `name` serves again."""
-        return SERVES_AGAIN.findall(self.text()).count(name)
+        return self.served_again()[name]
 
     def wait_return(self, name: str, before: int) -> None:
         """Until `name` serves again, after the `before` times that are past."""

@@ -1,7 +1,7 @@
 """Resident memory of processes over time, and how fast it grows."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,20 +17,23 @@ class Sample:
     time_s: float
     requests: int
     rss: dict[Who, int]
+    served: Mapping[str, int] = field(default_factory=dict)  # how often each server began to again
 
 
 @dataclass
 class Memory(Background):
-    """Samples `look()` every `every_s` seconds, beside what `requests()` says then."""
+    """Samples `look()` every `every_s` seconds, beside what `requests()` and `served()` say then."""
 
     look: Callable[[], dict[Who, int]]
     requests: Callable[[], int]
+    served: Callable[[], Mapping[str, int]] = dict
     every_s: float = 2.0
     samples: list[Sample] = field(default_factory=list)
 
     def _work(self) -> None:
         while not self.stop.wait(self.every_s):
-            self.samples.append(Sample(time.monotonic(), self.requests(), self.look()))
+            sample = Sample(time.monotonic(), self.requests(), self.look(), self.served())
+            self.samples.append(sample)
 
     def whole(self) -> set[Who]:
         """Processes that are in every sample."""
@@ -49,10 +52,14 @@ def slope(samples: list[Sample], who: Who) -> float:
 
 
 def growth(samples: list[Sample], who: Who, settled_s: float) -> float:
-    """MB between the median of the first three samples `settled_s` seconds after this process was
-    first seen, and that of the last three; 0 if it did not live for so long."""
+    """MB between the median of the first three samples `settled_s` seconds after this process's
+    server began to serve, and that of the last three; 0 if it did not serve for so long. One that
+    is there from the first sample on serves then."""
     own = [each for each in samples if who in each.rss]
-    old = [each.rss[who] for each in own if each.time_s >= own[0].time_s + settled_s]
+    server = who[1].partition(" ")[0]
+    before = -1 if own[0] is samples[0] else own[0].served.get(server, 0)
+    serving = [each for each in own if each.served.get(server, 0) > before]
+    old = [each.rss[who] for each in serving if each.time_s >= serving[0].time_s + settled_s]
     if len(old) < 6:
         return 0.0
     return float(np.median(old[-3:]) - np.median(old[:3])) / MB

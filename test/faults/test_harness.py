@@ -84,3 +84,14 @@ def test_growth_is_of_a_process_that_has_settled() -> None:
     assert slope(samples, old) == pytest.approx(2.0)
     assert growth(samples, old, settled_s=50) == pytest.approx(0.2 * 47)
     assert growth(samples, young, settled_s=50) == 0.0
+
+
+def test_growth_leaves_out_what_a_server_takes_until_it_serves() -> None:
+    """However long that takes: on a busy machine it is minutes."""
+    who = (3, "prefill-1 main")
+    samples = [Sample(i, i, {}, {"prefill-1": 1 + (i >= 120)}) for i in range(240)]
+    for each in samples[20:]:
+        loaded = min(each.time_s, 115)
+        each.rss[who] = int((10 * loaded + 0.1 * each.time_s) * MB)
+    assert growth(samples, who, settled_s=50) == pytest.approx(0.1 * (238 - 171))
+    assert growth(samples[:120], who, settled_s=50) == 0.0
