@@ -17,12 +17,12 @@ class Sample:
     time_s: float
     requests: int
     rss: dict[Who, int]
-    served: Mapping[str, int] = field(default_factory=dict)  # how often each server began to again
+    served: Mapping[str, int] = field(default_factory=dict)  # how often each serves again
 
 
 @dataclass
 class Memory(Background):
-    """Samples `look()` every `every_s` seconds, beside what `requests()` and `served()` say then."""
+    """Samples `look()` every `every_s` seconds, and what `requests()` and `served()` say then."""
 
     look: Callable[[], dict[Who, int]]
     requests: Callable[[], int]
