@@ -7,10 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmark.tenstorrent.driven import config_of
 from hma_kernels import PAGE
 from sglang_hma.prefill.ttnn.buckets import BLOCK, Bucket, buckets, inputs, pack, table_width
 from sglang_hma.prefill.ttnn.chunk import Chunk, pages_of
-from sglang_hma.prefill.ttnn.lane import SEGMENTS, segments
+from sglang_hma.prefill.ttnn.lane import (
+    SEGMENTS,
+    lane_bytes,
+    memory_of,
+    segments,
+    traced_buckets,
+)
+from sglang_hma.prefill.ttnn.shape import ModelShape
 
 CONTEXT = 16384
 
@@ -110,3 +118,18 @@ def test_segments_end_with_single_layers(layers: int) -> None:
     parts = segments(layers)
     assert [layer for part in parts for layer in part] == list(range(layers))
     assert len(parts[-1]) == 1 and len(parts) == min(layers, SEGMENTS)
+
+
+def test_traces_take_a_twelfth_of_a_cards_memory_at_most() -> None:
+    shape = ModelShape.of(config_of("Qwen3-8B"))
+    among = buckets(8192)
+    width = table_width(40960, among)
+    most = {}
+    for memory in (0, 12 << 30, 24 << 30, 32 << 30):
+        traced = traced_buckets(among, shape, width, memory)
+        taken = sum(lane_bytes(bucket, shape, width, traced=True) for bucket in traced)
+        assert taken <= memory // 12
+        every = memory_of(among, shape, width, memory)
+        assert taken <= every <= taken + (1 << 30)
+        most[memory >> 30] = max((bucket.rows for bucket in traced), default=0)
+    assert most == {0: 0, 12: 2048, 24: 4096, 32: 8192}

@@ -12,7 +12,7 @@ from hma_kernels import PAGE
 from sglang_hma.prefill.ttnn.buckets import buckets, table_width
 from sglang_hma.prefill.ttnn.card import Card, Dram
 from sglang_hma.prefill.ttnn.chunk import pages_of
-from sglang_hma.prefill.ttnn.lane import lane_bytes
+from sglang_hma.prefill.ttnn.lane import memory_of
 from sglang_hma.prefill.ttnn.server import chunks_of, only_next_tokens
 
 from .models import random_model
@@ -68,7 +68,7 @@ def test_pages_that_fit_beside_what_a_forward_takes(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(seam, "get_schedule", lambda: schedule)
         among = buckets(2048)
         width = table_width(model.model.context, among)
-        lanes = sum(lane_bytes(bucket, model.part, width) for bucket in among)
+        lanes = memory_of(among, model.part, width, 1 << 40)
         page = model.part.page_bytes * model.part.layers
         other = lanes + model.part.activation_bytes(2048)
 

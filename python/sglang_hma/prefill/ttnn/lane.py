@@ -17,12 +17,14 @@ from hma_kernels import PAGE
 from sglang_hma.prefill.ttnn.buckets import Bucket, Inputs
 from sglang_hma.prefill.ttnn.card import COMPUTE, reason
 from sglang_hma.prefill.ttnn.model import CORE_BYTES, Block, Cache, PrefillModel
-from sglang_hma.prefill.ttnn.readback import Outgoing, Part
+from sglang_hma.prefill.ttnn.readback import IN_FLIGHT, Outgoing, Part
 from sglang_hma.prefill.ttnn.shape import BF16, ModelShape
 
 logger = logging.getLogger(__name__)
 
 SEGMENTS = 7
+# K and V of a trace's layers stay allocated, in all up to this part of a chip's memory.
+TRACES_OF_MEMORY = 12
 
 # (what leaves, the layers that are complete with it)
 Leaving = Callable[[Sequence[Outgoing], Sequence[int]], None]
@@ -47,11 +49,32 @@ def input_bytes(bucket: Bucket, width: int) -> int:
     return 4 * (3 * bucket.rows + (bucket.slots + 1) * (width + 16))
 
 
-def lane_bytes(bucket: Bucket, shape: ModelShape, width: int) -> int:
-    """What stays allocated on a chip for a lane with traces: its inputs, the residual stream,
-    rotary rows, and packed K and V of all layers."""
-    row = BF16 * (shape.hidden + 2 * shape.head_dim) + shape.layers * shape.page_bytes // PAGE
+def lane_bytes(bucket: Bucket, shape: ModelShape, width: int, *, traced: bool) -> int:
+    """What a lane takes of a chip's memory beside the values between operations: its inputs, the
+    residual stream, rotary rows, and packed K and V, of all layers with traces."""
+    layers = shape.layers if traced else min(shape.layers, IN_FLIGHT + 1)
+    row = BF16 * (shape.hidden + 2 * shape.head_dim) + layers * shape.page_bytes // PAGE
     return input_bytes(bucket, width) + bucket.rows * row
+
+
+def traced_buckets(
+    among: Sequence[Bucket], shape: ModelShape, width: int, memory: int
+) -> list[Bucket]:
+    """Those whose traces have room in a chip's `memory`, the small ones first: a large one computes
+    for longer than its calls take."""
+    found, left = [], memory // TRACES_OF_MEMORY
+    for bucket in sorted(among, key=lambda bucket: (bucket.rows, bucket.slots)):
+        left -= lane_bytes(bucket, shape, width, traced=True)
+        if left < 0:
+            break
+        found.append(bucket)
+    return found
+
+
+def memory_of(among: Sequence[Bucket], shape: ModelShape, width: int, memory: int) -> int:
+    """What all lanes take of a chip of so much memory."""
+    traced = set(traced_buckets(among, shape, width, memory))
+    return sum(lane_bytes(each, shape, width, traced=each in traced) for each in among)
 
 
 class Lane:

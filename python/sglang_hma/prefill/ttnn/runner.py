@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from sglang_hma.prefill.ttnn.buckets import Group, Inputs, buckets, inputs, pack, table_width
 from sglang_hma.prefill.ttnn.card import reason
 from sglang_hma.prefill.ttnn.chunk import Chunk
-from sglang_hma.prefill.ttnn.lane import Lane
+from sglang_hma.prefill.ttnn.lane import Lane, traced_buckets
 from sglang_hma.prefill.ttnn.model import Block, Cache, PrefillModel
 from sglang_hma.prefill.ttnn.readback import Outgoing, Readback, Store
 
@@ -41,8 +41,7 @@ class Runner:
 
     def warm_up(self, *, traces: bool) -> None:
         """Makes every program that a batch may need, so that none is compiled while requests wait,
-        and the traces of as many buckets as there is room for, the small ones first: a large one
-        computes for longer than its calls take."""
+        and the traces of the buckets that have room for them."""
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         begin = time.perf_counter()
@@ -53,7 +52,7 @@ class Runner:
         head = self.model.shape.hidden
         self.model.output.logits(torch.zeros(1, head, dtype=torch.bfloat16))
         if traces:
-            self._capture(lanes)
+            self._capture()
         self.programs_at_start = self.model.card.programs
         logger.info(
             "%d buckets, %d with traces, %d programs in %.1f s",
@@ -63,8 +62,10 @@ class Runner:
             time.perf_counter() - begin,
         )
 
-    def _capture(self, lanes: Iterable[Lane]) -> None:
-        for lane in lanes:
+    def _capture(self) -> None:
+        model = self.model
+        room = self.buckets, model.part, self.width, model.card.dram.total
+        for lane in (self.lanes[bucket] for bucket in traced_buckets(*room)):
             try:
                 lane.capture()
             except RuntimeError as error:

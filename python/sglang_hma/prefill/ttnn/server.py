@@ -16,7 +16,7 @@ from sglang_hma.prefill.ttnn.buckets import BLOCK, buckets, table_width
 from sglang_hma.prefill.ttnn.card import Card, described_only, open_card
 from sglang_hma.prefill.ttnn.checkpoint import check_files
 from sglang_hma.prefill.ttnn.chunk import Chunk
-from sglang_hma.prefill.ttnn.lane import lane_bytes
+from sglang_hma.prefill.ttnn.lane import memory_of
 from sglang_hma.prefill.ttnn.model import PrefillModel, rotary_embedding
 from sglang_hma.prefill.ttnn.runner import Runner
 from sglang_hma.prefill.ttnn.shape import ModelShape
@@ -99,10 +99,11 @@ class CardCausalLM(torch.nn.Module):
     def fitting_tokens(self, wanted: int) -> int:
         """At most `wanted` KV tokens beside what a forward takes and page 0; RuntimeError if not
         even one chunk fits."""
-        free, chunk = self.card.dram.free, self.chunk_tokens
+        dram, chunk = self.card.dram, self.chunk_tokens
+        free = dram.free
         among = buckets(chunk)
         width = table_width(self.model.context, among)
-        lanes = sum(lane_bytes(bucket, self.part, width) for bucket in among)
+        lanes = memory_of(among, self.part, width, dram.total)
         room = (self.part.pages_in(free - lanes, min(chunk, BLOCK)) - 1) * PAGE
         if room < chunk:
             raise RuntimeError(
