@@ -14,7 +14,7 @@ An operation that the recorder does not know fails by its name; operations.py sa
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,54 +89,38 @@ def rows_of(
         yield Row(Path(model).name, bucket, count(recorded), cards), recorded
 
 
+# Tables of counts: a title, and each column of it.
+SHOWN: dict[str, dict[str, Callable[[Counts], str]]] = {
+    "what the runtime calls for a batch": {
+        "programs run": lambda found: f"{found.operations:,}",
+        "of them new": lambda found: f"{found.new_programs}",
+        "host calls": lambda found: f"{found.host_calls:,}",
+        "of the forward": lambda found: f"{found.of_forward:,}",
+        "waits": lambda found: f"{found.waits:,}",
+    },
+    "GB of DRAM, and how often the weights among them are streamed": {
+        "matmuls": lambda found: f"{found.matmul_bytes / GB:.2f}",
+        "attention": lambda found: f"{found.attention_bytes / GB:.2f}",
+        "others": lambda found: f"{found.other_bytes / GB:.2f}",
+        "weights": lambda found: f"{found.weight_bytes / GB:.2f}",
+        "streamed": lambda found: f"x {found.weights_streamed:.2f}",
+    },
+    "TFLOP of products, MB over PCIe": {
+        "matmuls": lambda found: _products(found.flops),
+        "attention": lambda found: _products(found.attention_flops),
+        "to the card": lambda found: f"{found.up_bytes / MB:.1f}",
+        "to the host": lambda found: f"{found.down_bytes / MB:.1f}",
+    },
+}
+
+
 def show(model: str, rows: Sequence[Row]) -> None:
-    table(
-        f"{model}, one chip: what the runtime calls for a batch",
-        ("tokens", "programs run", "of them new", "host calls", "of the forward", "waits"),
-        [
-            (
-                str(row.bucket),
-                f"{found.operations:,}",
-                f"{found.new_programs}",
-                f"{found.host_calls:,}",
-                f"{found.of_forward:,}",
-                f"{found.waits:,}",
-            )
-            for row in rows
-            for found in (row.counts,)
-        ],
-    )
-    table(
-        f"{model}, one chip: GB of DRAM, and how often the weights among them are streamed",
-        ("tokens", "matmuls", "attention", "others", "weights", "streamed"),
-        [
-            (
-                str(row.bucket),
-                f"{found.matmul_bytes / GB:.2f}",
-                f"{found.attention_bytes / GB:.2f}",
-                f"{found.other_bytes / GB:.2f}",
-                f"{found.weight_bytes / GB:.2f}",
-                f"x {found.weights_streamed:.2f}",
-            )
-            for row in rows
-            for found in (row.counts,)
-        ],
-    )
-    table(
-        f"{model}, one chip: TFLOP of products, MB over PCIe",
-        ("tokens", "matmuls", "attention", "to the card", "to the host"),
-        [
-            (
-                str(row.bucket),
-                _products(found.flops),
-                _products(found.attention_flops),
-                f"{found.up_bytes / MB:.1f}",
-                f"{found.down_bytes / MB:.1f}",
-            )
-            for row in rows
-            for found in (row.counts,)
-        ],
-    )
+    for title, columns in SHOWN.items():
+        table(
+            f"{model}, one chip: {title}",
+            ("tokens", *columns),
+            [(str(row.bucket), *(cell(row.counts) for cell in columns.values())) for row in rows],
+        )
     names = list(rows[0].cards)
     table(
         f"{model}: PREDICTED ms; products' share of it at the peak; what is longest",

@@ -53,9 +53,6 @@ class Device:
     def num_program_cache_entries(self) -> int:
         return len(self.recorder.programs)
 
-    def enable_program_cache(self) -> None:
-        """It always is."""
-
     def compute_with_storage_grid_size(self) -> SimpleNamespace:
         return GRID
 
@@ -104,42 +101,20 @@ def _bound(recorder: Recorder, name: str) -> Callable[..., Any]:
 
 
 def _constants() -> dict[str, Any]:
-    configs = [
-        "SDPAProgramConfig",
-        "MinimalMatmulConfig",
-        "CoreGrid",
-        "CoreCoord",
-        "UnaryWithParam",
-    ]
-    matmuls = ("", "MultiCoreReuse", "MultiCoreReuseMultiCast", "MultiCoreReuseMultiCast1D")
-    configs += [f"Matmul{name}ProgramConfig" for name in matmuls]
-    unary = ("SILU", "GELU", "RELU")
-    spread = ("INTERLEAVED", "HEIGHT_SHARDED", "WIDTH_SHARDED", "BLOCK_SHARDED")
-    buffers = SimpleNamespace(DRAM="DRAM", L1="L1")
-    sharded = {f"L1_{name}_MEMORY_CONFIG": Memory("L1", name) for name in spread[1:]}
     fidelities = ("LoFi", "HiFi2", "HiFi3", "HiFi4")
     return {
         **{name: name for name in (*ELEMENT_BYTES, *BLOCK_TILE_BYTES)},
-        **{name: Options for name in configs},
         **{"TILE_LAYOUT": TILE_LAYOUT, "ROW_MAJOR_LAYOUT": ROW_MAJOR_LAYOUT},
-        **{"DRAM_MEMORY_CONFIG": DRAM, "L1_MEMORY_CONFIG": L1, **sharded},
+        **{"DRAM_MEMORY_CONFIG": DRAM, "L1_MEMORY_CONFIG": L1},
         "Shape": Shape,
-        "Tensor": Tensor,
-        "BufferType": buffers,
-        "TensorMemoryLayout": SimpleNamespace(**{name: name for name in spread}),
-        "MemoryConfig": lambda spread="INTERLEAVED", buffer_type="DRAM", *_, **__: Memory(
-            buffer_type, spread
-        ),
-        "create_sharded_memory_config": lambda *_, **__: Memory("L1", "SHARDED"),
-        "UnaryOpType": SimpleNamespace(**{name: name for name in unary}),
+        "SDPAProgramConfig": Options,
+        "BufferType": SimpleNamespace(DRAM="DRAM"),
+        "UnaryOpType": SimpleNamespace(SILU="SILU"),
         "MathFidelity": SimpleNamespace(**{name: name for name in fidelities}),
         "FabricConfig": SimpleNamespace(DISABLED="off", FABRIC_1D="line"),
         "MeshShape": lambda rows, columns: (rows, columns),
         "MeshCoordinate": lambda _row, column: column,
-        "QueueId": int,
         "init_device_compute_kernel_config": lambda _arch, **options: Options(**options),
-        "WormholeComputeKernelConfig": Options,
-        "BlackholeComputeKernelConfig": Options,
     }
 
 
@@ -215,32 +190,24 @@ def _host_side(recorder: Recorder) -> dict[str, Any]:
     def on_host(shape: Any, dtype: str, layout: str, _device: Any, *_: Any) -> Tensor:
         return Tensor(Shape(shape), dtype, layout, None)
 
-    def on_card(
-        shape: Any, dtype: str, layout: str, device: Any, memory_config: Any = None
+    def zeros(
+        shape: Any,
+        *_: Any,
+        dtype: str = "bfloat16",
+        layout: str = TILE_LAYOUT,
+        device: Any = None,
+        memory_config: Any = None,
     ) -> Tensor:
-        return Tensor(Shape(shape), dtype, layout, memory_config or DRAM, device)
-
-    def filled(name: str) -> Callable[..., Tensor]:
-        def fill(
-            shape: Any,
-            *_: Any,
-            dtype: str = "bfloat16",
-            layout: str = TILE_LAYOUT,
-            device: Any = None,
-            memory_config: Any = None,
-        ) -> Tensor:
-            tensor = on_card(shape, dtype, layout, device, memory_config)
-            note(name, "other", writes=tensor.dram, results=(tensor.looks,), programs=1)
-            return tensor
-
-        return fill
+        tensor = Tensor(Shape(shape), dtype, layout, memory_config or DRAM, device)
+        note("zeros", "other", writes=tensor.dram, results=(tensor.looks,), programs=1)
+        return tensor
 
     def record_event(_device: Any, queue: int = 0, *_: Any, **__: Any) -> Event:
         note("record_event", "event", queue=queue)
         return Event(queue)
 
-    def waits(name: str) -> Callable[..., None]:
-        return lambda *_, **__: note(name, "wait")
+    def event_synchronize(_event: Event) -> None:
+        note("event_synchronize", "wait")
 
     def wait_for_event(queue: int, _event: Event) -> None:
         note("wait_for_event", "event", queue=queue)
@@ -257,7 +224,6 @@ def _host_side(recorder: Recorder) -> dict[str, Any]:
         "open_mesh_device": open_mesh_device,
         "open_device": lambda *_, **__: Device(1, recorder),
         "close_mesh_device": nothing,
-        "close_device": nothing,
         "set_fabric_config": nothing,
         "get_memory_view": memory_view,
         "ReplicateTensorToMesh": lambda device: Options(device=device, dim=None),
@@ -271,14 +237,10 @@ def _host_side(recorder: Recorder) -> dict[str, Any]:
         "to_torch": to_torch,
         "copy_device_to_host_tensor": to_host,
         "allocate_tensor_on_host": on_host,
-        "allocate_tensor_on_device": on_card,
-        "zeros": filled("zeros"),
-        "empty": filled("empty"),
-        "deallocate": nothing,
+        "zeros": zeros,
         "record_event": record_event,
         "wait_for_event": wait_for_event,
-        "event_synchronize": waits("event_synchronize"),
-        "synchronize_device": waits("synchronize_device"),
+        "event_synchronize": event_synchronize,
         "begin_trace_capture": lambda _device, *_, **__: recorder.begin_trace(),
         "end_trace_capture": lambda _device, number, *_, **__: recorder.end_trace(number),
         "execute_trace": execute,

@@ -4,7 +4,7 @@ To add one: a function of ttnn's own arguments that returns Work, under its name
 simple one moves every operand and its result once, `_like` or `_binary` may be enough. Work says
 what the results look like; reads and writes are every operand in DRAM once and every result in DRAM
 once, unless it says otherwise. An operand in L1 costs none. Results go where the first operand is,
-but for linear, matmul, concat and attention, whose go to DRAM: ttnn 0.81.1 on a described card.
+but for linear, concat and attention, whose go to DRAM: ttnn 0.81.1 on a described card.
 """
 
 import math
@@ -79,43 +79,18 @@ def _embedding(
     return Work((out,), reads=ids.dram + (rows if table.dram else 0))
 
 
-def _linear(a: Tensor, b: Tensor, *, bias: Any = None, dtype: Any = None, **options: Any) -> Work:
+def _linear(a: Tensor, b: Tensor, *, dtype: Any = None, **_: Any) -> Work:
     """2 M K N operations of the matrix engine, rows padded to tiles."""
-    if options.get("transpose_a") or options.get("transpose_b"):
-        raise NotImplementedError("a matmul that transposes has no costs in operations.py")
-    return _product(a, b, Out((*a.shape[:-1], b.shape[-1]), dtype or a.dtype))
-
-
-def _minimal_matmul(
-    a: Any, b: Tensor, *_: Any, dtype: Any = None, fuse_swiglu: bool = False, **__: Any
-) -> Work:
-    """fuse_swiglu: pairs of columns become one."""
-    first = a[0] if isinstance(a, list | tuple) else a
-    columns = b.shape[-1] // 2 if fuse_swiglu else b.shape[-1]
-    shape = (*first.shape[:-1], columns)
-    return _product(first, b, Out(shape, dtype or first.dtype, memory=first.memory or DRAM))
-
-
-def _product(a: Tensor, b: Tensor, out: Out) -> Work:
-    batch = math.prod(a.padded_shape[:-1])
-    flops = 2 * batch * b.padded_shape[-2] * b.padded_shape[-1]
+    rows = math.prod(a.padded_shape[:-1])
+    flops = 2 * rows * b.padded_shape[-2] * b.padded_shape[-1]
+    out = Out((*a.shape[:-1], b.shape[-1]), dtype or a.dtype)
     return Work((out,), "matmul", flops=flops, weight=b)
 
 
-def _create_heads(
-    qkv: Tensor,
-    *_: Any,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    transpose_k_heads: bool = False,
-    **__: Any,
-) -> Work:
-    kv = num_kv_heads or num_heads
+def _create_heads(qkv: Tensor, *_: Any, num_heads: int, num_kv_heads: int, **__: Any) -> Work:
     batch, _one, rows, width = qkv.shape
-    dim = width // (num_heads + 2 * kv)
-    shapes = [(batch, heads, rows, dim) for heads in (num_heads, kv, kv)]
-    if transpose_k_heads:
-        shapes[1] = (batch, kv, dim, rows)
+    dim = width // (num_heads + 2 * num_kv_heads)
+    shapes = [(batch, heads, rows, dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
     return Work(tuple(Out(shape, qkv.dtype, qkv.layout, qkv.memory or DRAM) for shape in shapes))
 
 
@@ -135,32 +110,12 @@ def _chunked_attention(
     k: Tensor,
     v: Tensor,
     table: Tensor,
-    start: int | None = None,
     *,
-    chunk_start_idx: int | None = None,
-    chunk_start_idx_tensor: Tensor | None = None,
+    chunk_start_idx_tensor: Tensor,
     program_config: Any = None,
     **_: Any,
 ) -> Work:
-    first = start if start is not None else chunk_start_idx
-    if chunk_start_idx_tensor is not None:
-        if chunk_start_idx_tensor.integers is None:
-            raise RuntimeError("where the chunk starts is no value that came from the host")
-        first = int(chunk_start_idx_tensor.integers.flatten()[0])
-    assert first is not None
-    return _attention(q, k, v, table, first=first, config=program_config)
-
-
-def _plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, *_: Any, program_config: Any = None, **options: Any
-) -> Work:
-    if options.get("is_causal", True) is False:
-        raise NotImplementedError("attention without causality has no costs in operations.py")
-    return _attention(q, k, v, first=0, config=program_config)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *read: Tensor, first: int, config: Any) -> Work:
-    """Of q [batch, heads, rows, dim] behind `first` tokens.
+    """Of q [batch, heads, rows, dim] behind as many tokens as the tensor says.
 
     Each chunk of q_chunk_size queries of each query head goes over whole chunks of k_chunk_size
     keys up to its last query, and reads K and V of its own: the vendor's kernel (tt-metal,
@@ -168,14 +123,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *read: Tensor, first: int, confi
     KV head, nor between chunks of queries. Keys beyond the last token are not read. Q and the
     result are moved once. Both products count on whole chunks, masked halves included.
     """
-    wide = getattr(config, "q_chunk_size", TILE), getattr(config, "k_chunk_size", TILE)
+    if chunk_start_idx_tensor.integers is None:
+        raise RuntimeError("where the chunk starts is no value that came from the host")
+    first = int(chunk_start_idx_tensor.integers.flatten()[0])
+    queries, keys = (getattr(program_config, f"{each}_chunk_size", TILE) for each in "qk")
     batch, heads, rows, dim = q.padded_shape
-    ends = [first + end for end in range(wide[0], rows + wide[0], wide[0])]
-    extents = [-(-end // wide[1]) * wide[1] for end in ends]
+    ends = [first + end for end in range(queries, rows + queries, queries)]
+    extents = [-(-end // keys) * keys for end in ends]
     seen = sum(min(extent, first + rows) for extent in extents)
     row_bytes = [size((TILE, dim), each.dtype, TILE_LAYOUT) / TILE for each in (k, v) if each.dram]
-    reads = q.dram + sum(each.dram for each in read) + int(batch * heads * seen * sum(row_bytes))
-    flops = 4 * batch * heads * dim * wide[0] * sum(extents)
+    reads = q.dram + table.dram + int(batch * heads * seen * sum(row_bytes))
+    flops = 4 * batch * heads * dim * queries * sum(extents)
     return Work((Out(q.shape, q.dtype),), "attention", reads=reads, flops=flops)
 
 
@@ -215,10 +173,6 @@ def _to_layout(x: Tensor, layout: str, dtype: Any = None, *_: Any, **__: Any) ->
     return _moved(x, _as(x, dtype, layout))
 
 
-def _to_memory(x: Tensor, memory_config: Memory, dtype: Any = None, *_: Any, **__: Any) -> Work:
-    return _moved(x, Out(x.shape, dtype or x.dtype, x.layout, memory_config))
-
-
 def _moved(x: Tensor, out: Out) -> Work:
     """Nothing is done where nothing changes."""
     asked = (tuple(out.shape), out.dtype, out.layout, out.memory)
@@ -228,16 +182,6 @@ def _moved(x: Tensor, out: Out) -> Work:
 
 def _view(out: Out) -> Work:
     return Work((out,), kind="view", reads=0, programs=0)
-
-
-def _permute(x: Tensor, dims: Sequence[int], **_: Any) -> Work:
-    return Work((Out([x.shape[dim] for dim in dims], x.dtype, x.layout, x.memory or DRAM),))
-
-
-def _transpose(x: Tensor, a: int, b: int, **_: Any) -> Work:
-    shape = list(x.shape)
-    shape[a], shape[b] = shape[b], shape[a]
-    return Work((Out(shape, x.dtype, x.layout, x.memory or DRAM),))
 
 
 def _topk(x: Tensor, k: int, dim: int = -1, **_: Any) -> Work:
@@ -271,39 +215,24 @@ def _all_reduce(x: Tensor, *_: Any, **__: Any) -> Work:
 OPERATIONS: dict[str, Callable[..., Work]] = {
     "add": _binary,
     "all_reduce": _all_reduce,
-    "clone": _like,
     "concat": _concat,
     "embedding": _embedding,
-    "experimental.minimal_matmul": _minimal_matmul,
     "experimental.nlp_concat_heads": _concat_heads,
     "experimental.nlp_create_qkv_heads": _create_heads,
     "experimental.paged_fill_cache": _paged_fill,
     "experimental.rotary_embedding_hf": _like,
     "ge": _binary,
-    "gelu": _like,
-    "gt": _binary,
-    "layer_norm": _like,
-    "le": _binary,
     "linear": _linear,
     "lt": _binary,
-    "matmul": _linear,
     "mul": _binary,
-    "multiply": _binary,
-    "permute": _permute,
     "reshape": _reshape,
     "rms_norm": _like,
     "scatter": _scatter,
-    "silu": _like,
     "slice": _slice,
     "softmax": _like,
-    "subtract": _binary,
-    "tilize": lambda x, **_: _to_layout(x, TILE_LAYOUT),
     "to_layout": _to_layout,
-    "to_memory_config": _to_memory,
     "topk": _topk,
     "transformer.chunked_scaled_dot_product_attention": _chunked_attention,
-    "transformer.scaled_dot_product_attention": _plain_attention,
-    "transpose": _transpose,
     "typecast": _typecast,
     "where": _where,
 }

@@ -18,24 +18,21 @@ from hma_kernels.layout import TILE, TILE_BYTES
 TILE_LAYOUT, ROW_MAJOR_LAYOUT = "TILE", "ROW_MAJOR"
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "uint32": 4, "int32": 4, "uint16": 2, "uint8": 1}
 # A tile of 32 x 32 with a shared exponent for each 16 values.
-BLOCK_TILE_BYTES = {"bfloat8_b": TILE_BYTES, "bfloat4_b": TILE_BYTES - TILE * TILE // 2}
+BLOCK_TILE_BYTES = {"bfloat8_b": TILE_BYTES}
 KEPT_INTEGERS = 1 << 18  # of page tables and token ids: a server has few of either
 
 _numbers = itertools.count()
 
 
 class Shape(tuple[int, ...]):
-    @property
-    def rank(self) -> int:
-        return len(self)
+    """ttnn's own."""
 
 
 @dataclass(frozen=True)
 class Memory:
     """What ttnn calls a memory config: DRAM, or the cores' own L1, which costs no DRAM traffic."""
 
-    buffer_type: str = "DRAM"
-    spread: str = "INTERLEAVED"
+    buffer_type: str
 
     @property
     def in_dram(self) -> bool:
@@ -68,17 +65,8 @@ class Tensor:
     number: int = field(default_factory=lambda: next(_numbers))
     shards: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def device(self) -> Any:
-        return self.on
-
     def memory_config(self) -> Memory | None:
         return self.memory
-
-    def is_allocated(self) -> bool:
-        return True
-
-    def deallocate(self, force: bool = True) -> None:
-        """The host's bookkeeping alone."""
 
     @property
     def padded_shape(self) -> Shape:

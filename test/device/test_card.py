@@ -14,12 +14,20 @@ from hma_kernels import bfp8_pack
 from sglang_hma.config import WeightFormats
 from sglang_hma.prefill.ttnn.buckets import inputs, pack
 from sglang_hma.prefill.ttnn.card import Card, opened, visible_cards
-from sglang_hma.prefill.ttnn.chunk import Chunk, pages_of
+from sglang_hma.prefill.ttnn.chunk import pages_of
 from sglang_hma.prefill.ttnn.lane import input_bytes
 from sglang_hma.prefill.ttnn.offline import split
 from sglang_hma.prefill.ttnn.shape import BF16
 
-from ..prefill.models import CASES, Case, check_agreement, on_card, random_model
+from ..prefill.models import (
+    CASES,
+    Case,
+    check_agreement,
+    check_traces,
+    drawn,
+    on_card,
+    random_model,
+)
 
 needs_a_card = pytest.mark.skipif(
     find_spec("ttnn") is None or not (visible_cards() or os.environ.get("TT_METAL_SIMULATOR")),
@@ -110,11 +118,11 @@ def test_pages_hold_what_the_device_rule_packs(
     pages = rng.permutation(np.arange(1, 20))[: pages_of(length)]
     for chunk in split(tokens, cuts, pages):
         runtime.prefill([chunk])
-        used = torch.from_numpy(chunk.own_pages)
         runner = runtime.runner
         (group,) = pack([chunk], runner.buckets)
         given = inputs(group, [chunk], runner.width, runtime.model.context)
-        tiles = torch.from_numpy(np.flatnonzero(given.own_pages))
+        tiles = np.flatnonzero(given.own_pages)
+        used = torch.from_numpy(given.own_pages[tiles]).long()
         for layer in range(runtime.shape.layers):
             for which in range(2):
                 packed = bfp8_pack(unpacked.pop(0).contiguous(), rounding="device")
@@ -138,32 +146,9 @@ def test_memory_is_as_predicted_and_nothing_compiles_after_the_start(
     runner.warm_up(traces=False)
     assert card.programs > 0
     for _ in range(4):
-        runtime.prefill(several(rng), last=True)
+        runtime.prefill(drawn(rng, 64), last=True)
     assert runner.facts()["programs_after_start"] == 0
 
 
-def several(rng: np.random.Generator) -> list[Chunk]:
-    """Requests with pages of their own."""
-    count = int(rng.integers(1, 5))
-    lengths = rng.integers(1, 90, count).tolist()
-    pages = np.split(np.arange(1, 1 + 3 * count), count)
-    return [Chunk(rng.integers(0, 512, n), 0, own) for n, own in zip(lengths, pages, strict=True)]
-
-
 def test_traces_compute_what_calls_do(card: Card, rng: np.random.Generator) -> None:
-    hf = random_model("qwen3", layers=2)
-    traced, called = (on_card(card, hf, chunk_tokens=128) for _ in range(2))
-    traced.runner.warm_up(traces=True)
-    assert traced.runner.facts()["traces"] == len(traced.runner.lanes)
-    for _ in range(4):
-        chunks = several(rng)
-        answers = [runtime.prefill(chunks, last=True) for runtime in (traced, called)]
-        for one, other in zip(*answers, strict=True):
-            assert torch.equal(one, other)
-        used = torch.from_numpy(np.concatenate([c.pages[: c.end // 32] for c in chunks]))
-        for layer in range(2):
-            for which in range(2):
-                ours, theirs = (r.host[layer][which][used] for r in (traced, called))
-                assert torch.equal(ours, theirs)
-    traced.close()
-    called.close()
+    check_traces(card, rng, "qwen3", layers=2, chunk=128)

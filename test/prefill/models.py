@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hma_kernels import bfp8_unpack, reference
+from hma_kernels import PAGE, bfp8_unpack, reference
 from sglang_hma.prefill.ttnn.card import Card
-from sglang_hma.prefill.ttnn.chunk import pages_of
+from sglang_hma.prefill.ttnn.chunk import Chunk, pages_of
 from sglang_hma.prefill.ttnn.offline import OfflinePrefill, as_saved, split
 
 NO_PAD = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -256,3 +256,44 @@ def check_agreement(card: Card, rng: np.random.Generator, case: Case) -> None:
         print(f"weights {weights}: correlation of logits, K and V of each layer: {shown}")
         assert found[0] >= least.logits
         assert min(found[1:]) >= least.kv
+
+
+def drawn(rng: np.random.Generator, pages: int) -> list[Chunk]:
+    """Requests with pages of their own among 1 .. pages - 1."""
+    free = rng.permutation(np.arange(1, pages)).tolist()
+    found = []
+    for _ in range(int(rng.integers(1, 6))):
+        length = int(rng.integers(1, 90))
+        own = np.array([free.pop() for _ in range(pages_of(length))])
+        found.append(Chunk(rng.integers(0, 500, length), 0, own))
+    return found
+
+
+def same_pages(one: OfflinePrefill, other: OfflinePrefill, chunks: list[Chunk]) -> bool:
+    """Of whole pages; what lies behind a last token is nobody's."""
+    used = torch.from_numpy(np.concatenate([c.pages[: c.end // PAGE] for c in chunks]))
+    return all(
+        torch.equal(one.host[layer][which][used], other.host[layer][which][used])
+        for layer in range(len(one.host))
+        for which in (0, 1)
+    )
+
+
+def check_traces(card: Card, rng: np.random.Generator, kind: str, layers: int, chunk: int) -> None:
+    """Traces compute what calls do. A replay that used anything but this batch's inputs would show:
+    batches differ."""
+    hf = random_model(kind, vocab=500, layers=layers)
+    traced, called = (on_card(card, hf, chunk_tokens=chunk) for _ in range(2))
+    traced.runner.warm_up(traces=True)
+    assert traced.runner.facts()["traces"] == len(traced.runner.lanes)
+    for _ in range(6):
+        chunks = drawn(rng, 64)
+        answers = [runtime.prefill(chunks, last=True) for runtime in (traced, called)]
+        for one, other in zip(*answers, strict=True):
+            assert torch.equal(one, other) and one.isfinite().all()
+        assert same_pages(traced, called, chunks)
+        assert traced.stored == called.stored == list(range(layers))
+        for runtime in (traced, called):
+            runtime.stored.clear()
+    for runtime in (traced, called):
+        runtime.close()

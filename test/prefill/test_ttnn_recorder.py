@@ -73,16 +73,6 @@ def test_what_lies_in_l1_costs_no_dram(ttnn: Any) -> None:
     assert [each.memory for each in kept.operands] == ["L1", "DRAM"]
 
 
-def test_two_columns_become_one(ttnn: Any) -> None:
-    ttnn, recorder = ttnn
-    x, w = tensor(ttnn, 1, 1, 32, 64), tensor(ttnn, 64, 256, packed=True)
-    recorder.take()
-    y = ttnn.experimental.minimal_matmul(x, w, fuse_swiglu=True, dtype=ttnn.bfloat8_b)
-    (call,) = recorder.take()
-    assert y.shape == (1, 1, 32, 128) and y.dtype == ttnn.bfloat8_b
-    assert call.flops == 2 * 32 * 64 * 256 and call.writes == 4 * BFP8
-
-
 @pytest.mark.parametrize("wide", [32, 128])
 @pytest.mark.parametrize("start", [0, 128, 256])
 def test_attention(ttnn: Any, start: int, wide: int) -> None:

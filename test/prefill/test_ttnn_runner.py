@@ -9,35 +9,12 @@ import torch
 from hma_kernels import PAGE
 from sglang_hma.prefill.ttnn.card import opened
 from sglang_hma.prefill.ttnn.chunk import Chunk, pages_of
-from sglang_hma.prefill.ttnn.offline import OfflinePrefill
 
-from .models import on_card, random_model
+from .models import check_traces, drawn, on_card, random_model, same_pages
 
 pytestmark = pytest.mark.usefixtures("stand_in")
 
 CHUNK = 256
-
-
-def drawn(rng: np.random.Generator, pages: int) -> list[Chunk]:
-    """Requests with pages of their own, from page 1 on."""
-    free = rng.permutation(np.arange(1, pages)).tolist()
-    found = []
-    for _ in range(int(rng.integers(1, 6))):
-        length = int(rng.integers(1, 90))
-        own = np.array([free.pop() for _ in range(pages_of(length))])
-        found.append(Chunk(rng.integers(0, 500, length), 0, own))
-    return found
-
-
-def same_pages(one: OfflinePrefill, other: OfflinePrefill, chunks: list[Chunk]) -> bool:
-    """Of whole pages; what lies behind a last token is nobody's."""
-    used = [page for chunk in chunks for page in chunk.pages[: chunk.end // PAGE]]
-    used_ = torch.tensor(used, dtype=torch.long)
-    return all(
-        torch.equal(one.host[layer][which][used_], other.host[layer][which][used_])
-        for layer in range(len(one.host))
-        for which in (0, 1)
-    )
 
 
 @pytest.mark.parametrize(
@@ -47,21 +24,8 @@ def same_pages(one: OfflinePrefill, other: OfflinePrefill, chunks: list[Chunk]) 
 def test_traces_compute_what_calls_do(
     rng: np.random.Generator, kind: str, chips: int, layers: int, chunk: int
 ) -> None:
-    """A replay that used anything but this batch's inputs would show: batches differ."""
-    hf = random_model(kind, vocab=500, layers=layers)
     with opened(range(chips), chips) as card:
-        traced, called = (on_card(card, hf, chunk_tokens=chunk) for _ in range(2))
-        traced.runner.warm_up(traces=True)
-        assert traced.runner.facts()["traces"] == len(traced.runner.lanes)
-        for _ in range(6):
-            chunks = drawn(rng, 64)
-            logits = [runtime.prefill(chunks, last=True) for runtime in (traced, called)]
-            for one, other in zip(*logits, strict=True):
-                assert torch.equal(one, other) and one.isfinite().all()
-            assert same_pages(traced, called, chunks)
-            assert traced.stored == called.stored == list(range(layers))
-            traced.stored.clear(), called.stored.clear()
-        traced.close(), called.close()
+        check_traces(card, rng, kind, layers, chunk)
 
 
 def test_a_batch_of_eight_equals_eight_requests(rng: np.random.Generator) -> None:

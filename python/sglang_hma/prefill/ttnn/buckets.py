@@ -128,10 +128,9 @@ def pack(chunks: Sequence[Chunk], among: Sequence[Bucket]) -> list[Group]:
     rest = list(accumulate((_cost(groups) for groups in reversed(alone)), initial=0))[::-1]
 
     def price(shared: int) -> tuple[int, int]:
-        """The cost of the `shared` shortest together, and their size of slots."""
-        return min((_price(counts[shared], of), i) for i, (counts, of) in enumerate(zipped))
+        """The cost of the `shared` shortest together, and the number of their size of slots."""
+        return min((_price(together[i][shared], of), i) for i, of in enumerate(sizes))
 
-    zipped = list(zip(together, sizes, strict=True))
     shared = min(range(len(chunks) + 1), key=lambda k: price(k)[0] + rest[k])
     of = sizes[price(shared)[1]]
     slots = [slot for i in order[:shared] for slot in _slots(chunks[i], i, of[0].tokens)]

@@ -32,11 +32,6 @@ class Chunk:
     def end(self) -> int:
         return self.start + len(self.tokens)
 
-    @property
-    def own_pages(self) -> npt.NDArray[np.integer]:
-        """Pages that the new tokens are written to."""
-        return self.pages[self.start // PAGE : pages_of(self.end)]
-
 
 def pages_of(tokens: int) -> int:
     return -(-tokens // PAGE)

@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,19 +102,20 @@ class Runner:
         def rows() -> list[torch.Tensor]:
             return [torch.empty(len(c.tokens), size, dtype=torch.bfloat16) for c in chunks]
 
-        found, streams = rows(), [rows() for _ in self.lanes[self.buckets[0]].cache]
+        found = rows()
+        streams: defaultdict[int, list[torch.Tensor]] = defaultdict(rows)
+
+        def note(group: Group, layer: int, blocks: Sequence[Block]) -> None:
+            _spread(group, [output.read(block.x) for block in blocks], chunks, streams[layer])
 
         def take(lane: Lane, group: Group, given: Inputs, final: bool) -> None:
-            def after(layer: int, blocks: Sequence[Block]) -> None:
-                if residuals is not None:
-                    _spread(group, [output.read(b.x) for b in blocks], chunks, streams[layer])
-
+            after = None if residuals is None else partial(note, group)
             blocks = lane.run_eagerly(given, self._leaving(final), after)
             _spread(group, [output.hidden(block.x) for block in blocks], chunks, found)
 
         self._each_group(chunks, take)
         if residuals is not None:
-            residuals += [layer[0] for layer in streams]
+            residuals += [streams[layer][0] for layer in sorted(streams)]
         return found
 
     def _each_group(
