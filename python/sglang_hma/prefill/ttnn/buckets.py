@@ -25,6 +25,8 @@ ATTENTION_TOKENS = 128
 BLOCK = 2048
 # In slots of that size.
 LARGE_ATTENTION_TOKENS = 256
+# Integers of 4 bytes that a card reads at once: rows of a table are cut at multiples of it.
+LINE = 16
 # What reading the weights costs, in rows that a card multiplies in that time.
 STREAM_ROWS = 256
 # What a slot's own operations cost, in rows.
@@ -191,10 +193,9 @@ def _slots(chunk: Chunk, index: int, tokens: int, done: int = 0) -> Iterator[Slo
 
 def table_width(context: int, among: Sequence[Bucket]) -> int:
     """Page ids that a slot of a request of `context` tokens may reach, its empty rows included, and
-    that a bucket's rows are written to; a multiple of 16, so that rows of a table lie where a card
-    can cut them."""
+    that a bucket's rows are written to; a multiple of LINE."""
     longest = max(bucket.rows for bucket in among)
-    return -(-max(pages_of(context) + BLOCK // PAGE, pages_of(longest)) // 16) * 16
+    return -(-max(pages_of(context) + BLOCK // PAGE, pages_of(longest)) // LINE) * LINE
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Inputs:
     """A group as the arrays that the card is given, int32.
 
     rows [3, bucket rows]: token ids; positions; and for each block the rows, counted in the block,
-    of up to 32 chunks' last tokens. tables [slots + 1, width + 16]: each slot's page ids and, at
+    of up to 32 chunks' last tokens. tables [slots + 1, width + LINE]: each slot's page ids and, at
     column `width`, its start; the last row has the pages that the rows are written to, 0 (which
     nobody reads) where a row is no new token.
     lasts: (chunk, row of the head's output) of each chunk whose last token is in the group.
@@ -223,7 +224,7 @@ def inputs(group: Group, chunks: Sequence[Chunk], width: int, context: int) -> I
     tables have."""
     bucket = group.bucket
     rows = np.zeros((3, bucket.rows), np.int32)
-    tables = np.zeros((bucket.slots + 1, width + 16), np.int32)
+    tables = np.zeros((bucket.slots + 1, width + LINE), np.int32)
     lasts: list[tuple[int, int]] = []
     taken = [0] * bucket.blocks
     for number, slot in enumerate(group.slots):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from hma_kernels import PAGE
-from sglang_hma.prefill.ttnn.buckets import Bucket, Inputs
+from sglang_hma.prefill.ttnn.buckets import LINE, Bucket, Inputs
 from sglang_hma.prefill.ttnn.card import COMPUTE, reason
 from sglang_hma.prefill.ttnn.model import CORE_BYTES, Block, Cache, PrefillModel
 from sglang_hma.prefill.ttnn.readback import IN_FLIGHT, Outgoing, Part
@@ -46,7 +46,7 @@ def segments(layers: int) -> list[range]:
 
 def input_bytes(bucket: Bucket, width: int) -> int:
     """Of what `Inputs` puts on a chip."""
-    return 4 * (3 * bucket.rows + (bucket.slots + 1) * (width + 16))
+    return 4 * (3 * bucket.rows + (bucket.slots + 1) * (width + LINE))
 
 
 def lane_bytes(bucket: Bucket, shape: ModelShape, width: int, *, traced: bool) -> int:
@@ -84,7 +84,7 @@ class Lane:
         self.model, self.bucket, self.cache = model, bucket, cache
         self.attention = model.attention_config(bucket)
         row, ints = ttnn.ROW_MAJOR_LAYOUT, torch.int32
-        tables = torch.zeros(bucket.slots + 1, width + 16, dtype=ints)
+        tables = torch.zeros(bucket.slots + 1, width + LINE, dtype=ints)
         rows = torch.zeros(3, bucket.rows, dtype=ints)
         self.rows = model.card.tensor(rows, ttnn.uint32, row)
         self.tables = model.card.tensor(tables, ttnn.int32, row)

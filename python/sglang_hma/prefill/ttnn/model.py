@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hma_kernels import PAGE, TILE, TILE_BYTES
-from sglang_hma.prefill.ttnn.buckets import Bucket
+from sglang_hma.prefill.ttnn.buckets import LINE, Bucket
 from sglang_hma.prefill.ttnn.card import Card
 from sglang_hma.prefill.ttnn.mlp import Mlp
 from sglang_hma.prefill.ttnn.output import Output
@@ -124,7 +124,7 @@ class PrefillModel:
         """From what `buckets.Inputs` puts on the card."""
         import ttnn
 
-        size, width = bucket.block_rows, tables.shape[1] - 16
+        size, width = bucket.block_rows, tables.shape[1] - LINE
         found = []
         for index in range(bucket.blocks):
             begin, end = index * size, (index + 1) * size
