@@ -16,6 +16,7 @@ POOL_TOKENS = 4096
 PREFILL_TOKENS = 2048
 FAULTY_LINK = Path(__file__).parent.parent / "stand_ins" / "faulty_link"
 SHOWN_LINES = 40
+ended_by_themselves: dict[str, str] = {}  # processes, and what they ended with
 
 
 @pytest.fixture(scope="session")
@@ -120,4 +121,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         for process in Process.started:
             lines = [line for line in process.text().splitlines() if '"GET /' not in line]
             report.sections.append((f"log of {process.name}", "\n".join(lines[-SHOWN_LINES:])))
+            if not process.alive():
+                ended_by_themselves.setdefault(process.name, process.last_words())
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """At the end, where who sees no more than that finds it."""
+    for name, words in ended_by_themselves.items():
+        terminalreporter.section(f"{name} ended by itself")
+        terminalreporter.write_line(words)

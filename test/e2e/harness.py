@@ -37,6 +37,9 @@ PATIENCE = {
     "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "3600",
 }
 PATIENT_ROUTER = ("--health-check-timeout-secs", "600", "--request-timeout-secs", "3600")
+TRACEBACK = "Traceback (most recent call last):"
+TRACEBACK_LINES = 40
+LAST_LINES = 12
 ANSWER_S = 60  # a server that is alive answers a question about itself sooner, or is asked again
 
 
@@ -96,6 +99,14 @@ class Process:
 
     def check_alive(self) -> None:
         assert self.alive(), f"{self.name} ended by itself, exit code {self.popen.returncode}"
+
+    def last_words(self) -> str:
+        """Its exit code, the first traceback of its log, and the end of it."""
+        lines = [line for line in self.text().splitlines() if '"GET /' not in line]
+        start = next((i for i, line in enumerate(lines) if line.endswith(TRACEBACK)), len(lines))
+        shown = [*lines[start : start + TRACEBACK_LINES], "...", *lines[-LAST_LINES:]]
+        text = "\n".join(shown)
+        return f"exit code {self.popen.poll()}\n{text}"
 
     def tree(self) -> list[psutil.Process]:
         root = psutil.Process(self.popen.pid)

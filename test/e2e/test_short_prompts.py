@@ -95,7 +95,8 @@ def test_many_at_once_in_a_full_pool(shorts: Pair, seed: int) -> None:
     jobs = [(prompt(rng, n), rng.randrange(1, 200)) for n in sizes]
     expected = [greedy(shorts.url, *job) for job in jobs]
     answers = asyncio.run(all_at_once(shorts.url, jobs))
-    assert [status for status, _ in answers] == [200] * len(jobs)
+    refused = [(i, *answer) for i, answer in enumerate(answers) if answer[0] != 200]
+    assert not refused, (len(refused), refused[:2])
     assert [list(answer["output_ids"]) for _, answer in answers] == expected
     assert_drained(shorts.prefill, shorts.decode)
 
