@@ -15,6 +15,7 @@ from sglang_hma.prefill.exact import Float64LinearMethod
 from sglang_hma.prefill.weights import (
     linear_weights,
     refuse_quantized,
+    refuse_unknown_experts,
     round_weight,
     routers,
     untie_lm_head,
@@ -30,7 +31,10 @@ def prepare_model(model: Module) -> None:
     exact = config.packs_kv and config.device == "cpu"
     if config.rounds_prefill_weights:
         refuse_quantized(model)
-        untie_lm_head(model)
+        if config.weight_formats.packs("experts"):
+            refuse_unknown_experts(model)
+        if config.weight_formats.packs("head"):
+            untie_lm_head(model)
     elif not exact:
         return
     rounded = 0
