@@ -15,13 +15,13 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 def make_checkpoint(family: Family, folder: Path, seed: int) -> Any:
     """Writes it in BF16; returns the transformers model in float64, with the same values."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = family.config()
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, **EAGER
-        ).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER).eval()
         _spread(model)
         if family.embedding != 1:
             model.get_input_embeddings().weight.data *= family.embedding
@@ -30,9 +30,7 @@ def make_checkpoint(family: Family, folder: Path, seed: int) -> Any:
         file = folder / "config.json"
         written = json.loads(file.read_text())
         file.write_text(json.dumps(written | {"architectures": [family.architecture]}))
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, **EAGER
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **EAGER).eval()
 
 
 @torch.no_grad()

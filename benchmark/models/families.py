@@ -63,9 +63,14 @@ ALTERNATING = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+WITHOUT_WINDOWS = {
+    "sliding_window": None,
+    "layer_types": ["full_attention"] * LAYERS,
+    "sliding_window_pattern": None,
+}
 
 FAMILIES = (
-    Family("Llama", "llama", {"attention_bias": True, "mlp_bias": True}),
+    Family("Llama", "llama", {"attention_bias": True}),
     Family("Llama, tied", "llama", {"tie_word_embeddings": True}),
     Family("Mistral", "mistral", {"sliding_window": None}),
     Family("Ministral 3", "ministral3"),
@@ -81,13 +86,31 @@ FAMILIES = (
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 10.0,
             "query_pre_attn_scalar": 20,
+            "hidden_act": "gelu_pytorch_tanh",  # as published
         },
         embedding=0.5,
     ),
     Family(
-        "Gemma 3", "gemma3_text", {**ALTERNATING, "tie_word_embeddings": True}, embedding=0.5
+        "Gemma 2, last logits without cap",
+        "gemma2",
+        {
+            **ALTERNATING,
+            "tie_word_embeddings": True,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": None,
+            "query_pre_attn_scalar": 20,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        embedding=0.5,
     ),
-    Family("Phi", "phi", {"partial_rotary_factor": 0.5}, ("num_key_value_heads",)),
+    Family("Gemma 3", "gemma3_text", {**ALTERNATING, "tie_word_embeddings": True}, embedding=0.5),
+    # SGLang's has an MLP of four times the width, as the published ones.
+    Family(
+        "Phi",
+        "phi",
+        {"partial_rotary_factor": 0.5, "intermediate_size": 4 * HIDDEN},
+        ("num_key_value_heads",),
+    ),
     Family("Phi-3", "phi3"),
     Family("StableLM", "stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True}),
     Family("StarCoder2", "starcoder2", {"tie_word_embeddings": True, "sliding_window": None}),
@@ -96,6 +119,11 @@ FAMILIES = (
         "Cohere 2 (Command R7B)",
         "cohere2",
         {**ALTERNATING, "logit_scale": 0.5, "tie_word_embeddings": True},
+    ),
+    Family(
+        "Cohere 2, within its window",
+        "cohere2",
+        {**ALTERNATING, "sliding_window": CONTEXT, "logit_scale": 0.5, "tie_word_embeddings": True},
     ),
     Family(
         "Granite",
@@ -110,7 +138,11 @@ FAMILIES = (
     Family("OLMo", "olmo", {"clip_qkv": 4.0}, ("num_key_value_heads",)),
     Family("OLMo 2", "olmo2"),
     Family("GLM-4", "glm4", {"partial_rotary_factor": 0.5}),
-    Family("EXAONE 4", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS, "sliding_window_pattern": None}),
+    Family(
+        "EXAONE 4",
+        "exaone4",
+        WITHOUT_WINDOWS,
+    ),
     Family("EXAONE 4, windows", "exaone4", ALTERNATING),
     Family("Arcee", "arcee"),
     Family("Apertus", "apertus"),

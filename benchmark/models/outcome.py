@@ -17,7 +17,8 @@ FORMATS_SHARE = 0.25
 # What a quantization of 7 bits may change in such a model at all.
 FORMATS_NATS = 0.5
 
-Verdict = Literal["works", "wrong", "refused", "not by SGLang"]
+# "SGLang differs": its model, without any of our formats, is not what transformers computes.
+Verdict = Literal["works", "wrong", "SGLang differs", "refused", "not by SGLang"]
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,19 @@ class Measured:
     cost: Distance
     between: float
 
-    @property
-    def faults(self) -> list[str]:
-        found = []
+    def verdict(self) -> tuple[Verdict, str]:
+        """With the reason, "" if it works. NaN is never near."""
         if not self.native.largest <= NATIVE_NATS or self.native.other:
-            found.append(f"native is {self.native.largest:.1e} nats from transformers")
+            reason = f"logprobs without our formats are up to {self.native.largest:.1e} nats off"
+            return "SGLang differs", reason
         if not self.cost.mean <= FORMATS_NATS:
-            found.append(f"bfp8 changes a logprob by {self.cost.mean:.2f} nats")
+            return "wrong", f"bfp8 changes a logprob by {self.cost.mean:.2f} nats"
         if not self.formats.mean <= FORMATS_SHARE * self.cost.mean:
-            found.append(
+            return "wrong", (
                 f"bfp8 is {self.formats.mean:.1e} nats from transformers with the same formats, "
                 f"{self.cost.mean:.1e} from transformers without"
             )
-        return found
+        return "works", ""
 
 
 def measure(truth: Truth, native: list[Answer], bfp8: list[Answer]) -> Measured:

@@ -4,6 +4,7 @@ A family works if its native server's logprobs are those of transformers in floa
 its BFP8 server are nearer to transformers with the same formats than to transformers without.
 """
 
+import json
 import random
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from rich.progress import Progress
 
 from benchmark.common import Figure, console, finish, parser, table
 from benchmark.models.checkpoint import make_checkpoint
-from benchmark.models.families import FAMILIES, HEADS, KV_HEADS, VOCAB, Family
+from benchmark.models.families import FAMILIES, VOCAB, Family
 from benchmark.models.outcome import measure
 from benchmark.models.serving import NotServed, serve_both
 from benchmark.models.truth import Truth
@@ -43,12 +44,8 @@ def try_family(family: Family, folder: Path, seed: int) -> dict[str, Any]:
         verdict = "refused" if reason.refused else "not by SGLang"
         return found | {"verdict": verdict, "reason": str(reason)}
     measured = measure(truth, native, bfp8)
-    verdict = "wrong" if measured.faults else "works"
-    return found | {
-        "verdict": verdict,
-        "reason": "; ".join(measured.faults),
-        "nats": asdict(measured),
-    }
+    verdict, reason = measured.verdict()
+    return found | {"verdict": verdict, "reason": reason, "nats": asdict(measured)}
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -67,16 +64,36 @@ def show(found: list[dict[str, Any]]) -> None:
     )
 
 
+def in_order(known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [known[family.name] for family in FAMILIES if family.name in known]
+
+
+def report(seed: int, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"prompts": LENGTHS, "seed": seed, "families": in_order(known)}
+
+
+def write(file: Path | None, seed: int, known: dict[str, dict[str, Any]]) -> None:
+    """After each family, so that an interrupted run goes on with --update."""
+    if file is not None:
+        file.write_text(json.dumps(report(seed, known)))
+
+
 def main() -> None:
     parsing = parser(__doc__ or "", timed=False)
     names = [family.name for family in FAMILIES]
     parsing.add_argument("--only", action="append", choices=names, metavar="FAMILY", default=None)
     parsing.add_argument("--seed", type=int, default=SEED)
+    parsing.add_argument(
+        "--update", action="store_true", help="of --json FILE keep the families not served now"
+    )
     parsing.add_argument("--keep", type=Path, metavar="DIR", help="keep checkpoints and logs there")
     args = parsing.parse_args()
     chosen = [family for family in FAMILIES if args.only is None or family.name in args.only]
+    known: dict[str, dict[str, Any]] = {}
+    if args.update and args.json is not None and args.json.exists():
+        earlier = json.loads(args.json.read_text())["families"]
+        known = {one["family"]: one for one in earlier}
     base = args.keep or Path(tempfile.mkdtemp(prefix="hma-models-"))
-    found = []
     with Progress(console=console) as progress:
         bar = progress.add_task("", total=len(chosen))
         for family in chosen:
@@ -84,20 +101,20 @@ def main() -> None:
             folder = base / family.name.lower().replace(" ", "-").replace("/", "-")
             folder.mkdir(parents=True, exist_ok=True)
             seed = args.seed + zlib.crc32(family.name.encode())
-            found.append(try_family(family, folder, seed))
-            last = found[-1]
+            last = known[family.name] = try_family(family, folder, seed)
             progress.console.print(f"{family.name}: {last['verdict']} {last['reason']}")
             progress.advance(bar)
+            write(args.json, args.seed, known)
     if args.keep is None:
         shutil.rmtree(base)
+    found = in_order(known)
     show(found)
     working = sum(one["verdict"] == "works" for one in found)
     wrong = sum(one["verdict"] == "wrong" for one in found)
-    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "prompts": LENGTHS, "seed": args.seed}
     figures = [Figure("families whose answers are wrong", wrong, 0, False)]
-    if args.only is None:
+    if args.only is None or args.update:
         figures.append(Figure("families that work", working, AT_LEAST))
-    finish(args, {"sizes": sizes, "families": found}, figures)
+    finish(args, report(args.seed, known), figures)
 
 
 if __name__ == "__main__":

@@ -262,8 +262,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         metavar="bfp8|native|GROUP=...",
         help="Linear weights during prefill: 'bfp8' rounds them as a Tenstorrent card holds them, "
         "'native' keeps the checkpoint's. By group (attention, mlp, experts, head), the others in "
-        "bfp8: 'head=native', 'attention=native,experts=native'. Decode always uses the checkpoint's. "
-        "Default: what --hma-kv-format says.",
+        "bfp8: 'head=native', 'attention=native,experts=native'. Decode always uses the "
+        "checkpoint's. Default: what --hma-kv-format says.",
     )
     group.add_argument(
         "--hma-prefill-runtime",

@@ -79,6 +79,10 @@ SSM = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
         ({"head_dim": 80}, ["head_dim 80", "multiple of 32"]),
         (MLA, ["MLA", "MHA/GQA"]),
         (SSM, ["state-space", "MHA/GQA"]),
+        (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True},
+            ["LlamaForCausalLM has mlp_bias", "leaves out"],
+        ),
         ({"torch_dtype": "float16"}, ["float16", "--dtype bfloat16"]),
         ({"model_type": "nothing"}, ["--model-path is"]),
     ],

@@ -119,7 +119,7 @@ def test_experts_in_another_form_are_not_left_unrounded_in_silence(
         model = with_experts(kind)
         model.lm_head = ReplicatedLinear(32, 64, bias=False)
         if formats.packs("experts"):
-            with pytest.raises(RuntimeError, match="block.*--hma-weight-format experts=native"):
+            with pytest.raises(RuntimeError, match=r"block.*--hma-weight-format experts=native"):
                 prepare_model(model)
         else:
             prepare_model(model)
@@ -133,27 +133,34 @@ class Scorer(torch.nn.Module):
 
 
 class HeadIsTheEmbedding(torch.nn.Module):
-    """As Gemma, Gemma 2 and Command R: no lm_head."""
+    """As Gemma, Gemma 2 and Command R, or as Gemma 3, whose lm_head is not used
+    (`named`) and whose embedding is torch's (`plain`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, plain: bool, named: bool) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(64, 32, enable_tp=False)
+        self.embed_tokens = (
+            torch.nn.Embedding(64, 32) if plain else VocabParallelEmbedding(64, 32, enable_tp=False)
+        )
         torch.nn.init.normal_(self.embed_tokens.weight)
         self.logits_processor = Scorer()
+        if named:
+            self.lm_head = self.embed_tokens
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = torch.nn.functional.embedding(ids, self.embed_tokens.weight)
         return hidden, self.logits_processor(hidden, head=self.embed_tokens)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("formats", [WeightFormats(), WeightFormats(head="native")], ids=str)
 def test_an_embedding_that_is_the_head_is_rounded_as_the_head_alone(
-    monkeypatch: pytest.MonkeyPatch, formats: WeightFormats
+    monkeypatch: pytest.MonkeyPatch, formats: WeightFormats, named: bool, plain: bool
 ) -> None:
     config = HmaConfig(role="prefill", weight_formats=formats)
     for name, value in config.environment().items():
         monkeypatch.setitem(os.environ, name, value)
-    model = HeadIsTheEmbedding()
+    model = HeadIsTheEmbedding(plain=plain, named=named)
     weight = model.embed_tokens.weight.detach().clone()
     prepare_model(model)
     hidden, scores = model(torch.arange(16))

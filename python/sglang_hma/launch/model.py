@@ -15,9 +15,14 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
         model = ModelConfig.from_server_args(server_args)
     except Exception as error:  # whatever transformers makes of a broken config
         raise Refusal(f"--model-path is {server_args.model_path}: {one_line(error)}") from error
+    name = (model.hf_config.architectures or ["model"])[0]
+    if name == "LlamaForCausalLM" and getattr(model.hf_config, "mlp_bias", False):
+        raise Refusal(
+            f"{name} has mlp_bias, and SGLang leaves out the biases of its MLPs: its answers would "
+            "be another model's"
+        )
     if not config.packs_kv:
         return model
-    name = (model.hf_config.architectures or ["model"])[0]
     remedy = "serve it with --hma-kv-format native"
     if model.attention_arch != AttentionArch.MHA:
         raise Refusal(

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from torch.nn import Module, ModuleList, Parameter
+from torch.nn import Embedding, Module, ModuleList, Parameter
 
 from hma_kernels import bfp8_round
 from sglang_hma.config import WeightGroup
@@ -43,7 +43,7 @@ def linear_weights(model: Module) -> list[tuple[Module, str]]:
                 found.append((module, "weight"))
         elif isinstance(module, ParallelLMHead):
             found.append((module, "weight"))
-        elif _holds_experts(module):
+        elif holds_experts(module):
             found += [(module, name) for name in _EXPERT_WEIGHTS]
     lm_head = getattr(model, "lm_head", None)
     if lm_head is not None and all(lm_head is not module for module, _ in found):
@@ -51,7 +51,7 @@ def linear_weights(model: Module) -> list[tuple[Module, str]]:
     return found
 
 
-def _holds_experts(module: Module) -> bool:
+def holds_experts(module: Module) -> bool:
     return all(isinstance(getattr(module, n, None), Parameter) for n in _EXPERT_WEIGHTS)
 
 
@@ -61,7 +61,7 @@ def refuse_unknown_experts(model: Module) -> None:
     for path, module in model.named_modules():
         stacked = any(weight.dim() == 3 for weight in module.parameters(recurse=False))
         listed = isinstance(getattr(module, "experts", None), ModuleList)
-        if listed or (stacked and not _holds_experts(module)):
+        if listed or (stacked and not holds_experts(module)):
             raise RuntimeError(
                 f"{type(module).__name__} at {path} keeps experts' weights in a form that is not "
                 "rounded here: serve it with --hma-weight-format experts=native"
@@ -97,7 +97,7 @@ def weight_groups(model: Module) -> dict[Module, WeightGroup]:
     beside the experts they choose (shared experts) is "mlp"."""
     groups: dict[Module, WeightGroup] = {}
     for path, module in model.named_modules():
-        groups[module] = "experts" if _holds_experts(module) else group_of(path)
+        groups[module] = "experts" if holds_experts(module) else group_of(path)
         if isinstance(module, ParallelLMHead):
             groups[module] = "head"
     lm_head = getattr(model, "lm_head", None)
@@ -114,40 +114,44 @@ def untie_lm_head(model: Module) -> None:
     embeddings = [
         module
         for module in model.modules()
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+        if isinstance(module, VocabParallelEmbedding | Embedding)
+        and not isinstance(module, ParallelLMHead)
     ]
     lm_head = getattr(model, "lm_head", None)
     if lm_head is None:
-        if not any(isinstance(module, ParallelLMHead) for module in model.modules()):
-            _make_lm_head(model, embeddings)
-    elif any(module.weight is lm_head.weight for module in embeddings):
+        if any(isinstance(module, ParallelLMHead) for module in model.modules()):
+            return
+        if not isinstance(getattr(model, "logits_processor", None), Module) or len(embeddings) != 1:
+            raise RuntimeError(
+                f"{type(model).__name__} has no LM head that can be rounded apart from its "
+                "embeddings: serve it with --hma-weight-format head=native"
+            )
+        lm_head = embeddings[0]
+    tied = [module for module in embeddings if module.weight is lm_head.weight]
+    if tied:
         model.lm_head = _with_own_weight(lm_head)
+        _score_with_lm_head(model, tied)
 
 
-def _with_own_weight(embedding: Module) -> Module:
+def _with_own_weight(embedding: Any) -> Any:
     own = copy.copy(embedding)
     own._parameters = dict(embedding._parameters)
     own.weight = Parameter(embedding.weight.data, requires_grad=False)
     return own
 
 
-def _make_lm_head(model: Module, embeddings: list[VocabParallelEmbedding]) -> None:
-    """For models that hand their embedding to SGLang's logits processor: it is given `lm_head`
-    in its place."""
+def _score_with_lm_head(model: Module, embeddings: list[Module]) -> None:
+    """Some models hand SGLang's logits processor their embedding, whether they have an lm_head
+    or not: it is given `lm_head` in its place."""
     processor = getattr(model, "logits_processor", None)
-    if processor is None or len(embeddings) != 1:
-        raise RuntimeError(
-            f"{type(model).__name__} has no LM head that can be rounded apart from its "
-            "embeddings: serve it with --hma-weight-format head=native"
-        )
-    (embedding,) = embeddings
-    model.lm_head = _with_own_weight(embedding)
+    if not isinstance(processor, Module):
+        return
+
+    def head(value: Any) -> Any:
+        return model.lm_head if any(value is one for one in embeddings) else value
 
     def swap(_: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (
-            tuple(model.lm_head if value is embedding else value for value in args),
-            {name: model.lm_head if v is embedding else v for name, v in kwargs.items()},
-        )
+        return tuple(map(head, args)), {name: head(value) for name, value in kwargs.items()}
 
     processor.register_forward_pre_hook(swap, with_kwargs=True)
 
