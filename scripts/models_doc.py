@@ -63,7 +63,7 @@ and state-space models, which are refused, and models that read more than text.
 
 NOTES = {
     "Gemma": "SGLang computes the exact GELU, the model has its tanh approximation",
-    "Gemma 2": "the cap of its last logits is a Triton kernel, without a version for a CPU",
+    "Phi": "SGLang leaves out the bias of the LM head",
     "Cohere 2 (Command R7B)": "SGLang's window is one token longer than the model's; prompts "
     "within the window are right",
 }

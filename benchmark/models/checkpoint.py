@@ -23,6 +23,8 @@ def make_checkpoint(family: Family, folder: Path, seed: int) -> Any:
         config = family.config()
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER).eval()
         _spread(model)
+        for name in family.zero:
+            model.get_parameter(name).data.zero_()
         if family.embedding != 1:
             model.get_input_embeddings().weight.data *= family.embedding
     model.bfloat16().save_pretrained(folder)

@@ -50,6 +50,7 @@ class Family:
     base: Mapping[str, Any] = field(default_factory=lambda: SIZES)
     architecture: str | None = None
     experts: int = 0
+    zero: tuple[str, ...] = ()  # parameters
     embedding: float = 1.0  # lets layers count where an embedding is scaled up and tied
 
     def config(self) -> Any:
@@ -90,19 +91,6 @@ FAMILIES = (
         },
         embedding=0.5,
     ),
-    Family(
-        "Gemma 2, last logits without cap",
-        "gemma2",
-        {
-            **ALTERNATING,
-            "tie_word_embeddings": True,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": None,
-            "query_pre_attn_scalar": 20,
-            "hidden_act": "gelu_pytorch_tanh",
-        },
-        embedding=0.5,
-    ),
     Family("Gemma 3", "gemma3_text", {**ALTERNATING, "tie_word_embeddings": True}, embedding=0.5),
     # SGLang's has an MLP of four times the width, as the published ones.
     Family(
@@ -110,6 +98,13 @@ FAMILIES = (
         "phi",
         {"partial_rotary_factor": 0.5, "intermediate_size": 4 * HIDDEN},
         ("num_key_value_heads",),
+    ),
+    Family(
+        "Phi, no bias at its head",
+        "phi",
+        {"partial_rotary_factor": 0.5, "intermediate_size": 4 * HIDDEN},
+        ("num_key_value_heads",),
+        zero=("lm_head.bias",),
     ),
     Family("Phi-3", "phi3"),
     Family("StableLM", "stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True}),
@@ -156,7 +151,7 @@ FAMILIES = (
         ("num_key_value_heads", "intermediate_size", "head_dim"),
     ),
     Family("GPT-2", "gpt2", base=GPT_SIZES),
-    Family("GPT-J", "gptj", {"rotary_dim": 16}, base=GPT_SIZES),
+    Family("GPT-J", "gptj", {"rotary_dim": 16}, base=GPT_SIZES, zero=("lm_head.bias",)),
     Family("GPT-BigCode", "gpt_bigcode", {"multi_query": True}, base=GPT_SIZES),
     Family(
         "Mixtral", "mixtral", {**LOCAL, "sliding_window": None}, experts=LOCAL["num_local_experts"]
