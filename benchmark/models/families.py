@@ -163,7 +163,9 @@ FAMILIES = (
         experts=8,
     ),
     Family("Qwen3-MoE", "qwen3_moe", {**MOE, "norm_topk_prob": True}, experts=8),
-    Family("OLMoE", "olmoe", {**MOE, "intermediate_size": 64}, experts=8),
+    Family(
+        "OLMoE", "olmoe", {**MOE, "intermediate_size": 64, "num_key_value_heads": HEADS}, experts=8
+    ),
     Family(
         "Phi-3.5-MoE",
         "phimoe",

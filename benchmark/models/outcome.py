@@ -13,9 +13,9 @@ from benchmark.models.truth import Truth
 NATIVE_NATS = 2e-3
 # Of a server with formats: a last-bit difference may turn a rounding, and with experts another
 # choice, so a mean, beside what the formats themselves change.
-FORMATS_SHARE = 0.25
+FORMATS_SHARE = 0.1
 # What a quantization of 7 bits may change in such a model at all.
-FORMATS_NATS = 0.5
+FORMATS_NATS = 1.0
 
 # "SGLang differs": its model, without any of our formats, is not what transformers computes.
 Verdict = Literal["works", "wrong", "SGLang differs", "refused", "not by SGLang"]
