@@ -1,7 +1,7 @@
 """What serving a family showed, and how near its answers came to the truth."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -58,42 +58,47 @@ def distance(answers: list[Answer], truths: list[torch.Tensor], clear: float) ->
 
 @dataclass(frozen=True)
 class Measured:
-    """`native`: the native server from transformers; `formats`: the bfp8 server from transformers
-    with our formats; `cost`: the bfp8 server from transformers without, and `between` from the
-    native server on the same prompts."""
+    """`native`: the native server from transformers, None if it was refused; `formats`: the bfp8
+    server from transformers with our formats; `cost`: the bfp8 server from transformers without,
+    and `between` from the native server on the same prompts."""
 
-    native: Distance
+    native: Distance | None
     formats: Distance
     cost: Distance
-    between: float
+    between: float | None
 
     def verdict(self) -> tuple[Verdict, str]:
-        """With the reason, "" if it works. NaN is never near."""
-        if not self.native.largest <= NATIVE_NATS or self.native.other:
-            reason = f"logprobs without our formats are up to {self.native.largest:.1e} nats off"
-            return "SGLang differs", reason
-        if not self.cost.mean <= FORMATS_NATS:
-            return "wrong", f"bfp8 changes a logprob by {self.cost.mean:.2f} nats"
+        """With the reason, or with what is to be said of the native server. NaN is never near."""
+        native = ""
+        if self.native and (not self.native.largest <= NATIVE_NATS or self.native.other):
+            native = f"native logprobs are up to {self.native.largest:.1e} nats off"
         if not self.formats.mean <= FORMATS_SHARE * self.cost.mean:
-            return "wrong", (
+            far = (
                 f"bfp8 is {self.formats.mean:.1e} nats from transformers with the same formats, "
                 f"{self.cost.mean:.1e} from transformers without"
             )
-        return "works", ""
+            return ("SGLang differs", native) if native else ("wrong", far)
+        if not self.cost.mean <= FORMATS_NATS:
+            return "wrong", f"bfp8 changes a logprob by {self.cost.mean:.2f} nats"
+        return "works", native
 
 
-def measure(truth: Truth, native: list[Answer], bfp8: list[Answer]) -> Measured:
-    plain = [truth.native(answer.prompt, answer.tokens) for answer in native]
+def measure(truth: Truth, native: list[Answer] | None, bfp8: list[Answer]) -> Measured:
     formats = [truth.bfp8(answer.prompt, answer.tokens) for answer in bfp8]
     without = [truth.native(answer.prompt, answer.tokens) for answer in bfp8]
+    measured = Measured(
+        native=None,
+        formats=distance(bfp8, formats, math.inf),
+        cost=distance(bfp8, without, math.inf),
+        between=None,
+    )
+    if native is None:
+        return measured
+    plain = [truth.native(answer.prompt, answer.tokens) for answer in native]
     differences = [
         abs(one - other)
         for a, b in zip(native, bfp8, strict=True)
         for one, other in zip(a.prompt_logprobs, b.prompt_logprobs, strict=True)
     ]
-    return Measured(
-        native=distance(native, plain, NATIVE_NATS),
-        formats=distance(bfp8, formats, math.inf),
-        cost=distance(bfp8, without, math.inf),
-        between=math.fsum(differences) / len(differences),
-    )
+    between = math.fsum(differences) / len(differences)
+    return replace(measured, native=distance(native, plain, NATIVE_NATS), between=between)

@@ -24,18 +24,6 @@ ENVIRONMENT = {"SGLANG_HMA_SHARE": "2"}
 Format = Literal["native", "bfp8"]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """`prompt_logprobs` of the prompt's tokens from the second on, `logprobs` of `tokens`;
-    `margins`: of each of `tokens` over the second best, in nats."""
-
-    prompt: list[int]
-    tokens: list[int]
-    prompt_logprobs: list[float]
-    logprobs: list[float]
-    margins: list[float]
-
-
 class NotServed(Exception):
     """`refused`: by our launcher. The message is one line."""
 
@@ -44,14 +32,30 @@ class NotServed(Exception):
         self.refused = refused
 
 
+@dataclass(frozen=True)
+class Answer:
+    """`prompt_logprobs` of the prompt's tokens from the second on, `logprobs` of `tokens`."""
+
+    prompt: list[int]
+    tokens: list[int]
+    prompt_logprobs: list[float]
+    logprobs: list[float]
+
+
 def serve_both(
     model: Path, logs: Path, prompts: Sequence[list[int]]
-) -> tuple[list[Answer], list[Answer]]:
-    """By a native and a bfp8 server. Raises NotServed."""
+) -> tuple[list[Answer] | NotServed, list[Answer]]:
+    """By a native and a bfp8 server. Raises NotServed if the latter, or both, do not."""
     servers = {form: start(model, form, logs / f"{form}.log") for form in get_args(Format)}
     try:
-        native, bfp8 = (answers(server, prompts) for server in servers.values())
-        return native, bfp8
+        native: list[Answer] | NotServed
+        try:
+            native = answers(servers["native"], prompts)
+        except NotServed as reason:
+            if not reason.refused:
+                raise
+            native = reason
+        return native, answers(servers["bfp8"], prompts)
     finally:
         for server in servers.values():
             server.stop()
@@ -88,7 +92,6 @@ def ask(url: str, prompt: list[int]) -> Answer:
         "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
         "return_logprob": True,
         "logprob_start_len": 0,
-        "top_logprobs_num": 2,
     }
     request = urllib.request.Request(
         f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -96,11 +99,9 @@ def ask(url: str, prompt: list[int]) -> Answer:
     with urllib.request.urlopen(request, timeout=ANSWER_S) as reply:
         answer: dict[str, Any] = json.load(reply)
     meta = answer["meta_info"]
-    best = meta["output_top_logprobs"]
     return Answer(
         prompt=prompt,
         tokens=list(answer["output_ids"]),
         prompt_logprobs=[value for value, *_ in meta["input_token_logprobs"][1:]],
         logprobs=[value for value, *_ in meta["output_token_logprobs"]],
-        margins=[first[0] - second[0] for first, second, *_ in best],
     )

@@ -20,7 +20,7 @@ def test_every_family_was_served_or_says_why_not() -> None:
     found = json.loads((ROOT / "docs" / "benchmarks" / "models.json").read_text())["families"]
     assert [one["family"] for one in found] == [family.name for family in FAMILIES]
     for one in found:
-        assert (one["verdict"] == "works") == (one["reason"] == ""), one
+        assert one["verdict"] == "works" or one["reason"], one
         assert "nats" in one or one["verdict"] in ("refused", "not by SGLang"), one
     assert sum(one["verdict"] == "works" for one in found) >= 12
     assert not any(one["verdict"] == "wrong" for one in found)
