@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmark.models.families import HEAD_DIM, HEADS, KV_HEADS, LAYERS
 from sglang_hma.prefill.ttnn.shape import ARCHITECTURES
 from sglang_hma.seams import SGLANG_VERSION
 
@@ -22,43 +23,46 @@ DOCUMENT = ROOT / "docs" / "models.md"
 
 PAGE = """# Which models serve
 
-Written by `python scripts/models_doc.py` from [what was measured](benchmarks/models.json): edit
-neither by hand. `make models` makes a tiny random model of each family below (2 layers, 4 heads
-of 32, BF16 weights; fields that a runtime could leave out in silence are set away from their
-neutral values), starts a native and a BFP8 server of it that do both phases, in float32 on a CPU,
-and asks both for the logprobs of prompts of {lengths} tokens and of what they say after them.
-SGLang {version}, {cpu}, {date}.
+Written by `python scripts/models_doc.py` from [what was measured](benchmarks/models.json).
+`make models` makes a tiny random model of each family below: {layers} layers, {heads} query and
+{kv_heads} KV heads of {head_dim} unless the family has but one number, BF16 weights, and fields
+that a runtime could leave out in silence away from their neutral values. It starts a native and a
+BFP8 server of it, which do both phases in float32 on a CPU, and asks both for the logprobs of
+prompts of {lengths} tokens and of what they say after them. SGLang {version}, {cpu}, {date}.
 
-A family **works** if every logprob of its native server is that of transformers in float64 within
-0.002 nats, and the BFP8 server's are those of transformers with the same formats (numpy's
-definition of BFP8 on linear weights and experts, routers as they are, K and V rounded as stored).
-{working} of {all} do. Large models of a family may have fields that the tiny one has not:
-SGLang's own limits hold.
+A family **works** if the BFP8 server's logprobs are those of transformers in float64 with the same
+formats: linear weights and experts through numpy's definition of BFP8, routers as they are, K and V
+rounded as they are stored. {working} of {all} do. A large model of a family may have fields that
+the tiny one has not: SGLang's own limits hold.
 
 {works}
 
-- *prefill, reference* and *decode*: SGLang's own model, on the CPU in this table. On a GPU the
-  same models run SGLang's kernels and this project's attention; what was seen there is in
-  [gpu.md](gpu.md).
-- *prefill, ttnn*: the architectures that the Tenstorrent runtime takes, seen on the stand-in for
-  ttnn and, of some, on the vendor's simulator: [tenstorrent.md](tenstorrent.md). Others are
+- *prefill, reference* and *decode*: SGLang's own model, on the CPU in this table. What was seen on
+  a GPU is in [gpu.md](gpu.md).
+- *prefill, ttnn*: the Tenstorrent runtime takes this architecture, seen on the stand-in for ttnn
+  and, of some, on the vendor's simulator: [tenstorrent.md](tenstorrent.md). Others are
   refused at start.
-- *bfp8 from native*: mean |difference| of a prompt token's logprob between the two servers, in
-  nats; weights this random are hurt more than trained ones ([quality.md](quality.md)).
-- *from the formats*: mean |difference| from transformers with the same formats; what is not 0 is
-  a last bit that turned a rounding.
+- *native*: the largest difference of a native server's logprob from transformers, in nats.
+- *BFP8*: the mean one of the BFP8 server's from transformers as they are, in nats: what the formats
+  cost a model of random weights, in which experts that are nearly tied change places. Trained ones
+  are hurt less: [quality.md](quality.md).
+- *from the formats*: the mean one from transformers with the same formats; what is above 1e-05 is a
+  last bit that turned a rounding.
+
+As prefill/decode pairs, token for token: Qwen3, Qwen2 and Llama (`test/e2e/test_exact.py`),
+Qwen3-MoE and Mixtral (`test/e2e/test_families.py`).
 
 ## Which do not
 
 {others}
 
-- *SGLang differs*: without any of our formats SGLang's model is not what transformers computes,
-  so nothing is said here about ours.
+- *SGLang differs*: its own model, without any of our formats, is not what transformers computes, so
+  nothing is said here about ours.
 - *refused*: by `launch_server`, in this line.
-- *not by SGLang*: its native server, which has none of our formats, fails on a CPU.
+- *not by SGLang*: the server fails on a CPU in SGLang's own code.
 
-Not tried: families whose code comes with the checkpoint (transformers cannot build those), MLA
-and state-space models, which are refused, and models that read more than text.
+Not tried: families whose code comes with the checkpoint, which transformers cannot build; MLA and
+state-space models, which are refused; models that read more than text.
 """
 
 NOTES = {
@@ -74,30 +78,37 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def reason(one: dict[str, Any]) -> str:
+    return "; ".join(filter(None, (one["reason"], NOTES.get(one["family"])))).replace("|", "\\|")
+
+
+def mean(distance: dict[str, float]) -> float:
+    return (distance["prompt"] + distance["said"]) / 2
+
+
 def working(one: dict[str, Any]) -> tuple[str, ...]:
     nats = one["nats"]
-    formats = (nats["formats"]["prompt"] + nats["formats"]["said"]) / 2
     return (
-        one["family"],
+        one["family"] + (f", {one['experts']} experts" if one["experts"] else ""),
         f"`{one['architecture']}`",
-        f"{one['experts']} experts" if one["experts"] else "",
         "yes",
         "yes" if one["architecture"] in ARCHITECTURES else "",
         "yes",
         "CPU",
-        f"{nats['between']:.3f}",
-        f"{formats:.0e}",
+        f"{nats['native']['largest']:.0e}" if nats["native"] else "",
+        f"{mean(nats['cost']):.3f}",
+        f"{mean(nats['formats']):.0e}",
+        reason(one),
     )
 
 
 def other(one: dict[str, Any]) -> tuple[str, ...]:
-    reason = "; ".join(filter(None, (one["reason"], NOTES.get(one["family"], ""))))
-    return one["family"], f"`{one['architecture']}`", one["verdict"], reason.replace("|", "\\|")
+    return one["family"], f"`{one['architecture']}`", one["verdict"], reason(one)
 
 
 WORKS = (
-    *("family", "architecture", "", "prefill, reference", "prefill, ttnn", "decode"),
-    *("seen on", "bfp8 from native", "from the formats"),
+    *("family", "architecture", "prefill, reference", "prefill, ttnn", "decode", "seen on"),
+    *("native", "BFP8", "from the formats", ""),
 )
 
 
@@ -106,6 +117,7 @@ def page(figures: dict[str, Any]) -> str:
     works = [one for one in found if one["verdict"] == "works"]
     others = [one for one in found if one["verdict"] != "works"]
     return PAGE.format(
+        **{"layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM},
         lengths=", ".join(map(str, figures["prompts"])),
         version=SGLANG_VERSION,
         cpu=figures["machine"]["cpu"],

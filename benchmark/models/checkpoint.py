@@ -28,10 +28,11 @@ def make_checkpoint(family: Family, folder: Path, seed: int) -> Any:
         if family.embedding != 1:
             model.get_input_embeddings().weight.data *= family.embedding
     model.bfloat16().save_pretrained(folder)
+    changes = dict(family.written)
     if family.architecture is not None:
-        file = folder / "config.json"
-        written = json.loads(file.read_text())
-        file.write_text(json.dumps(written | {"architectures": [family.architecture]}))
+        changes["architectures"] = [family.architecture]
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **EAGER).eval()
 
 

@@ -51,6 +51,8 @@ class Family:
     architecture: str | None = None
     experts: int = 0
     zero: tuple[str, ...] = ()  # parameters
+    # Fields of config.json that transformers would write in another way than they are published.
+    written: Mapping[str, Any] = field(default_factory=dict)
     embedding: float = 1.0  # lets layers count where an embedding is scaled up and tied
 
     def config(self) -> Any:
@@ -137,12 +139,13 @@ FAMILIES = (
         "EXAONE 4",
         "exaone4",
         WITHOUT_WINDOWS,
+        written={"sliding_window_pattern": None},
     ),
     Family("EXAONE 4, windows", "exaone4", ALTERNATING),
     Family("Arcee", "arcee"),
     Family("Apertus", "apertus"),
     Family("ERNIE 4.5", "ernie4_5", architecture="Ernie4_5_ForCausalLM"),
-    Family("HunYuan dense", "hunyuan_v1_dense"),
+    Family("HunYuan dense", "hunyuan_v1_dense", {"use_qk_norm": True}),
     Family("Persimmon", "persimmon", {"partial_rotary_factor": 0.5}, ("num_key_value_heads",)),
     Family(
         "OPT",
@@ -204,24 +207,28 @@ FAMILIES = (
     Family(
         "HunYuan MoE",
         "hunyuan_v1_moe",
-        {"num_experts": 8, "moe_topk": [2, 2], "num_shared_expert": [1, 1]},
-        experts=8,
-    ),
-    Family(
-        "DBRX",
-        "dbrx",
         {
-            "d_model": HIDDEN,
-            "n_heads": HEADS,
-            "n_layers": LAYERS,
-            "max_seq_len": CONTEXT,
-            "vocab_size": VOCAB,
-            "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2},
+            "num_experts": 8,
+            "moe_topk": [2, 2],
+            "num_shared_expert": [1, 1],
+            "moe_intermediate_size": [INNER, INNER],
+            "use_mixed_mlp_moe": True,
+            "use_qk_norm": True,
         },
-        base={},
         experts=8,
     ),
     Family("gpt-oss", "gpt_oss", {**ALTERNATING, **LOCAL}, experts=8),
-    Family("MiniMax-M2", "minimax_m2", {**LOCAL, "rotary_dim": 16}, experts=8),
+    Family(
+        "MiniMax-M2",
+        "minimax_m2",
+        {
+            **LOCAL,
+            "rotary_dim": 16,
+            "scoring_func": "sigmoid",
+            "use_qk_norm": True,
+            "use_routing_bias": True,
+            "num_mtp_modules": 0,
+        },
+        experts=8,
+    ),
 )

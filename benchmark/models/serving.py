@@ -50,12 +50,12 @@ def serve_both(
     try:
         native: list[Answer] | NotServed
         try:
-            native = answers(servers["native"], prompts)
+            native = answers(servers["native"], model, prompts)
         except NotServed as reason:
             if not reason.refused:
                 raise
             native = reason
-        return native, answers(servers["bfp8"], prompts)
+        return native, answers(servers["bfp8"], model, prompts)
     finally:
         for server in servers.values():
             server.stop()
@@ -66,23 +66,23 @@ def start(model: Path, form: Format, log: Path) -> Server:
     return server.start(model, "null")
 
 
-def answers(server: Server, prompts: Sequence[list[int]]) -> list[Answer]:
+def answers(server: Server, model: Path, prompts: Sequence[list[int]]) -> list[Answer]:
     """Raises NotServed."""
     try:
         if not server.wait_ready(time.monotonic() + START_S):
             raise NotServed("did not start", refused=False)
         return [ask(server.url, prompt) for prompt in prompts]
     except (NotServed, OSError) as error:
-        raise _why(error, server) from None
+        raise _why(error, server, model) from None
 
 
-def _why(error: Exception, server: Server) -> NotServed:
+def _why(error: Exception, server: Server, model: Path) -> NotServed:
     """What the log says, before what a client saw."""
     lines = server.log.read_text(errors="replace").splitlines()
     refused = bool(one_line_error(lines))
     words = diagnose(lines, killed=False)
     said = " ".join(" ".join(words.words).split()) if words.explained else str(error)
-    said = said.removeprefix("sglang_hma.launch_server: error: ")
+    said = said.removeprefix("sglang_hma.launch_server: error: ").replace(str(model), "MODEL")
     return NotServed(f"{server.name}: {said[:300]}", refused=refused)
 
 
