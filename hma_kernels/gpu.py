@@ -32,11 +32,17 @@ class _DecodePlan:
             plan.refresh()
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         if q.dtype not in self._plans:
             self._plans[q.dtype] = _plan_for(q.dtype, *self._arguments)
-        self._plans[q.dtype].run(q, layer, scale, logit_cap, out)
+        self._plans[q.dtype].run(q, layer, scale, logit_cap, out, sinks)
 
 
 def _plan_for(

@@ -147,21 +147,26 @@ class DecodePlan:
         *,
         scale: float,
         logit_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """q [B, Hq, D] -> [B, Hq, Dv] in q's dtype; zeros for a request with nothing to see.
 
         For bfloat16 and float16 queries it computes in float32. For float32 queries it computes in
         float64 and rounds once, so that a row does not depend on what else is in the batch.
-        logit_cap c > 0 applies c * tanh(logit / c). out: where the result is written, contiguous.
-        Raises TypeError for another dtype of q, ValueError for another shape of q or out.
+        logit_cap c > 0 applies c * tanh(logit / c). sinks: [Hq], each head's attention sink: a
+        logit without a key, which takes its share of the softmax and adds no value. No cap applies
+        to it, and -inf is no sink. float32 is read where it lies; another dtype is copied in every
+        call. out: where the result is written, contiguous.
+        Raises TypeError for another dtype of q or sinks, ValueError for another shape of q, sinks
+        or out.
         """
         _check_query(q)
         if tuple(q.shape) != self._q_shape:
             raise ValueError(f"q is {list(q.shape)}; needs {list(self._q_shape)}")
         out = _result("DecodePlan.run", out, self._out_shape, q.dtype, q.device)
         if out.numel():
-            self._plan.run(q, layer, scale, logit_cap, out)
+            self._plan.run(q, layer, scale, logit_cap, out, _sinks(sinks, q))
         return out
 
 
@@ -177,6 +182,7 @@ def extend_attention(
     scale: float,
     logit_cap: float = 0.0,
     sliding_window: int = -1,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of B requests' new rows over their cached prefixes and over themselves.
 
@@ -184,8 +190,9 @@ def extend_attention(
     that are stored. table: each request's cached prefix, of length seq_lens[b]. q_indptr: int64
     [B+1] on the host; request b owns rows q_indptr[b]..q_indptr[b+1]-1, the first of them at
     position seq_lens[b]. A row at position p sees positions <= p and, with sliding_window w >= 0,
-    >= p - w. Returns [T, Hq, Dv] in q's dtype. For float32 queries it computes in float64 and
-    rounds once, so that a row does not depend on how its prompt was cut into prefix and new rows.
+    >= p - w. sinks: as in DecodePlan.run. Returns [T, Hq, Dv] in q's dtype. For float32 queries it
+    computes in float64 and rounds once, so that a row does not depend on how its prompt was cut
+    into prefix and new rows.
     Raises TypeError for a dtype other than bfloat16, float16, float32, ValueError for shapes
     that do not fit, IndexError for a page id outside kv.
     """
@@ -213,7 +220,8 @@ def extend_attention(
     out = q.new_empty(rows, heads, kv.v_head_dim)
     if out.numel():
         call = ExtendCall(
-            q, k, v, kv, layer, table, q_indptr, scale, logit_cap, sliding_window, out
+            *(q, k, v, kv, layer, table, q_indptr, scale, logit_cap, sliding_window, out),
+            _sinks(sinks, q),
         )
         implementation_for(q.device).extend(call)
     return out
@@ -222,6 +230,20 @@ def extend_attention(
 def _check_query(q: torch.Tensor) -> None:
     if q.dtype not in _SOURCES:
         raise TypeError(f"attention: q is {q.dtype}; needs bfloat16, float16 or float32")
+
+
+def _sinks(sinks: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """Contiguous float32 [Hq]."""
+    if sinks is None:
+        return None
+    if sinks.dtype not in _SOURCES:
+        raise TypeError(f"attention: sinks are {sinks.dtype}; needs bfloat16, float16 or float32")
+    if sinks.shape != (q.shape[1],) or sinks.device != q.device:
+        raise ValueError(
+            f"attention: sinks are {list(sinks.shape)} on {sinks.device}; "
+            f"needs [{q.shape[1]}], one for each query head, on {q.device}"
+        )
+    return sinks.detach().float().contiguous()
 
 
 def _check_source(x: torch.Tensor, rounding: str) -> None:

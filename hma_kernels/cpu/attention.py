@@ -19,6 +19,10 @@ def _query(x: torch.Tensor) -> Query:
     return x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(1)
 
 
+def _address(sinks: torch.Tensor | None) -> int:
+    return 0 if sinks is None else sinks.data_ptr()
+
+
 def _adjacent(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -70,12 +74,18 @@ class DecodePlan:
         )
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         q = _adjacent(q)
         pages = _pages(self._kv, layer)
         if q.dtype != torch.float32:
-            self._plan.run(*pages, _query(q), scale, logit_cap, out.data_ptr())
+            self._plan.run(*pages, _query(q), scale, logit_cap, _address(sinks), out.data_ptr())
             return
         _ext.extend_attention(
             self._heads,
@@ -86,6 +96,7 @@ class DecodePlan:
             *(_query(q),) * 3,
             scale,
             logit_cap,
+            _address(sinks),
             self._window,
             True,
             True,
@@ -106,6 +117,7 @@ def extend(call: ExtendCall) -> None:
         _query(v),
         call.scale,
         call.logit_cap,
+        _address(call.sinks),
         call.sliding_window,
         q.dtype == torch.float32,
         False,

@@ -82,7 +82,13 @@ class DecodePlan:
         ]
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         kv, batch, heads = self._kv, self._table.batch_size, self._heads
         gqa_group_size = heads // kv.kv_heads
@@ -102,7 +108,7 @@ class DecodePlan:
             logits[chunk.hidden_page, :, chunk.hidden_row] = -torch.inf
             v[chunk.hidden_page, :, chunk.hidden_row] = 0
             state.add(logits, v, chunk.request)
-        out.copy_(state.result())
+        out.copy_(state.result(sinks))
 
 
 def _chunks(
@@ -154,6 +160,9 @@ class _State:
         self._out.mul_(decay[..., None]).index_add_(0, request, partial)
         self._max = new_max
 
-    def result(self) -> torch.Tensor:
-        total = self._sum.masked_fill(self._sum == 0, 1)
-        return self._out / total[..., None]
+    def result(self, sinks: torch.Tensor | None) -> torch.Tensor:
+        total = self._sum
+        if sinks is not None:
+            # Where nothing is visible the maximum is -inf; -inf - -inf must not become NaN.
+            total = total + torch.exp(sinks.to(total) - self._max).nan_to_num_(0, posinf=torch.inf)
+        return self._out / total.masked_fill(total == 0, 1)[..., None]

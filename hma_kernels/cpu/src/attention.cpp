@@ -102,7 +102,7 @@ void DecodePlan::run(const Pages& pages, const Query& q, const Softmax& softmax,
     for (int64_t row = 0; row < rows; row++) {
         unfinished[row] = slots_[row + 1] - slots_[row];
         if (unfinished[row] == 0)
-            merge(row / heads_.kv_heads, int(row % heads_.kv_heads), nullptr, q.type, out);
+            merge(row / heads_.kv_heads, int(row % heads_.kv_heads), nullptr, nullptr, q.type, out);
     }
     pool.run(items_.size(), [&](int64_t index, void* scratch) {
         const DecodeItem& item = items_[index];
@@ -110,12 +110,12 @@ void DecodePlan::run(const Pages& pages, const Query& q, const Softmax& softmax,
         isa.decode(args, item, scratch, {own, own + heads, own + 2 * heads});
         const int64_t row = int64_t(item.request) * heads_.kv_heads + item.kv_head;
         if (unfinished[row].fetch_sub(1, std::memory_order_acq_rel) == 1)
-            merge(item.request, item.kv_head, state.data(), q.type, out);
+            merge(item.request, item.kv_head, state.data(), softmax.sinks, q.type, out);
     });
 }
 
-void DecodePlan::merge(int64_t request, int kv_head, const float* state, Type type,
-                       void* out) const {
+void DecodePlan::merge(int64_t request, int kv_head, const float* state, const float* sinks,
+                       Type type, void* out) const {
     const int64_t heads = heads_.gqa_group_size, dim = heads_.v_dim, state_size = heads * (dim + 2);
     const int64_t row = request * heads_.kv_heads + kv_head;
     const int32_t begin = slots_[row], end = slots_[row + 1];
@@ -131,6 +131,8 @@ void DecodePlan::merge(int64_t request, int kv_head, const float* state, Type ty
             const float* part = at(slot) + 2 * heads + head * dim;
             for (int64_t d = 0; d < dim; d++) merged[d] += part[d] * factor;
         }
+        // Of a sink far above all logits this is infinite, and the result 0.
+        if (sinks) sum += std::exp2(sinks[kv_head * heads + head] * float(LOG2E) - max);
         const float inverse = sum == 0 ? 0 : 1 / sum;
         const int64_t to = (row * heads + head) * dim;
         for (int64_t d = 0; d < dim; d++) set_element(out, type, to + d, merged[d] * inverse);

@@ -35,7 +35,8 @@ class DecodePlan {
     void run(const Pages& pages, const Query& q, const Softmax& softmax, void* out) const;
 
   private:
-    void merge(int64_t request, int kv_head, const float* state, Type type, void* out) const;
+    void merge(int64_t request, int kv_head, const float* state, const float* sinks, Type type,
+               void* out) const;
 
     Heads heads_;
     int64_t batch_;

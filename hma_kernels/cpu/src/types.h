@@ -12,6 +12,7 @@ constexpr int PAGE = 32;
 constexpr int EXPONENT_BYTES = 64;
 constexpr int FACE_BYTES = 256;
 constexpr int TILE_BYTES = 1088;
+constexpr double LOG2E = 1.442695040888963407359924681001892137;
 
 enum class Type { f32, bf16, f16 };
 enum class Rounding { device, host };
@@ -81,6 +82,7 @@ struct Query {
 
 struct Softmax {
     double scale, logit_cap;
+    const float* sinks;  // [kv_heads*gqa_group_size], a logit each that weighs no value; or null
 };
 
 // Pages first..last-1 of one format, for one request and one KV head.
