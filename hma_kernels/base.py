@@ -58,7 +58,12 @@ class Implementation(Protocol):
     ) -> None: ...
 
     def decode_plan(
-        self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        heads: int,
+        sliding_window: int,
+        q_indptr: torch.Tensor | None = None,
     ) -> Plan: ...
 
     def extend(self, call: ExtendCall) -> None: ...

@@ -110,33 +110,46 @@ def bfp8_write_rows(
         implementation_for(x.device).write_rows(pages, page_ids, rows, x)
 
 
+MAX_QUERIES = 8  # of a request, in one decode step
+
+
 class DecodePlan:
     """One decode step of a batch: one query per request, at position seq_len - 1.
 
     Everything that is the same for all layers is computed here. sliding_window w >= 0 limits a
-    request to positions >= seq_len - 1 - w; -1 is no limit. Pages without a visible row are never
-    read.
-    Raises ValueError if num_q_heads is no multiple of the KV heads, IndexError for a page id
-    outside kv.
+    query at position p to positions >= p - w; -1 is no limit. Pages without a visible row are
+    never read.
+    q_indptr: several queries a request, as in verifying drafted tokens, whose K and V are in the
+    table's pages: int64 [B+1] on the host. Request b's queries are rows q_indptr[b] up to
+    q_indptr[b+1] of q, 1 to 8 of them, at its last positions; each sees none later than its own.
+    Raises ValueError if num_q_heads is no multiple of the KV heads or for another q_indptr,
+    IndexError for a page id outside kv.
     """
 
     def __init__(
-        self, kv: PagedKV, table: PageTable, *, num_q_heads: int, sliding_window: int = -1
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        *,
+        num_q_heads: int,
+        sliding_window: int = -1,
+        q_indptr: torch.Tensor | None = None,
     ) -> None:
         if num_q_heads <= 0 or num_q_heads % kv.kv_heads:
             raise ValueError(
                 f"num_q_heads is {num_q_heads}; needs a multiple of {kv.kv_heads} KV heads"
             )
-        self._q_shape = (table.batch_size, num_q_heads, kv.head_dim)
-        self._out_shape = (table.batch_size, num_q_heads, kv.v_head_dim)
+        rows = table.batch_size if q_indptr is None else _query_rows(q_indptr, table.batch_size)
+        self._q_shape = (rows, num_q_heads, kv.head_dim)
+        self._out_shape = (rows, num_q_heads, kv.v_head_dim)
         implementation = implementation_for(kv.device)
-        self._plan = implementation.decode_plan(kv, table, num_q_heads, sliding_window)
+        self._plan = implementation.decode_plan(kv, table, num_q_heads, sliding_window, q_indptr)
 
     def refresh(self) -> None:
         """Plan anew after the contents of the table's tensors have changed.
 
-        It allocates nothing on a GPU and does not wait for it, so that a CUDA graph that captured
-        `run` works on the new contents.
+        Without q_indptr it allocates nothing on a GPU and does not wait for it, so that a CUDA
+        graph that captured `run` works on the new contents.
         """
         self._plan.refresh()
 
@@ -150,7 +163,8 @@ class DecodePlan:
         sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """q [B, Hq, D] -> [B, Hq, Dv] in q's dtype; zeros for a request with nothing to see.
+        """q [B, Hq, D], with q_indptr [T, Hq, D] -> [.., Hq, Dv] in q's dtype; zeros for a query
+        with nothing to see.
 
         For bfloat16 and float16 queries it computes in float32. For float32 queries it computes in
         float64 and rounds once, so that a row does not depend on what else is in the batch.
@@ -225,6 +239,23 @@ def extend_attention(
         )
         implementation_for(q.device).extend(call)
     return out
+
+
+def _query_rows(q_indptr: torch.Tensor, batch_size: int) -> int:
+    if q_indptr.device.type != "cpu" or q_indptr.dtype != torch.int64:
+        given = f"{q_indptr.dtype} on {q_indptr.device}"
+    elif (
+        q_indptr.shape == (batch_size + 1,)
+        and int(q_indptr[0]) == 0
+        and all(1 <= count <= MAX_QUERIES for count in q_indptr.diff().tolist())
+    ):
+        return int(q_indptr[-1])
+    else:
+        given = str(q_indptr.tolist())
+    raise ValueError(
+        f"DecodePlan: q_indptr is {given}; needs int64 on the host, {batch_size + 1} entries that "
+        f"rise from 0, each by 1 to {MAX_QUERIES} queries; extend_attention takes more"
+    )
 
 
 def _check_query(q: torch.Tensor) -> None:

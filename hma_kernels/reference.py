@@ -183,14 +183,23 @@ def decode_attention(
     logit_cap: float = 0.0,
     sliding_window: int = -1,
     sinks: Array | None = None,
+    q_indptr: Array | None = None,
 ) -> Array:
-    """q [B, Hq, D], one query per request at position seq_len-1 -> float64 [B, Hq, Dv]."""
-    rows = []
-    for request, query in enumerate(q):
+    """q [B, Hq, D], one query per request at position seq_len-1 -> float64 [B, Hq, Dv].
+
+    With q_indptr [B+1], q is [T, Hq, D] and request b's queries are rows q_indptr[b] up to
+    q_indptr[b+1], the last of them at position seq_len-1.
+    """
+    if q_indptr is None:
+        q_indptr = np.arange(len(q) + 1)
+    out = np.zeros((len(q), q.shape[1], kv.v_bf16.shape[-1]))
+    for request, seq_len in enumerate(table.seq_lens):
         k, v, positions = cached(kv, table, request)
-        visible = in_window(positions, int(table.seq_lens[request]) - 1, sliding_window)
-        rows.append(attend(query, k, v, visible, scale, logit_cap, sinks))
-    return np.stack(rows)
+        start, stop = q_indptr[request], q_indptr[request + 1]
+        for row in range(start, stop):
+            visible = in_window(positions, int(seq_len - (stop - row)), sliding_window)
+            out[row] = attend(q[row], k, v, visible, scale, logit_cap, sinks)
+    return out
 
 
 def extend_attention(

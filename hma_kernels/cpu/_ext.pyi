@@ -51,7 +51,13 @@ def extend_attention(
 
 class DecodePlan:
     def __init__(
-        self, heads: Heads, bfp8: PageList, bf16: PageList, seq_lens: Int64s, window: int
+        self,
+        heads: Heads,
+        bfp8: PageList,
+        bf16: PageList,
+        seq_lens: Int64s,
+        q_indptr: Int64s,
+        window: int,
     ) -> None: ...
     def run(
         self,

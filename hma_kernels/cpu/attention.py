@@ -60,17 +60,26 @@ def _heads(kv: PagedKV, heads: int) -> tuple[int, int, int, int]:
 class DecodePlan:
     """hma_kernels.DecodePlan; float32 queries take extend's float64 kernel, without a work list."""
 
-    def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
+    def __init__(
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        heads: int,
+        sliding_window: int,
+        q_indptr: torch.Tensor | None = None,
+    ) -> None:
         self._kv = kv
         self._table = table
         self._heads = _heads(kv, heads)
         self._window = sliding_window
+        self._q_indptr = np.arange(table.batch_size + 1) if q_indptr is None else q_indptr.numpy()
         self.refresh()
 
     def refresh(self) -> None:
         table = self._table
         self._plan = _ext.DecodePlan(
-            self._heads, *_lists(self._kv, table), table.seq_lens.numpy(), self._window
+            *(self._heads, *_lists(self._kv, table), table.seq_lens.numpy()),
+            *(self._q_indptr, self._window),
         )
 
     def run(
@@ -92,7 +101,7 @@ class DecodePlan:
             *pages,
             *_lists(self._kv, self._table),
             self._table.seq_lens.numpy(),
-            np.arange(len(q) + 1),
+            self._q_indptr,
             *(_query(q),) * 3,
             scale,
             logit_cap,

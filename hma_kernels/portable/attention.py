@@ -50,15 +50,25 @@ class _Chunk:
 class DecodePlan:
     """hma_kernels.DecodePlan; what no layer changes is computed once."""
 
-    def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
+    def __init__(
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        heads: int,
+        sliding_window: int,
+        q_indptr: torch.Tensor | None = None,
+    ) -> None:
         self._kv = kv
-        self._table = table
+        self._given = table
+        self._q_indptr = q_indptr
         self._heads = heads
         self._sliding_window = sliding_window
         self.refresh()
 
     def refresh(self) -> None:
-        kv, table, device = self._kv, self._table, self._kv.device
+        kv, device = self._kv, self._kv.device
+        table = self._given if self._q_indptr is None else self._given.of_rows(self._q_indptr)
+        self._table = table
         end = table.seq_lens.to(device)
         window = self._sliding_window
         begin = (end - 1 - window if window >= 0 else end * 0).clamp(min=0)

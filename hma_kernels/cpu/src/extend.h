@@ -53,7 +53,7 @@ struct Extend {
     void start() {
         const T factor = softmax_factor(args.softmax);
         for (int i = 0; i < LANES; i++) {
-            position[i] = request.prefix + args.first_query + row(i < lanes ? i : lanes - 1);
+            position[i] = request.first_position + row(i < lanes ? i : lanes - 1);
             max[i] = T(-1e30);
             sum[i] = 0;
             const int64_t at = i < lanes ? (request.first_row + row(i)) * args.q.row_stride +

@@ -134,7 +134,6 @@ void extend_attention(std::tuple<int, int, int, int> heads, const PagesTuple& bf
                           query(k),
                           query(v),
                           !decode,
-                          decode ? -1 : 0,
                           window,
                           softmax(scale, logit_cap, sinks),
                           reinterpret_cast<void*>(out)};
@@ -181,11 +180,12 @@ NB_MODULE(_ext, m) {
     nb::class_<DecodePlan>(m, "DecodePlan")
         .def("__init__",
              [](DecodePlan* self, std::tuple<int, int, int, int> heads, const TableTuple& bfp8,
-                const TableTuple& bf16, const Int64s& seq_lens, int64_t window) {
+                const TableTuple& bf16, const Int64s& seq_lens, const Int64s& q_indptr,
+                int64_t window) {
                  const auto& [kv_heads, gqa_group_size, dim, v_dim] = heads;
                  const PageList table[2] = {page_list(bfp8), page_list(bf16)};
-                 new (self)
-                     DecodePlan({kv_heads, gqa_group_size, dim, v_dim}, table, view(seq_lens), window);
+                 new (self) DecodePlan({kv_heads, gqa_group_size, dim, v_dim}, table, view(seq_lens),
+                                       view(q_indptr), window);
              })
         .def("run", [](const DecodePlan& self, const PagesTuple& bfp8, const PagesTuple& bf16,
                        const QueryTuple& q, double scale, double logit_cap, Address sinks,
