@@ -11,7 +11,8 @@ from hma_kernels.paged import PagedKV, PageTable
 
 @dataclass(frozen=True)
 class ExtendCall:
-    """The arguments of hma_kernels.extend_attention, and where its result goes."""
+    """The arguments of hma_kernels.extend_attention, and where its result goes; sinks is contiguous
+    float32 [Hq]."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -24,13 +25,20 @@ class ExtendCall:
     logit_cap: float
     sliding_window: int
     out: torch.Tensor
+    sinks: torch.Tensor | None = None
 
 
 class Plan(Protocol):
-    """As hma_kernels.DecodePlan; out is contiguous."""
+    """As hma_kernels.DecodePlan; out is contiguous, sinks is contiguous float32 [heads]."""
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None: ...
 
     def refresh(self) -> None: ...
@@ -50,7 +58,12 @@ class Implementation(Protocol):
     ) -> None: ...
 
     def decode_plan(
-        self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        heads: int,
+        sliding_window: int,
+        q_indptr: torch.Tensor | None = None,
     ) -> Plan: ...
 
     def extend(self, call: ExtendCall) -> None: ...

@@ -18,6 +18,37 @@ from hma_kernels.triton.codec import pack, round_values, write_rows
 __all__ = ["decode_plan", "extend", "pack", "round_values", "unpack", "write_rows"]
 
 
+class _RowsPlan:
+    """Several queries a request: each is a request of its own to kernels that know one query, so
+    a page is read for each of them. A new table on every refresh, which waits for the GPU."""
+
+    def __init__(
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        heads: int,
+        sliding_window: int,
+        q_indptr: torch.Tensor,
+    ) -> None:
+        self._arguments = kv, table, heads, sliding_window, q_indptr
+        self.refresh()
+
+    def refresh(self) -> None:
+        kv, table, heads, sliding_window, q_indptr = self._arguments
+        self._plan = _DecodePlan(kv, table.of_rows(q_indptr), heads, sliding_window)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        self._plan.run(q, layer, scale, logit_cap, out, sinks)
+
+
 class _DecodePlan:
     """Makes a plan for each dtype of queries when the first ones come."""
 
@@ -32,11 +63,17 @@ class _DecodePlan:
             plan.refresh()
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         if q.dtype not in self._plans:
             self._plans[q.dtype] = _plan_for(q.dtype, *self._arguments)
-        self._plans[q.dtype].run(q, layer, scale, logit_cap, out)
+        self._plans[q.dtype].run(q, layer, scale, logit_cap, out, sinks)
 
 
 def _plan_for(
@@ -50,8 +87,17 @@ def _plan_for(
     return cuda_decode.DecodePlan(kv, table, heads, sliding_window, library)
 
 
-def decode_plan(kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> Plan:
-    return _DecodePlan(kv, table.to(kv.device), heads, sliding_window)
+def decode_plan(
+    kv: PagedKV,
+    table: PageTable,
+    heads: int,
+    sliding_window: int,
+    q_indptr: torch.Tensor | None = None,
+) -> Plan:
+    table = table.to(kv.device)
+    if q_indptr is None:
+        return _DecodePlan(kv, table, heads, sliding_window)
+    return _RowsPlan(kv, table, heads, sliding_window, q_indptr)
 
 
 def extend(call: ExtendCall) -> None:

@@ -110,33 +110,46 @@ def bfp8_write_rows(
         implementation_for(x.device).write_rows(pages, page_ids, rows, x)
 
 
+MAX_QUERIES = 8  # of a request, in one decode step
+
+
 class DecodePlan:
     """One decode step of a batch: one query per request, at position seq_len - 1.
 
     Everything that is the same for all layers is computed here. sliding_window w >= 0 limits a
-    request to positions >= seq_len - 1 - w; -1 is no limit. Pages without a visible row are never
-    read.
-    Raises ValueError if num_q_heads is no multiple of the KV heads, IndexError for a page id
-    outside kv.
+    query at position p to positions >= p - w; -1 is no limit. Pages without a visible row are
+    never read.
+    q_indptr: several queries a request, as in verifying drafted tokens, whose K and V are in the
+    table's pages: int64 [B+1] on the host. Request b's queries are rows q_indptr[b] up to
+    q_indptr[b+1] of q, 1 to 8 of them, at its last positions; each sees none later than its own.
+    Raises ValueError if num_q_heads is no multiple of the KV heads or for another q_indptr,
+    IndexError for a page id outside kv.
     """
 
     def __init__(
-        self, kv: PagedKV, table: PageTable, *, num_q_heads: int, sliding_window: int = -1
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        *,
+        num_q_heads: int,
+        sliding_window: int = -1,
+        q_indptr: torch.Tensor | None = None,
     ) -> None:
         if num_q_heads <= 0 or num_q_heads % kv.kv_heads:
             raise ValueError(
                 f"num_q_heads is {num_q_heads}; needs a multiple of {kv.kv_heads} KV heads"
             )
-        self._q_shape = (table.batch_size, num_q_heads, kv.head_dim)
-        self._out_shape = (table.batch_size, num_q_heads, kv.v_head_dim)
+        rows = table.batch_size if q_indptr is None else _query_rows(q_indptr, table.batch_size)
+        self._q_shape = (rows, num_q_heads, kv.head_dim)
+        self._out_shape = (rows, num_q_heads, kv.v_head_dim)
         implementation = implementation_for(kv.device)
-        self._plan = implementation.decode_plan(kv, table, num_q_heads, sliding_window)
+        self._plan = implementation.decode_plan(kv, table, num_q_heads, sliding_window, q_indptr)
 
     def refresh(self) -> None:
         """Plan anew after the contents of the table's tensors have changed.
 
-        It allocates nothing on a GPU and does not wait for it, so that a CUDA graph that captured
-        `run` works on the new contents.
+        Without q_indptr it allocates nothing on a GPU and does not wait for it, so that a CUDA
+        graph that captured `run` works on the new contents.
         """
         self._plan.refresh()
 
@@ -147,21 +160,27 @@ class DecodePlan:
         *,
         scale: float,
         logit_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """q [B, Hq, D] -> [B, Hq, Dv] in q's dtype; zeros for a request with nothing to see.
+        """q [B, Hq, D], with q_indptr [T, Hq, D] -> [.., Hq, Dv] in q's dtype; zeros for a query
+        with nothing to see.
 
         For bfloat16 and float16 queries it computes in float32. For float32 queries it computes in
         float64 and rounds once, so that a row does not depend on what else is in the batch.
-        logit_cap c > 0 applies c * tanh(logit / c). out: where the result is written, contiguous.
-        Raises TypeError for another dtype of q, ValueError for another shape of q or out.
+        logit_cap c > 0 applies c * tanh(logit / c). sinks: [Hq], each head's attention sink: a
+        logit without a key, which takes its share of the softmax and adds no value. No cap applies
+        to it, and -inf is no sink. float32 is read where it lies; another dtype is copied in every
+        call. out: where the result is written, contiguous.
+        Raises TypeError for another dtype of q or sinks, ValueError for another shape of q, sinks
+        or out.
         """
         _check_query(q)
         if tuple(q.shape) != self._q_shape:
             raise ValueError(f"q is {list(q.shape)}; needs {list(self._q_shape)}")
         out = _result("DecodePlan.run", out, self._out_shape, q.dtype, q.device)
         if out.numel():
-            self._plan.run(q, layer, scale, logit_cap, out)
+            self._plan.run(q, layer, scale, logit_cap, out, _sinks(sinks, q))
         return out
 
 
@@ -177,6 +196,7 @@ def extend_attention(
     scale: float,
     logit_cap: float = 0.0,
     sliding_window: int = -1,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of B requests' new rows over their cached prefixes and over themselves.
 
@@ -184,8 +204,9 @@ def extend_attention(
     that are stored. table: each request's cached prefix, of length seq_lens[b]. q_indptr: int64
     [B+1] on the host; request b owns rows q_indptr[b]..q_indptr[b+1]-1, the first of them at
     position seq_lens[b]. A row at position p sees positions <= p and, with sliding_window w >= 0,
-    >= p - w. Returns [T, Hq, Dv] in q's dtype. For float32 queries it computes in float64 and
-    rounds once, so that a row does not depend on how its prompt was cut into prefix and new rows.
+    >= p - w. sinks: as in DecodePlan.run. Returns [T, Hq, Dv] in q's dtype. For float32 queries it
+    computes in float64 and rounds once, so that a row does not depend on how its prompt was cut
+    into prefix and new rows.
     Raises TypeError for a dtype other than bfloat16, float16, float32, ValueError for shapes
     that do not fit, IndexError for a page id outside kv.
     """
@@ -213,15 +234,47 @@ def extend_attention(
     out = q.new_empty(rows, heads, kv.v_head_dim)
     if out.numel():
         call = ExtendCall(
-            q, k, v, kv, layer, table, q_indptr, scale, logit_cap, sliding_window, out
+            *(q, k, v, kv, layer, table, q_indptr, scale, logit_cap, sliding_window, out),
+            _sinks(sinks, q),
         )
         implementation_for(q.device).extend(call)
     return out
 
 
+def _query_rows(q_indptr: torch.Tensor, batch_size: int) -> int:
+    if q_indptr.device.type != "cpu" or q_indptr.dtype != torch.int64:
+        given = f"{q_indptr.dtype} on {q_indptr.device}"
+    elif (
+        q_indptr.shape == (batch_size + 1,)
+        and int(q_indptr[0]) == 0
+        and all(1 <= count <= MAX_QUERIES for count in q_indptr.diff().tolist())
+    ):
+        return int(q_indptr[-1])
+    else:
+        given = str(q_indptr.tolist())
+    raise ValueError(
+        f"DecodePlan: q_indptr is {given}; needs int64 on the host, {batch_size + 1} entries that "
+        f"rise from 0, each by 1 to {MAX_QUERIES} queries; extend_attention takes more"
+    )
+
+
 def _check_query(q: torch.Tensor) -> None:
     if q.dtype not in _SOURCES:
         raise TypeError(f"attention: q is {q.dtype}; needs bfloat16, float16 or float32")
+
+
+def _sinks(sinks: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """Contiguous float32 [Hq]."""
+    if sinks is None:
+        return None
+    if sinks.dtype not in _SOURCES:
+        raise TypeError(f"attention: sinks are {sinks.dtype}; needs bfloat16, float16 or float32")
+    if sinks.shape != (q.shape[1],) or sinks.device != q.device:
+        raise ValueError(
+            f"attention: sinks are {list(sinks.shape)} on {sinks.device}; "
+            f"needs [{q.shape[1]}], one for each query head, on {q.device}"
+        )
+    return sinks.detach().float().contiguous()
 
 
 def _check_source(x: torch.Tensor, rounding: str) -> None:

@@ -124,6 +124,26 @@ class PageTable:
     def batch_size(self) -> int:
         return len(self.seq_lens)
 
+    def of_rows(self, q_indptr: torch.Tensor) -> Self:
+        """Each query as a request of its own: row i of request b's n rows has its pages, and
+        seq_lens[b] - n + 1 + i tokens. q_indptr: int64 [B+1] on the host. A copy."""
+        device, counts = self.seq_lens.device, q_indptr.diff()
+        rows = int(q_indptr[-1])
+        request = torch.repeat_interleave(torch.arange(self.batch_size), counts)
+        later = q_indptr[1:][request] - 1 - torch.arange(rows)
+        request, later = request.to(device), later.to(device)
+        fields = {"seq_lens": (self.seq_lens[request] - later).clamp(min=0)}
+        for name in ("bfp8", "bf16"):
+            indptr = getattr(self, f"{name}_indptr")
+            sizes = indptr.diff()[request]
+            ends = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+            shift = torch.repeat_interleave(indptr[:-1][request] - ends[:-1], sizes)
+            entry = torch.arange(len(shift), device=device) + shift
+            fields[f"{name}_indptr"] = ends
+            fields[f"{name}_indices"] = getattr(self, f"{name}_indices")[entry]
+            fields[f"{name}_pos"] = getattr(self, f"{name}_pos")[entry]
+        return type(self)(**fields)
+
     def to(self, device: torch.device) -> Self:
         """The table on another device; itself if it is there."""
         if self.seq_lens.device == device:

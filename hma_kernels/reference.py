@@ -135,11 +135,20 @@ def cached(kv: KV, table: Table, request: int) -> tuple[Array, Array, Array]:
     return np.concatenate(keys), np.concatenate(values), np.concatenate(positions)
 
 
-def attend(q: Array, k: Array, v: Array, visible: Array, scale: float, logit_cap: float) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Array,
+    scale: float,
+    logit_cap: float,
+    sinks: Array | None = None,
+) -> Array:
     """One query [Hq, D] over k [n, H, D], v [n, H, Dv], visible bool [n] -> float64 [Hq, Dv].
 
-    Query head h reads KV head h // (Hq/H). Weights are softmax(cap * tanh(q.k * scale / cap)); the
-    result is zero if nothing is visible.
+    Query head h reads KV head h // (Hq/H). Weights are softmax(cap * tanh(q.k * scale / cap)), with
+    sinks [Hq] over one logit more, sinks[h] as it is, whose value is zero. The result is zero if
+    nothing is visible.
     """
     k, v = k[visible], v[visible]
     gqa_group_size = q.shape[0] // k.shape[1]
@@ -150,8 +159,11 @@ def attend(q: Array, k: Array, v: Array, visible: Array, scale: float, logit_cap
         logits = k[:, head // gqa_group_size] @ row * scale
         if logit_cap > 0:
             logits = logit_cap * np.tanh(logits / logit_cap)
-        weights = np.exp(logits - logits.max())
-        out[head] = weights @ v[:, head // gqa_group_size] / weights.sum()
+        sink = -np.inf if sinks is None else float(sinks[head])
+        largest = max(logits.max(), sink)
+        weights = np.exp(logits - largest)
+        total = weights.sum() + np.exp(sink - largest)
+        out[head] = weights @ v[:, head // gqa_group_size] / total
     return out
 
 
@@ -170,14 +182,24 @@ def decode_attention(
     scale: float,
     logit_cap: float = 0.0,
     sliding_window: int = -1,
+    sinks: Array | None = None,
+    q_indptr: Array | None = None,
 ) -> Array:
-    """q [B, Hq, D], one query per request at position seq_len-1 -> float64 [B, Hq, Dv]."""
-    rows = []
-    for request, query in enumerate(q):
+    """q [B, Hq, D], one query per request at position seq_len-1 -> float64 [B, Hq, Dv].
+
+    With q_indptr [B+1], q is [T, Hq, D] and request b's queries are rows q_indptr[b] up to
+    q_indptr[b+1], the last of them at position seq_len-1.
+    """
+    if q_indptr is None:
+        q_indptr = np.arange(len(q) + 1)
+    out = np.zeros((len(q), q.shape[1], kv.v_bf16.shape[-1]))
+    for request, seq_len in enumerate(table.seq_lens):
         k, v, positions = cached(kv, table, request)
-        visible = in_window(positions, int(table.seq_lens[request]) - 1, sliding_window)
-        rows.append(attend(query, k, v, visible, scale, logit_cap))
-    return np.stack(rows)
+        start, stop = q_indptr[request], q_indptr[request + 1]
+        for row in range(start, stop):
+            visible = in_window(positions, int(seq_len - (stop - row)), sliding_window)
+            out[row] = attend(q[row], k, v, visible, scale, logit_cap, sinks)
+    return out
 
 
 def extend_attention(
@@ -191,6 +213,7 @@ def extend_attention(
     scale: float,
     logit_cap: float = 0.0,
     sliding_window: int = -1,
+    sinks: Array | None = None,
 ) -> Array:
     """New rows q [T, Hq, D], k [T, H, D], v [T, H, Dv] after each prefix -> float64 [T, Hq, Dv].
 
@@ -205,5 +228,5 @@ def extend_attention(
         positions = np.concatenate([old_positions, prefix + np.arange(stop - start)])
         for row in range(start, stop):
             visible = in_window(positions, int(prefix + row - start), sliding_window)
-            out[row] = attend(q[row], all_k, all_v, visible, scale, logit_cap)
+            out[row] = attend(q[row], all_k, all_v, visible, scale, logit_cap, sinks)
     return out

@@ -4,7 +4,8 @@ Peers read BF16: `sdpa` is torch's scaled_dot_product_attention(enable_gqa) on K
 contiguous for each request, `torch_native` SGLang's own CPU backend over its token pool. Ours
 reads pages in random order. The floor is the BFP8 bytes over the bandwidth of streaming reads that
 streaming.py measures, with as many threads and in the same rounds; `of reads` is the share of that
-bandwidth that decode attention reaches, and what --check holds it to.
+bandwidth that decode attention reaches, and what --check holds it to. `verify n` is a step with n
+queries a request, beside n steps with one.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,8 @@ SHAPES = {
     EVEN: [1272] * 32,
 }
 # The least share of streaming reads.
+VERIFY = (4, 8)  # queries a request
+MOST_OF_SINGLE_STEPS = 0.9
 TARGETS = {"avx512_bf16": 0.60, "avx512": 0.45, "avx2": 0.30}
 
 
@@ -54,7 +57,9 @@ class Case:
         kv = PagedKV(self.pages[:1], self.pages[1:], [bf16], [bf16])
         self.q = torch.randn(len(lengths), Q_HEADS, DIM, dtype=torch.bfloat16)
         self.out = torch.empty_like(self.q)
-        self.plan = lambda: DecodePlan(kv, table, num_q_heads=Q_HEADS)
+        self.plan = lambda q_indptr=None: DecodePlan(
+            kv, table, num_q_heads=Q_HEADS, q_indptr=q_indptr
+        )
 
     @staticmethod
     def _tiles(count: int) -> torch.Tensor:
@@ -73,6 +78,16 @@ class Case:
 
         def run() -> None:
             plan.run(self.q, 0, scale=DIM**-0.5, out=self.out)
+
+        return run
+
+    def verify(self, queries: int) -> Callable[[], None]:
+        plan = self.plan(queries * torch.arange(len(self.lengths) + 1))
+        q = torch.randn(queries * len(self.lengths), Q_HEADS, DIM, dtype=torch.bfloat16)
+        out = torch.empty_like(q)
+
+        def run() -> None:
+            plan.run(q, 0, scale=DIM**-0.5, out=out)
 
         return run
 
@@ -128,6 +143,8 @@ def compare(
     candidates = reader.candidates()
     candidates |= {name: case.ours() for name, case in cases.items()}
     candidates |= {f"sdpa {name}": cases[name].sdpa() for name in (MAIN, LONG, MANY)}
+    for name in (MAIN, LONG):
+        candidates |= {f"verify {n} {name}": cases[name].verify(n) for n in VERIFY}
     candidates[f"torch_native {MAIN}"] = cases[MAIN].torch_native()
     times = interleave(candidates, rounds)
     read = min(reader.candidates(), key=lambda name: times[name].median)
@@ -144,6 +161,16 @@ def compare(
         "times_torch_native": ratio(MAIN, f"torch_native {MAIN}"),
         "long_of_main": ratio(LONG, MAIN) * cases[LONG].bytes / cases[MAIN].bytes,
         "mixed_over_even": 1 / ratio(MIXED, EVEN) * cases[EVEN].bytes / cases[MIXED].bytes,
+        "verify": {
+            name: {
+                str(n): {
+                    "ms": times[f"verify {n} {name}"].median * 1e3,
+                    "of_single_steps": 1 / ratio(f"verify {n} {name}", name) / n,
+                }
+                for n in VERIFY
+            }
+            for name in (MAIN, LONG)
+        },
         "cases": {},
     }
     for name, case in cases.items():
@@ -191,8 +218,13 @@ def show(result: dict[str, Any]) -> None:
     print(
         f"streaming reads: {result['read_bytes_per_s'] / 1e9:.1f} GB/s "
         f"±{result['read_spread']:.0%} ({result['read']}); {MAIN}: "
-        f"{result['times_torch_native']:.1f} x torch_native\n"
+        f"{result['times_torch_native']:.1f} x torch_native"
     )
+    for name, steps in result["verify"].items():
+        for n, step in steps.items():
+            share = step["of_single_steps"]
+            print(f"verify {n}, {name}: {step['ms']:.2f} ms, {share:.0%} of {n} steps")
+    print()
 
 
 def sweep(isa: str, threads: list[int], rounds: int) -> list[dict[str, Any]]:
@@ -257,6 +289,16 @@ def figures(results: list[dict[str, Any]]) -> list[Figure]:
     return [
         *found,
         Figure(f"{LONG}, {best['isa']}, speed a byte of {MAIN}", best["long_of_main"], 0.9),
+        *(
+            Figure(
+                f"verify {n}, {name}, {best['isa']}, of {n} steps",
+                best["verify"][name][str(n)]["of_single_steps"],
+                MOST_OF_SINGLE_STEPS,
+                False,
+            )
+            for name in (MAIN, LONG)
+            for n in VERIFY
+        ),
         Figure(f"{MIXED}, {best['isa']}, time of even", best["mixed_over_even"], 1.15, False),
     ]
 

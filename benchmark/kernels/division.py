@@ -75,7 +75,7 @@ class Divider:
 
         formats = (none, indptr) if bf16_pages else (indptr, none)
         params = DecodeParams(
-            *(None, 0, 0, *map(table, formats), seq_lens.data_ptr(), None, None),
+            *(None, 0, 0, *map(table, formats), seq_lens.data_ptr(), None, None, None),
             *(len(lengths), kv_heads, gqa_group_size, -1, 1.0, 0.0, blocks),
         )
         size = self._library.hma_workspace_bytes(ctypes.byref(params))

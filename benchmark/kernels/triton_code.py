@@ -34,6 +34,7 @@ ATTENTION_TYPES = {
     **{"partial_out": "*fp32", "partial_max": "*fp32", "partial_sum": "*fp32"},
     **{"k_bfp8": "*u8", "v_bfp8": "*u8", "k_bf16": "*bf16", "v_bf16": "*bf16"},
     **{"scale": "fp32", "logit_cap": "fp32", "item_indptr": "*i32", "item_request": "*i32"},
+    **{"sinks": "*fp32"},
 }
 
 

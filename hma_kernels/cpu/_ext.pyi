@@ -42,6 +42,7 @@ def extend_attention(
     v: Query,
     scale: float,
     logit_cap: float,
+    sinks: int,
     window: int,
     exact: bool,
     decode: bool,
@@ -50,8 +51,21 @@ def extend_attention(
 
 class DecodePlan:
     def __init__(
-        self, heads: Heads, bfp8: PageList, bf16: PageList, seq_lens: Int64s, window: int
+        self,
+        heads: Heads,
+        bfp8: PageList,
+        bf16: PageList,
+        seq_lens: Int64s,
+        q_indptr: Int64s,
+        window: int,
     ) -> None: ...
     def run(
-        self, bfp8: Pages, bf16: Pages, q: Query, scale: float, logit_cap: float, out: int
+        self,
+        bfp8: Pages,
+        bf16: Pages,
+        q: Query,
+        scale: float,
+        logit_cap: float,
+        sinks: int,
+        out: int,
     ) -> None: ...

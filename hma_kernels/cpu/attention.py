@@ -19,6 +19,10 @@ def _query(x: torch.Tensor) -> Query:
     return x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(1)
 
 
+def _address(sinks: torch.Tensor | None) -> int:
+    return 0 if sinks is None else sinks.data_ptr()
+
+
 def _adjacent(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -56,36 +60,52 @@ def _heads(kv: PagedKV, heads: int) -> tuple[int, int, int, int]:
 class DecodePlan:
     """hma_kernels.DecodePlan; float32 queries take extend's float64 kernel, without a work list."""
 
-    def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
+    def __init__(
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        heads: int,
+        sliding_window: int,
+        q_indptr: torch.Tensor | None = None,
+    ) -> None:
         self._kv = kv
         self._table = table
         self._heads = _heads(kv, heads)
         self._window = sliding_window
+        self._q_indptr = np.arange(table.batch_size + 1) if q_indptr is None else q_indptr.numpy()
         self.refresh()
 
     def refresh(self) -> None:
         table = self._table
         self._plan = _ext.DecodePlan(
-            self._heads, *_lists(self._kv, table), table.seq_lens.numpy(), self._window
+            *(self._heads, *_lists(self._kv, table), table.seq_lens.numpy()),
+            *(self._q_indptr, self._window),
         )
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         q = _adjacent(q)
         pages = _pages(self._kv, layer)
         if q.dtype != torch.float32:
-            self._plan.run(*pages, _query(q), scale, logit_cap, out.data_ptr())
+            self._plan.run(*pages, _query(q), scale, logit_cap, _address(sinks), out.data_ptr())
             return
         _ext.extend_attention(
             self._heads,
             *pages,
             *_lists(self._kv, self._table),
             self._table.seq_lens.numpy(),
-            np.arange(len(q) + 1),
+            self._q_indptr,
             *(_query(q),) * 3,
             scale,
             logit_cap,
+            _address(sinks),
             self._window,
             True,
             True,
@@ -106,6 +126,7 @@ def extend(call: ExtendCall) -> None:
         _query(v),
         call.scale,
         call.logit_cap,
+        _address(call.sinks),
         call.sliding_window,
         q.dtype == torch.float32,
         False,

@@ -62,7 +62,13 @@ class DecodePlan:
                 self._library.schedule(self._params(), stream)
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         if not self._table.batch_size:
             return
@@ -70,7 +76,7 @@ class DecodePlan:
         suits = out.dtype == q.dtype and out.is_contiguous()
         own = out if suits else q.new_empty(out.shape)
         with _on(q.device) as stream:
-            self._library.decode(self._params(q, layer, scale, logit_cap, own), stream)
+            self._library.decode(self._params(q, layer, scale, logit_cap, own, sinks), stream)
         if own is not out:
             out.copy_(own)
 
@@ -81,6 +87,7 @@ class DecodePlan:
         scale: float = 1.0,
         logit_cap: float = 0.0,
         out: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> DecodeParams:
         """The schedule needs no queries and no output."""
         kv, table = self._kv, self._table
@@ -103,6 +110,7 @@ class DecodePlan:
             ),
             table.seq_lens.data_ptr(),
             None if out is None else out.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
             self._workspace.data_ptr(),
             *(table.batch_size, kv.kv_heads, self._gqa_group_size, self._sliding_window),
             *(scale, logit_cap, self._blocks),

@@ -22,7 +22,7 @@ class DecodeParams(ctypes.Structure):
         ("query", c_void_p),
         *((name, c_int64) for name in ("query_stride", "query_head_stride")),
         *((name, PagedKVParams) for name in ("bfp8", "bf16")),
-        *((name, c_void_p) for name in ("seq_lens", "out", "workspace")),
+        *((name, c_void_p) for name in ("seq_lens", "out", "sinks", "workspace")),
         *((name, c_int32) for name in ("batch_size", "kv_heads")),
         *((name, c_int32) for name in ("gqa_group_size", "sliding_window")),
         *((name, c_float) for name in ("scale", "logit_cap")),

@@ -50,15 +50,25 @@ class _Chunk:
 class DecodePlan:
     """hma_kernels.DecodePlan; what no layer changes is computed once."""
 
-    def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
+    def __init__(
+        self,
+        kv: PagedKV,
+        table: PageTable,
+        heads: int,
+        sliding_window: int,
+        q_indptr: torch.Tensor | None = None,
+    ) -> None:
         self._kv = kv
-        self._table = table
+        self._given = table
+        self._q_indptr = q_indptr
         self._heads = heads
         self._sliding_window = sliding_window
         self.refresh()
 
     def refresh(self) -> None:
-        kv, table, device = self._kv, self._table, self._kv.device
+        kv, device = self._kv, self._kv.device
+        table = self._given if self._q_indptr is None else self._given.of_rows(self._q_indptr)
+        self._table = table
         end = table.seq_lens.to(device)
         window = self._sliding_window
         begin = (end - 1 - window if window >= 0 else end * 0).clamp(min=0)
@@ -82,7 +92,13 @@ class DecodePlan:
         ]
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         kv, batch, heads = self._kv, self._table.batch_size, self._heads
         gqa_group_size = heads // kv.kv_heads
@@ -102,7 +118,7 @@ class DecodePlan:
             logits[chunk.hidden_page, :, chunk.hidden_row] = -torch.inf
             v[chunk.hidden_page, :, chunk.hidden_row] = 0
             state.add(logits, v, chunk.request)
-        out.copy_(state.result())
+        out.copy_(state.result(sinks))
 
 
 def _chunks(
@@ -154,6 +170,9 @@ class _State:
         self._out.mul_(decay[..., None]).index_add_(0, request, partial)
         self._max = new_max
 
-    def result(self) -> torch.Tensor:
-        total = self._sum.masked_fill(self._sum == 0, 1)
-        return self._out / total[..., None]
+    def result(self, sinks: torch.Tensor | None) -> torch.Tensor:
+        total = self._sum
+        if sinks is not None:
+            # Where nothing is visible the maximum is -inf; -inf - -inf must not become NaN.
+            total = total + torch.exp(sinks.to(total) - self._max).nan_to_num_(0, posinf=torch.inf)
+        return self._out / total.masked_fill(total == 0, 1)[..., None]

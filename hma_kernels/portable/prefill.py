@@ -14,7 +14,7 @@ _BLOCK_LOGITS = 1 << 23
 def extend(call: ExtendCall) -> None:
     q, k, v, out = call.q, call.k, call.v, call.out
     scale, logit_cap, sliding_window = call.scale, call.logit_cap, call.sliding_window
-    use_sdpa = q.dtype == torch.bfloat16 and logit_cap == 0
+    use_sdpa = q.dtype == torch.bfloat16 and logit_cap == 0 and call.sinks is None
     dtype = q.dtype if use_sdpa else compute_dtype(q)
     prefix_lengths = call.table.seq_lens.tolist()
     bounds = call.q_indptr.tolist()
@@ -48,7 +48,7 @@ def extend(call: ExtendCall) -> None:
             result[:, start:stop] = (
                 _sdpa(part, part_k, part_v, ~hidden, scale)
                 if use_sdpa
-                else _softmax(part, part_k, part_v, hidden, scale, logit_cap)
+                else _softmax(part, part_k, part_v, hidden, scale, logit_cap, call.sinks)
             )
 
 
@@ -98,10 +98,16 @@ def _softmax(
     hidden: torch.Tensor,
     scale: float,
     logit_cap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     rows = q.shape[1]
     per_kv_head = (q * scale).reshape(k.shape[0], -1, q.shape[2])
     logits = soft_cap(torch.bmm(per_kv_head, k.transpose(1, 2)), logit_cap)
     logits = logits.view(q.shape[0], rows, -1).masked_fill_(hidden, -torch.inf)
-    weights = logits.softmax(-1).view(k.shape[0], -1, k.shape[1])
+    if sinks is None:
+        weights = logits.softmax(-1)
+    else:
+        column = sinks.to(logits)[:, None, None].expand(-1, rows, 1)
+        weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    weights = weights.reshape(k.shape[0], -1, k.shape[1])
     return torch.bmm(weights, v).view(q.shape[0], rows, -1)

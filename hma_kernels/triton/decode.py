@@ -133,10 +133,16 @@ class DecodePlan:
         self._schedule.update()
 
     def run(
-        self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        layer: int,
+        scale: float,
+        logit_cap: float,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self._attend(q if q.stride(2) == 1 else q.contiguous(), layer, scale, logit_cap)
-        self._states.merge(self._schedule, out)
+        self._states.merge(self._schedule, out, sinks)
 
     def _attend(self, q: torch.Tensor, layer: int, scale: float, logit_cap: float) -> None:
         """Writes the partial states. The last dimension of q is contiguous."""

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from hma_kernels.triton.schedule import Schedule
+from hma_kernels.triton.softmax import with_sink
 
 ITEMS_PER_STEP = 16
 
@@ -16,10 +17,12 @@ def _merge(
     partial_max,
     partial_sum,
     item_indptr,
+    sinks,
     HEADS: tl.constexpr,
     V_DIM: tl.constexpr,
     V_PADDED: tl.constexpr,
     ITEMS_PER_STEP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """One program a request and query head; items are merged in a fixed order."""
     request, head = tl.program_id(0), tl.program_id(1)
@@ -45,6 +48,8 @@ def _merge(
         )
         state_out = state_out * decay + tl.sum(values * weight[:, None], 0)
         state_max = new_max
+    if SINKS:
+        state_sum = with_sink(state_max, state_sum, tl.load(sinks + head))
     result = state_out / tl.where(state_sum == 0, 1.0, state_sum)
     tl.store(
         out + (request * HEADS + head) * V_DIM + column,
@@ -64,13 +69,16 @@ class PartialStates:
         self.max = torch.empty((items, heads), dtype=torch.float32, device=device)
         self.sum = torch.empty_like(self.max)
 
-    def merge(self, schedule: Schedule, out: torch.Tensor) -> None:
+    def merge(
+        self, schedule: Schedule, out: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> None:
         """out: contiguous [B, heads, v_head_dim]; zeros for a request without items."""
         batch_size, heads, v_head_dim = out.shape
         _merge[(batch_size, heads)](
-            *(out, self.out, self.max, self.sum, schedule.item_indptr),
+            *(out, self.out, self.max, self.sum, schedule.item_indptr, sinks),
             HEADS=heads,
             V_DIM=v_head_dim,
             V_PADDED=triton.next_power_of_2(v_head_dim),
             ITEMS_PER_STEP=ITEMS_PER_STEP,
+            SINKS=sinks is not None,
         )

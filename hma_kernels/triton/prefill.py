@@ -9,7 +9,7 @@ import triton.language as tl
 
 from hma_kernels.base import ExtendCall
 from hma_kernels.triton.prefix import unpack_prefix
-from hma_kernels.triton.softmax import attend, empty_state, mma_type, split_query
+from hma_kernels.triton.softmax import attend, empty_state, mma_type, split_query, with_sink
 
 ROWS_PER_BLOCK = 64  # new rows of one query head in one program
 KEYS_PER_STEP = 64
@@ -76,6 +76,7 @@ def _extend(
     q_indptr,
     block_request,
     block_first_row,
+    sinks,
     sliding_window,
     scale,
     logit_cap,
@@ -95,6 +96,7 @@ def _extend(
     KEYS: tl.constexpr,
     SPLIT_Q: tl.constexpr,
     CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
     MMA: tl.constexpr,
 ):
     """One program a block of a request's new rows and a query head.
@@ -140,7 +142,9 @@ def _extend(
         *(position, oldest, scale, logit_cap),
         *(DIM, V_DIM, DIM_PADDED, V_PADDED, KEYS, SPLIT_Q, CAPPED, MMA),
     )
-    _, state_sum, state_out = state
+    state_max, state_sum, state_out = state
+    if SINKS:
+        state_sum = with_sink(state_max, state_sum, tl.load(sinks + head))
     result = state_out / tl.where(state_sum == 0, 1.0, state_sum)[:, None]
     tl.store(
         out + ((start + row) * (HEADS * V_DIM) + head * V_DIM)[:, None] + v_column[None, :],
@@ -163,7 +167,7 @@ def extend(call: ExtendCall) -> None:
     _extend[(len(request), heads)](
         *(q, k, v, call.out, *prefix),
         *(table.seq_lens, call.q_indptr.to(device), request.to(device), first_row.to(device)),
-        *(call.sliding_window, call.scale, call.logit_cap),
+        *(call.sinks, call.sliding_window, call.scale, call.logit_cap),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         HEADS=heads,
         GQA_GROUP_SIZE=heads // kv.kv_heads,
@@ -175,6 +179,7 @@ def extend(call: ExtendCall) -> None:
         KEYS=KEYS_PER_STEP,
         SPLIT_Q=q.dtype != torch.bfloat16,
         CAPPED=call.logit_cap > 0,
+        SINKS=call.sinks is not None,
         MMA=mma_type(device),
         num_warps=4,
         num_stages=2,

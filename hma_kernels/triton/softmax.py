@@ -68,3 +68,11 @@ def attend(
     state_sum = state_sum * decay + tl.sum(weights, 1)
     state_out = state_out * decay[:, None] + tl.dot(weights.to(v.dtype), v)
     return new_max, state_sum, state_out
+
+
+@triton.jit
+def with_sink(state_max, state_sum, sink):
+    """The sum of weights with that of a sink, a logit that weighs no value: infinite for one far
+    above all others."""
+    safe_max = tl.where(state_max == float("-inf"), 0.0, state_max)
+    return state_sum + tl.exp2(sink * LOG2E - safe_max)

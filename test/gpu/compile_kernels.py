@@ -41,7 +41,10 @@ KERNELS = [
     (
         merge._merge,
         ATTENTION_TYPES,
-        {"HEADS": 32, "V_DIM": 128, "V_PADDED": 128, "ITEMS_PER_STEP": merge.ITEMS_PER_STEP},
+        {
+            **{"HEADS": 32, "V_DIM": 128, "V_PADDED": 128, "SINKS": True},
+            **{"ITEMS_PER_STEP": merge.ITEMS_PER_STEP},
+        },
     ),
     (
         prefill._extend,
@@ -49,7 +52,7 @@ KERNELS = [
         {
             **{"HEADS": 32, "GQA_GROUP_SIZE": 4, "DIM": 128, "V_DIM": 128, "DIM_PADDED": 128},
             **{"V_PADDED": 128, "ROWS": prefill.ROWS_PER_BLOCK, "KEYS": prefill.KEYS_PER_STEP},
-            **{"SPLIT_Q": False, "CAPPED": False, "MMA": tl.bfloat16},
+            **{"SPLIT_Q": False, "CAPPED": False, "SINKS": True, "MMA": tl.bfloat16},
         },
     ),
     *(

@@ -19,11 +19,15 @@ constexpr int64_t MOST_PAGES = 32;
 constexpr int64_t FEWEST_PAGES = 4;
 constexpr int64_t ITEMS_A_THREAD = 16;
 
-std::vector<int64_t> window_start(std::span<const int64_t> lens, int64_t last, int64_t window) {
+// The first position that a request's first row sees; rows at the end of `lens`, or after it.
+std::vector<int64_t> window_start(std::span<const int64_t> lens, std::span<const int64_t> q_indptr,
+                                  bool after, int64_t window) {
     std::vector<int64_t> start(lens.size(), 0);
     if (window >= 0)
-        for (size_t i = 0; i < lens.size(); i++)
-            start[i] = std::max<int64_t>(0, lens[i] + last - window);
+        for (size_t i = 0; i < lens.size(); i++) {
+            const int64_t rows = after ? 0 : q_indptr[i + 1] - q_indptr[i];
+            start[i] = std::max<int64_t>(0, lens[i] - rows - window);
+        }
     return start;
 }
 
@@ -53,10 +57,17 @@ VisiblePages::VisiblePages(const PageList (&table)[2], std::span<const int64_t> 
 }
 
 DecodePlan::DecodePlan(const Heads& heads, const PageList (&table)[2],
-                       std::span<const int64_t> seq_lens, int64_t window)
+                       std::span<const int64_t> seq_lens, std::span<const int64_t> q_indptr,
+                       int64_t window)
     : heads_(heads),
       batch_(seq_lens.size()),
-      visible_(table, window_start(seq_lens, -1, window), seq_lens) {
+      window_(window),
+      visible_(table, window_start(seq_lens, q_indptr, false, window), seq_lens) {
+    for (int64_t i = 0; i < batch_; i++) {
+        const int rows = int(q_indptr[i + 1] - q_indptr[i]);
+        rows_.push_back({int32_t(q_indptr[i]), rows, seq_lens[i]});
+        most_rows_ = std::max(most_rows_, rows);
+    }
     const int64_t work =
         int64_t(visible_.list[0].size() + visible_.list[1].size()) * heads.kv_heads;
     const int64_t chunk = std::clamp(work / (Pool::instance().threads() * ITEMS_A_THREAD),
@@ -86,39 +97,43 @@ DecodePlan::DecodePlan(const Heads& heads, const PageList (&table)[2],
 void DecodePlan::run(const Pages& pages, const Query& q, const Softmax& softmax, void* out) const {
     const Kernels& isa = kernels();
     const DecodeArgs args{
-        heads_, pages, {visible_.list[0].data(), visible_.list[1].data()}, q, softmax};
-    const int64_t heads = heads_.gqa_group_size, state_size = heads * (heads_.v_dim + 2);
-    const int64_t rows = batch_ * heads_.kv_heads;
+        heads_, pages, {visible_.list[0].data(), visible_.list[1].data()}, rows_.data(), window_,
+        q, softmax};
+    const int64_t state_size = most_rows_ * heads_.gqa_group_size * (heads_.v_dim + 2);
+    const int64_t units = batch_ * heads_.kv_heads;
 
     Pool& pool = Pool::instance();
     const auto turn = pool.lock();
-    pool.reserve(isa.decode_scratch(heads_));
-    // Merged by whichever thread finishes a row's last item, in the order of the slots.
+    pool.reserve(isa.decode_scratch(heads_, most_rows_));
+    // Merged by whichever thread finishes a unit's last item, in the order of the slots.
     static std::vector<float> state;
     static std::vector<std::atomic<int32_t>> unfinished;
     if (int64_t(state.size()) < slots_.back() * state_size)
         state.resize(slots_.back() * state_size);
-    if (int64_t(unfinished.size()) < rows) unfinished = std::vector<std::atomic<int32_t>>(rows);
-    for (int64_t row = 0; row < rows; row++) {
-        unfinished[row] = slots_[row + 1] - slots_[row];
-        if (unfinished[row] == 0)
-            merge(row / heads_.kv_heads, int(row % heads_.kv_heads), nullptr, q.type, out);
+    if (int64_t(unfinished.size()) < units) unfinished = std::vector<std::atomic<int32_t>>(units);
+    for (int64_t unit = 0; unit < units; unit++) {
+        unfinished[unit] = slots_[unit + 1] - slots_[unit];
+        if (unfinished[unit] == 0)
+            merge(unit / heads_.kv_heads, int(unit % heads_.kv_heads), nullptr, nullptr, q.type, out);
     }
     pool.run(items_.size(), [&](int64_t index, void* scratch) {
         const DecodeItem& item = items_[index];
         float* own = state.data() + item.slot * state_size;
+        const int64_t heads = int64_t(rows_[item.request].rows) * heads_.gqa_group_size;
         isa.decode(args, item, scratch, {own, own + heads, own + 2 * heads});
-        const int64_t row = int64_t(item.request) * heads_.kv_heads + item.kv_head;
-        if (unfinished[row].fetch_sub(1, std::memory_order_acq_rel) == 1)
-            merge(item.request, item.kv_head, state.data(), q.type, out);
+        const int64_t unit = int64_t(item.request) * heads_.kv_heads + item.kv_head;
+        if (unfinished[unit].fetch_sub(1, std::memory_order_acq_rel) == 1)
+            merge(item.request, item.kv_head, state.data(), softmax.sinks, q.type, out);
     });
 }
 
-void DecodePlan::merge(int64_t request, int kv_head, const float* state, Type type,
-                       void* out) const {
-    const int64_t heads = heads_.gqa_group_size, dim = heads_.v_dim, state_size = heads * (dim + 2);
-    const int64_t row = request * heads_.kv_heads + kv_head;
-    const int32_t begin = slots_[row], end = slots_[row + 1];
+void DecodePlan::merge(int64_t request, int kv_head, const float* state, const float* sinks,
+                       Type type, void* out) const {
+    const DecodeRows& rows = rows_[request];
+    const int64_t group = heads_.gqa_group_size, heads = rows.rows * group, dim = heads_.v_dim;
+    const int64_t state_size = most_rows_ * group * (dim + 2);
+    const int64_t unit = request * heads_.kv_heads + kv_head;
+    const int32_t begin = slots_[unit], end = slots_[unit + 1];
     std::vector<float> merged(dim);
     for (int64_t head = 0; head < heads; head++) {
         const auto at = [&](int32_t slot) { return state + slot * state_size; };
@@ -131,8 +146,11 @@ void DecodePlan::merge(int64_t request, int kv_head, const float* state, Type ty
             const float* part = at(slot) + 2 * heads + head * dim;
             for (int64_t d = 0; d < dim; d++) merged[d] += part[d] * factor;
         }
+        // Of a sink far above all logits this is infinite, and the result 0.
+        if (sinks) sum += std::exp2(sinks[kv_head * group + head % group] * float(LOG2E) - max);
         const float inverse = sum == 0 ? 0 : 1 / sum;
-        const int64_t to = (row * heads + head) * dim;
+        const int64_t row = rows.first + head / group;
+        const int64_t to = ((row * heads_.kv_heads + kv_head) * group + head % group) * dim;
         for (int64_t d = 0; d < dim; d++) set_element(out, type, to + d, merged[d] * inverse);
     }
 }
@@ -140,7 +158,8 @@ void DecodePlan::merge(int64_t request, int kv_head, const float* state, Type ty
 void extend(ExtendArgs args, const PageList (&table)[2], std::span<const int64_t> prefix,
             std::span<const int64_t> q_indptr, bool exact) {
     const Kernels& isa = kernels();
-    const std::vector<int64_t> start = window_start(prefix, args.first_query, args.window);
+    const std::vector<int64_t> start =
+        window_start(prefix, q_indptr, args.has_new_keys, args.window);
     const VisiblePages visible(table, start, prefix);
     std::vector<ExtendRequest> requests;
     std::vector<ExtendItem> items;
@@ -154,6 +173,7 @@ void extend(ExtendArgs args, const PageList (&table)[2], std::span<const int64_t
         r.prefix = prefix[request];
         r.first_row = q_indptr[request];
         r.rows = q_indptr[request + 1] - r.first_row;
+        r.first_position = args.has_new_keys ? r.prefix : r.prefix - r.rows;
         requests.push_back(r);
         const int64_t lanes = r.rows * args.heads.gqa_group_size, most = isa.extend_lanes[exact];
         for (int64_t first = 0; first < lanes; first += most)
@@ -163,7 +183,7 @@ void extend(ExtendArgs args, const PageList (&table)[2], std::span<const int64_t
     // Later rows see more keys: longest first.
     std::stable_sort(items.begin(), items.end(), [&](const ExtendItem& a, const ExtendItem& b) {
         const auto keys = [&](const ExtendItem& item) {
-            return requests[item.request].prefix + item.last / args.heads.gqa_group_size;
+            return requests[item.request].first_position + item.last / args.heads.gqa_group_size;
         };
         return keys(a) > keys(b);
     });

@@ -28,24 +28,29 @@ struct VisiblePages {
 // dozen, so that a long request is shared by all threads and a short one costs one item a head.
 class DecodePlan {
   public:
+    // Request b's queries are rows q_indptr[b]..q_indptr[b+1]-1, at least one.
     DecodePlan(const Heads& heads, const PageList (&table)[2], std::span<const int64_t> seq_lens,
-               int64_t window);
+               std::span<const int64_t> q_indptr, int64_t window);
 
-    // out: [batch][kv_heads*gqa_group_size][v_dim] contiguous, of the query's type.
+    // out: [rows][kv_heads*gqa_group_size][v_dim] contiguous, of the query's type.
     void run(const Pages& pages, const Query& q, const Softmax& softmax, void* out) const;
 
   private:
-    void merge(int64_t request, int kv_head, const float* state, Type type, void* out) const;
+    void merge(int64_t request, int kv_head, const float* state, const float* sinks, Type type,
+               void* out) const;
 
     Heads heads_;
-    int64_t batch_;
+    int64_t batch_, window_;
+    std::vector<DecodeRows> rows_;
+    int most_rows_ = 1;  // of a request
     VisiblePages visible_;
     std::vector<DecodeItem> items_;
     std::vector<int32_t> slots_;  // [batch * kv_heads + 1]: each one's items are consecutive slots
 };
 
 // Decode or prefill attention in double, or prefill attention in float; see ExtendArgs.
-// q_indptr: request b owns new rows q_indptr[b]..; prefix: cached tokens before them.
+// q_indptr: request b owns new rows q_indptr[b]..; prefix: cached tokens, which new rows follow or,
+// in decode, are the last of.
 void extend(ExtendArgs args, const PageList (&table)[2], std::span<const int64_t> prefix,
             std::span<const int64_t> q_indptr, bool exact);
 

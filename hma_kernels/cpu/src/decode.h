@@ -19,7 +19,7 @@ constexpr float NOTHING = -1e30f;  // below every logit, and finite: exp2(-inf -
 constexpr float NEGLIGIBLE = -64;  // log2; smaller weights count as 0
 constexpr float SLACK = 4;         // log2; how far logits may pass the maximum before it is raised
 
-// Per head: query, softmax state, accumulators; logits of two pages; which rows exist.
+// Per row's head: query, softmax state, accumulators; logits of two pages; which rows exist.
 struct Scratch {
     float* query;  // BF16 [head][dim]; BFP8 [group][head][GROUP], bfloat16 for VDPBF16PS
     F* out;        // [head][v_dim/W]
@@ -31,15 +31,15 @@ struct Scratch {
     static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
     static int64_t floats(int64_t count) { return padded(count * sizeof(float)); }
 
-    static int64_t bytes(const Heads& h) {
-        const int64_t heads = h.gqa_group_size;
+    static int64_t bytes(const Heads& h, int rows) {
+        const int64_t heads = int64_t(rows) * h.gqa_group_size;
         return floats(heads * h.dim) + floats(heads * h.v_dim) + padded(heads * sizeof(F)) +
                floats(heads) + 2 * floats(heads * PAGE) + floats(PAGE);
     }
 
-    Scratch(void* memory, const Heads& h) {
+    Scratch(void* memory, const Heads& h, int rows) {
         char* at = static_cast<char*>(memory);
-        const int64_t heads = h.gqa_group_size;
+        const int64_t heads = int64_t(rows) * h.gqa_group_size;
         const auto take = [&]<class T>(T*& to, int64_t size) {
             to = reinterpret_cast<T*>(at);
             at += size;
@@ -85,17 +85,18 @@ HMA_INLINE float total(F v) {
     return across(v, [](auto a, auto b) { return a + b; });
 }
 
-// Turns one page's logits into weights times 2^LOG2 and adds these to `sum`. A maximum that logits
-// pass by more than SLACK is raised; the head's `out` must be multiplied by what is returned.
+// Turns one page's logits, of which first..last-1 are visible, into weights times 2^LOG2 and adds
+// these to `sum`. A maximum that logits pass by more than SLACK is raised; the head's `out` must be
+// multiplied by what is returned.
 template <int LOG2>
-HMA_INLINE float weigh(float* logits, const VisiblePage& page, const Softmax& softmax, float& max,
+HMA_INLINE float weigh(float* logits, int first, int last, const Softmax& softmax, float& max,
                        F& sum) {
     F s[PAGE / W];
     F most = splat<float>(NOTHING);
     for (int i = 0; i < PAGE / W; i++) s[i] = to_log2<float>(load<F>(logits + i * W), softmax);
-    if (page.first > 0 || page.last < PAGE) {
+    if (first > 0 || last < PAGE) {
         for (int i = 0; i < PAGE; i++)
-            if (i < page.first || i >= page.last) s[i / W][i % W] = -__builtin_inff();
+            if (i < first || i >= last) s[i / W][i % W] = -__builtin_inff();
     }
     for (int i = 0; i < PAGE / W; i++) most = vmax(s[i], most);
     float decay = 1;
@@ -118,11 +119,14 @@ HMA_INLINE float weigh(float* logits, const VisiblePage& page, const Softmax& so
 template <Format format, class T>
 void load_query(const DecodeArgs& args, const DecodeItem& item, T* query) {
     const Heads& h = args.heads;
+    const DecodeRows& rows = args.rows[item.request];
+    const int heads = rows.rows * h.gqa_group_size;
     const float factor = softmax_factor(args.softmax) * (format == BFP8 ? KEY_SCALE : 1.f);
-    for (int head = 0; head < h.gqa_group_size; head++) {
+    for (int head = 0; head < heads; head++) {
         const int64_t start =
-            item.request * args.q.row_stride +
-            (int64_t(item.kv_head) * h.gqa_group_size + head) * args.q.head_stride;
+            int64_t(rows.first + head / h.gqa_group_size) * args.q.row_stride +
+            (int64_t(item.kv_head) * h.gqa_group_size + head % h.gqa_group_size) *
+                args.q.head_stride;
         for (int group = 0; group < h.dim / GROUP; group++) {
             T values[GROUP];
             const int64_t from = start + group * GROUP;
@@ -131,7 +135,7 @@ void load_query(const DecodeArgs& args, const DecodeItem& item, T* query) {
             else
                 for (int i = 0; i < GROUP; i++)
                     values[i] = element(args.q.data, args.q.type, from + i) * factor;
-            const int64_t to = format == BFP8 ? int64_t(group) * h.gqa_group_size + head
+            const int64_t to = format == BFP8 ? int64_t(group) * heads + head
                                               : int64_t(head) * (h.dim / GROUP) + group;
             std::memcpy(query + to * GROUP, values, sizeof values);
         }
@@ -148,6 +152,8 @@ struct Decode {
     const DecodeItem& item;
     const Scratch& scratch;
     const Heads& heads = args.heads;
+    const DecodeRows& rows = args.rows[item.request];
+    const int query_heads = rows.rows * heads.gqa_group_size;
     const VisiblePage* list = args.list[format];
     const int64_t out_vectors = heads.v_dim / W;  // a head
     bool all_visible = false;
@@ -169,14 +175,14 @@ struct Decode {
     HMA_INLINE Element* query() const { return reinterpret_cast<Element*>(scratch.query); }
 
     HMA_INLINE void scores(int page) const {
-        for_head_blocks(heads.gqa_group_size, [&](int first, auto n) {
+        for_head_blocks(query_heads, [&](int first, auto n) {
             if constexpr (PAIRS)
                 pair_scores<n>(k(page), k(later(page)), heads.dim / TILE, query(),
-                               heads.gqa_group_size, first,
+                               query_heads, first,
                                float(softmax_factor(args.softmax)) * SUM_SCALE, logits(page));
             else if constexpr (format == BFP8)
                 bfp8_scores<n>(k(page), k(later(page)), heads.dim / TILE, query(),
-                               heads.gqa_group_size, first, logits(page));
+                               query_heads, first, logits(page));
             else
                 bf16_scores<n>(reinterpret_cast<const uint16_t*>(k(page)), heads.dim,
                                query(), first, list[page].first, list[page].last,
@@ -185,8 +191,17 @@ struct Decode {
     }
 
     HMA_INLINE void weights(int page) const {
-        for (int head = 0; head < heads.gqa_group_size; head++) {
-            const float decay = weigh<LOG2>(logits(page) + head * PAGE, list[page], args.softmax,
+        const VisiblePage& own = list[page];
+        for (int head = 0; head < query_heads; head++) {
+            int first = own.first, last = own.last;
+            if (rows.rows > 1) {
+                // In the page, what the head's row sees.
+                const int64_t at = rows.end - rows.rows + head / heads.gqa_group_size - own.position;
+                if (at + 1 < last) last = at < 0 ? 0 : int(at + 1);
+                if (args.window >= 0 && at - args.window > first)
+                    first = at - args.window < PAGE ? int(at - args.window) : PAGE;
+            }
+            const float decay = weigh<LOG2>(logits(page) + head * PAGE, first, last, args.softmax,
                                             scratch.max[head], scratch.sum[head]);
             if (decay == 1.f) continue;
             for (int64_t i = 0; i < out_vectors; i++)
@@ -204,7 +219,7 @@ struct Decode {
 
     HMA_INLINE void values(int page) {
         if constexpr (format == BFP8) mark_visible(list[page]);
-        for_head_blocks(heads.gqa_group_size, [&](int first, auto n) {
+        for_head_blocks(query_heads, [&](int first, auto n) {
             if constexpr (format == BFP8)
                 bfp8_values<n>(v(page), v(later(page)), heads.v_dim / TILE, logits(page),
                                scratch.visible, first, scratch.out);
@@ -217,7 +232,7 @@ struct Decode {
 
     void run(Partial partial) {
         load_query<format>(args, item, query());
-        for (int head = 0; head < heads.gqa_group_size; head++) {
+        for (int head = 0; head < query_heads; head++) {
             scratch.max[head] = NOTHING;
             scratch.sum[head] = F{};
             for (int64_t i = 0; i < out_vectors; i++) scratch.out[head * out_vectors + i] = F{};
@@ -231,7 +246,7 @@ struct Decode {
             if (more) weights(page + 1);
         }
         const float out_scale = format == BFP8 ? SUM_SCALE : 1;
-        for (int head = 0; head < heads.gqa_group_size; head++) {
+        for (int head = 0; head < query_heads; head++) {
             partial.max[head] = scratch.max[head];
             partial.sum[head] = std::ldexp(total(scratch.sum[head]), -LOG2);
             for (int64_t i = 0; i < out_vectors; i++)
@@ -242,7 +257,7 @@ struct Decode {
 };
 
 void decode(const DecodeArgs& args, const DecodeItem& item, void* memory, Partial partial) {
-    const Scratch scratch(memory, args.heads);
+    const Scratch scratch(memory, args.heads, args.rows[item.request].rows);
     if (item.format == BF16) return Decode<BF16>{args, item, scratch}.run(partial);
 #if defined(HMA_AVX512_BF16)
     if (args.q.type == Type::bf16)

@@ -53,7 +53,7 @@ struct Extend {
     void start() {
         const T factor = softmax_factor(args.softmax);
         for (int i = 0; i < LANES; i++) {
-            position[i] = request.prefix + args.first_query + row(i < lanes ? i : lanes - 1);
+            position[i] = request.first_position + row(i < lanes ? i : lanes - 1);
             max[i] = T(-1e30);
             sum[i] = 0;
             const int64_t at = i < lanes ? (request.first_row + row(i)) * args.q.row_stride +
@@ -206,7 +206,10 @@ struct Extend {
         const int64_t all_heads = int64_t(heads.kv_heads) * heads.gqa_group_size;
         for (int i = 0; i < lanes; i++) {
             const int64_t at = ((request.first_row + row(i)) * all_heads + head(i)) * heads.v_dim;
-            const T inverse = sum[i] == 0 ? T(0) : T(1) / sum[i];
+            T total = sum[i];
+            if (const float* sinks = args.softmax.sinks)
+                total += std::exp2(sinks[head(i)] * T(LOG2E) - max[i]);
+            const T inverse = total == 0 ? T(0) : T(1) / total;
             for (int d = 0; d < heads.v_dim; d++)
                 set_element(args.out, args.q.type, at + d, float(out[d * LANES + i] * inverse));
         }

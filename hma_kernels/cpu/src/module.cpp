@@ -55,6 +55,11 @@ Pages pages(const PagesTuple& bfp8, const PagesTuple& bf16) {
     return result;
 }
 
+// sinks: 0 for none
+Softmax softmax(double scale, double logit_cap, Address sinks) {
+    return {scale, logit_cap, reinterpret_cast<const float*>(sinks)};
+}
+
 PageList page_list(const TableTuple& table) {
     const auto& [indptr, indices, pos, count] = table;
     return {view(indptr), view(indices), view(pos), count};
@@ -120,7 +125,8 @@ void extend_attention(std::tuple<int, int, int, int> heads, const PagesTuple& bf
                       const PagesTuple& bf16, const TableTuple& bfp8_table,
                       const TableTuple& bf16_table, const Int64s& prefix, const Int64s& q_indptr,
                       const QueryTuple& q, const QueryTuple& k, const QueryTuple& v, double scale,
-                      double logit_cap, int64_t window, bool exact, bool decode, Address out) {
+                      double logit_cap, Address sinks, int64_t window, bool exact, bool decode,
+                      Address out) {
     const auto& [kv_heads, gqa_group_size, dim, v_dim] = heads;
     const ExtendArgs args{{kv_heads, gqa_group_size, dim, v_dim},
                           pages(bfp8, bf16),
@@ -128,9 +134,8 @@ void extend_attention(std::tuple<int, int, int, int> heads, const PagesTuple& bf
                           query(k),
                           query(v),
                           !decode,
-                          decode ? -1 : 0,
                           window,
-                          {scale, logit_cap},
+                          softmax(scale, logit_cap, sinks),
                           reinterpret_cast<void*>(out)};
     const PageList table[2] = {page_list(bfp8_table), page_list(bf16_table)};
     const nb::gil_scoped_release release;
@@ -175,15 +180,18 @@ NB_MODULE(_ext, m) {
     nb::class_<DecodePlan>(m, "DecodePlan")
         .def("__init__",
              [](DecodePlan* self, std::tuple<int, int, int, int> heads, const TableTuple& bfp8,
-                const TableTuple& bf16, const Int64s& seq_lens, int64_t window) {
+                const TableTuple& bf16, const Int64s& seq_lens, const Int64s& q_indptr,
+                int64_t window) {
                  const auto& [kv_heads, gqa_group_size, dim, v_dim] = heads;
                  const PageList table[2] = {page_list(bfp8), page_list(bf16)};
-                 new (self)
-                     DecodePlan({kv_heads, gqa_group_size, dim, v_dim}, table, view(seq_lens), window);
+                 new (self) DecodePlan({kv_heads, gqa_group_size, dim, v_dim}, table, view(seq_lens),
+                                       view(q_indptr), window);
              })
         .def("run", [](const DecodePlan& self, const PagesTuple& bfp8, const PagesTuple& bf16,
-                       const QueryTuple& q, double scale, double logit_cap, Address out) {
+                       const QueryTuple& q, double scale, double logit_cap, Address sinks,
+                       Address out) {
             const nb::gil_scoped_release release;
-            self.run(pages(bfp8, bf16), query(q), {scale, logit_cap}, reinterpret_cast<void*>(out));
+            self.run(pages(bfp8, bf16), query(q), softmax(scale, logit_cap, sinks),
+                     reinterpret_cast<void*>(out));
         });
 }

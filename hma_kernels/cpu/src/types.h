@@ -12,6 +12,7 @@ constexpr int PAGE = 32;
 constexpr int EXPONENT_BYTES = 64;
 constexpr int FACE_BYTES = 256;
 constexpr int TILE_BYTES = 1088;
+constexpr double LOG2E = 1.442695040888963407359924681001892137;
 
 enum class Type { f32, bf16, f16 };
 enum class Rounding { device, host };
@@ -81,6 +82,13 @@ struct Query {
 
 struct Softmax {
     double scale, logit_cap;
+    const float* sinks;  // [kv_heads*gqa_group_size], a logit each that weighs no value; or null
+};
+
+// A request's queries: consecutive rows at its last positions, end-rows..end-1.
+struct DecodeRows {
+    int32_t first, rows;
+    int64_t end;
 };
 
 // Pages first..last-1 of one format, for one request and one KV head.
@@ -95,15 +103,18 @@ struct DecodeArgs {
     Heads heads;
     Pages pages;
     const VisiblePage* list[2];
+    const DecodeRows* rows;  // [requests]
+    int64_t window;          // a row at p sees keys >= p - window; -1 is no limit
     Query q;
     Softmax softmax;
 };
 
-// Softmax state of one KV head's query heads over some of their keys, logits in units of log2.
+// Softmax state of one KV head's query heads, row by row, over some of their keys; logits in units
+// of log2.
 struct Partial {
-    float* max;  // [gqa_group_size]
-    float* sum;  // [gqa_group_size]
-    float* out;  // [gqa_group_size][v_dim], not yet divided by sum
+    float* max;  // [rows*gqa_group_size]
+    float* sum;  // [rows*gqa_group_size]
+    float* out;  // [rows*gqa_group_size][v_dim], not yet divided by sum
 };
 
 // New rows of one request after its cached prefix.
@@ -111,6 +122,7 @@ struct ExtendRequest {
     const VisiblePage* list[2];  // rows below the prefix's length
     int64_t pages[2];
     int64_t prefix, first_row, rows;
+    int64_t first_position;  // of its first new row
 };
 
 struct ExtendArgs {
@@ -118,7 +130,6 @@ struct ExtendArgs {
     Pages pages;
     Query q, k, v;  // new rows; k and v [rows][kv_heads][dim]; rows of k may be absent (decode)
     bool has_new_keys;
-    int64_t first_query;  // position of the first new row relative to prefix: 0, decode -1
     int64_t window;       // a row at p sees keys >= p - window; -1 is no limit
     Softmax softmax;
     void* out;  // [rows][kv_heads*gqa_group_size][v_dim] contiguous, q's type
@@ -147,7 +158,7 @@ struct Kernels {
     void (*write_rows)(const WriteRowsArgs&, int64_t first_row, int64_t last_row);
     void (*round)(const RoundArgs&, int64_t first_row, int64_t last_row);
     void (*hash)(const HashArgs&, int64_t first_block, int64_t last_block);
-    int64_t (*decode_scratch)(const Heads&);  // bytes, 64-byte aligned, of one thread
+    int64_t (*decode_scratch)(const Heads&, int rows);  // bytes, 64-byte aligned, of one thread
     void (*decode)(const DecodeArgs&, const DecodeItem&, void* scratch, Partial);
     int extend_lanes[2];  // an ExtendItem's most lanes: float, double
     int64_t (*extend_scratch[2])(const Heads&);

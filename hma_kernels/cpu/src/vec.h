@@ -135,14 +135,12 @@ HMA_INLINE Reg<T> tanh(Reg<T> x) {
 // Logits as the dot product gave them -> units of log2. See softmax_factor.
 template <class T>
 HMA_INLINE Reg<T> to_log2(Reg<T> dot, const Softmax& softmax) {
-    constexpr double log2e = 1.442695040888963407359924681001892137;
-    return softmax.logit_cap > 0 ? tanh<T>(dot) * T(softmax.logit_cap * log2e) : dot;
+    return softmax.logit_cap > 0 ? tanh<T>(dot) * T(softmax.logit_cap * LOG2E) : dot;
 }
 
 // What the query is multiplied by before the dot product.
 HMA_INLINE double softmax_factor(const Softmax& softmax) {
-    constexpr double log2e = 1.442695040888963407359924681001892137;
-    return softmax.logit_cap > 0 ? softmax.scale / softmax.logit_cap : softmax.scale * log2e;
+    return softmax.logit_cap > 0 ? softmax.scale / softmax.logit_cap : softmax.scale * LOG2E;
 }
 
 HMA_INLINE float f16_to_f32(uint16_t h) {

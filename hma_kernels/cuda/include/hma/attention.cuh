@@ -13,7 +13,6 @@
 
 namespace hma {
 
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr int HEADS_PER_TILE = 8;
 
 template <typename Query, int DIM, int V_DIM, int HEAD_TILES>
@@ -94,6 +93,8 @@ class WarpAttention {
         const int head = tile * HEADS_PER_TILE + 2 * c + i;
         if (head >= heads) continue;
         if (work.partial < 0) {
+          const int of = work.kv_head * p.gqa_group_size + work.first_head + head;
+          sum += sink_weight(p, of, state_max[tile][i]);
           Query* to = static_cast<Query*>(p.out) + (first + head) * V_DIM;
           each_value(tile, i, [&](int at, float value) { store(to + at, value, sum); });
         } else {

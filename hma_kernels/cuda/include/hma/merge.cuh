@@ -8,10 +8,17 @@
 namespace hma {
 
 constexpr float MINUS_INFINITY = -__builtin_inff();
+constexpr float LOG2E = 1.4426950408889634f;
 
 // What a state counts for beside a larger maximum; -inf - -inf must not become NaN.
 HMA_DEVICE float share_of(float own_max, float largest) {
   return own_max == MINUS_INFINITY ? 0 : exp2_fast(own_max - largest);
+}
+
+// The weight of a query head's sink, a logit that weighs no value, beside weights relative to a
+// maximum; infinite where it is far above them all.
+HMA_DEVICE float sink_weight(const DecodeParams& p, int head, float max) {
+  return p.sinks == nullptr || max == MINUS_INFINITY ? 0 : exp2_fast(p.sinks[head] * LOG2E - max);
 }
 
 template <typename Query>
@@ -76,9 +83,10 @@ class Merge {
       if (at < V_DIM) own[at] = total[i];
     }
     if (lane == 0) own[V_DIM] = sum;
+    const float sink = sink_weight(p, head, largest);
     sync_block();
     for (int i = warp * WARP_SIZE + lane; i < V_DIM; i += THREADS) {
-      float all = 0, weights = 0;
+      float all = 0, weights = sink;
       for (int w = 0; w < WARPS; ++w) {
         all += found[w * (V_DIM + 1) + i];
         weights += found[w * (V_DIM + 1) + V_DIM];

@@ -25,6 +25,7 @@ struct DecodeParams {
   PagedKVParams bf16;
   const int64_t* seq_lens;      // [batch_size] tokens to attend to
   void* out;                    // [batch_size, heads, v_head_dim], contiguous, of the query's type
+  const float* sinks;           // [heads]; null: none
   uint8_t* workspace;           // schedule.cuh says what is in it
   int32_t batch_size;
   int32_t kv_heads;
