@@ -102,7 +102,7 @@ def get_next_batch(original: Any, scheduler: Any, running_batch: Any) -> Any:
     ready = short.next()
     if not ready and not (last is not None and last.forward_mode.is_extend()):
         return original(scheduler, running_batch)
-    running_batch = _admit_landed(scheduler, running_batch)
+    running_batch = _admit_landed(scheduler, running_batch, last)
     landed, chunk = scheduler.waiting_queue, scheduler.chunked_prefill_size
     scheduler.waiting_queue = [entry.req for entry in ready]
     scheduler.chunked_prefill_size = None
@@ -116,9 +116,16 @@ def get_next_batch(original: Any, scheduler: Any, running_batch: Any) -> Any:
     return plan
 
 
-def _admit_landed(scheduler: Any, running_batch: Any) -> Any:
-    """As SGLang's own method begins: requests whose pages have landed join the running ones."""
-    landed = scheduler.get_new_prebuilt_batch(running_batch)
+def _admit_landed(scheduler: Any, running_batch: Any, last: Any) -> Any:
+    """As SGLang's own method begins: requests whose pages have landed join the running ones. So
+    will those of `last`, if their prompts have just been computed: there is room for all."""
+    joining = len(last.reqs) if last is not None and last.forward_mode.is_extend() else 0
+    most = scheduler.max_running_requests
+    scheduler.max_running_requests = min(most, scheduler.req_to_token_pool.size) - joining
+    try:
+        landed = scheduler.get_new_prebuilt_batch(running_batch)
+    finally:
+        scheduler.max_running_requests = most
     if not landed:
         return running_batch
     scheduler.batch_result_processor.process_batch_result_prebuilt(landed)
