@@ -84,6 +84,11 @@ bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, an
 		--plot build/bench/transfer_ttft.svg $(ARGS)
 	$(RUN) -m benchmark.transfer.checksum --json build/bench/transfer_checksum.json $(ARGS)
 
+.PHONY: models
+models: venv ## Serve a tiny random model of each family and compare with transformers (half an hour); ARGS="--only Qwen3 --check"
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.models.serve_families --json build/bench/models.json $(ARGS)
+
 .PHONY: bench-tenstorrent
 bench-tenstorrent: venv ## What a batch costs the Tenstorrent runtime, counted, and the time predicted from it; no card; ARGS=--check
 	@mkdir -p build/bench

@@ -106,8 +106,8 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 17),
-        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 12),
+        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 19),
+        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 14),
     ],
 )
 def test_losses_are_noticed(

@@ -6,10 +6,12 @@ and the KV cache of generated tokens are the model's dtype (BF16) under every po
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from hma_kernels.layout import GROUP
+from sglang_hma.config import WeightGroup
 
 # [tokens, heads, dim] -> the values that a kernel reads back, float32.
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -66,7 +68,7 @@ class Policy:
     noise: float = 0.0
 
 
-ALL = ("attention", "mlp", "head")
+ALL = get_args(WeightGroup)
 BF16 = Policy("BF16")
 FLOAT32 = Policy("float32", kv="float32", dtype=torch.float32)
 OURS = Policy("ours", ALL, kv="bfp8")

@@ -12,7 +12,7 @@ from sglang_hma import addresses
 
 KVFormatName = Literal["bfp8", "native"]
 WeightFormatName = Literal["bfp8", "native"]
-WeightGroup = Literal["attention", "mlp", "head"]
+WeightGroup = Literal["attention", "mlp", "experts", "head"]
 Role = Literal["prefill", "decode", "null"]
 PrefillRuntime = Literal["reference", "ttnn"]
 
@@ -37,22 +37,23 @@ _PLATFORM_CLASSES = {
 
 
 class WeightFormats(msgspec.Struct, frozen=True):
-    """Of the linear weights during prefill, by group; experts belong to the MLP."""
+    """Of the linear weights during prefill, by group. Routers of experts have none."""
 
     attention: WeightFormatName = "bfp8"
     mlp: WeightFormatName = "bfp8"
+    experts: WeightFormatName = "bfp8"
     head: WeightFormatName = "bfp8"
 
     @classmethod
     def all(cls, name: WeightFormatName) -> "WeightFormats":
-        return cls(name, name, name)
+        return cls(*[name] * len(cls.__struct_fields__))
 
     def packs(self, group: WeightGroup) -> bool:
         return bool(getattr(self, group) == "bfp8")
 
     @property
     def packs_any(self) -> bool:
-        return "bfp8" in (self.attention, self.mlp, self.head)
+        return "bfp8" in msgspec.structs.astuple(self)
 
     def __str__(self) -> str:
         values = msgspec.structs.asdict(self)
@@ -171,8 +172,9 @@ def weight_formats(text: str) -> WeightFormats:
     for part in text.split(","):
         group, equals, value = part.partition("=")
         if not equals or group not in WeightFormats.__struct_fields__ or value not in known:
+            groups = ", ".join(f"{name}=" for name in WeightFormats.__struct_fields__)
             raise argparse.ArgumentTypeError(
-                f"{part!r} is neither bfp8, native nor one of attention=, mlp=, head= with either"
+                f"{part!r} is neither bfp8, native nor one of {groups} with either"
             )
         chosen[group] = value
     return WeightFormats(**chosen)  # type: ignore[arg-type]
@@ -262,9 +264,9 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="bfp8|native|GROUP=...",
         help="Linear weights during prefill: 'bfp8' rounds them as a Tenstorrent card holds them, "
-        "'native' keeps the checkpoint's. By group, the others in bfp8: 'head=native', "
-        "'attention=native,mlp=bfp8'. Decode always uses the checkpoint's. "
-        "Default: what --hma-kv-format says.",
+        "'native' keeps the checkpoint's. By group (attention, mlp, experts, head), the others in "
+        "bfp8: 'head=native', 'attention=native,experts=native'. Decode always uses the "
+        "checkpoint's. Default: what --hma-kv-format says.",
     )
     group.add_argument(
         "--hma-prefill-runtime",

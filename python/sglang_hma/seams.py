@@ -113,6 +113,20 @@ SEAMS = (
         "on CPU, without cards",
     ),
     Seam(
+        "sglang.kernels.ops.activation.softcap._softcap_logits",
+        "a Triton kernel that SGLang runs on a CPU too, for models that cap their last logits",
+        _from("cpu_ops", "softcap_logits"),
+        lambda config: config.device == "cpu" and not config.on_card,
+        "on CPU, without cards",
+    ),
+    Seam(
+        "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul",
+        "a Triton kernel that SGLang runs on a CPU too, for the shared experts of Qwen2-MoE",
+        _from("cpu_ops", "gate_sigmoid_mul"),
+        lambda config: config.device == "cpu" and not config.on_card,
+        "on CPU, without cards",
+    ),
+    Seam(
         "sglang.srt.distributed.parallel_state.init_distributed_environment",
         "the rendezvous of a server's ranks (torch's TCPStore) would be open on every interface",
         _from("transfer.listeners", "init_distributed_environment"),

@@ -100,7 +100,10 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
         (["--hma-device-ids", "0,x", *PREFILL], ["--hma-device-ids", "'0,x'", "no card number"]),
         (["--hma-device-ids", "1,1", *PREFILL], ["--hma-device-ids", "names a card twice"]),
         (["--hma-mesh", "2x2"], ["--hma-mesh", "'2x2'", "1x1, 1x2, 1x4"]),
-        (["--hma-weight-format", "bf16"], ["--hma-weight-format", "'bf16'", "attention="]),
+        (
+            ["--hma-weight-format", "bf16"],
+            ["--hma-weight-format", "'bf16'", "attention=", "experts="],
+        ),
         (["--hma-weight-format", "tail=bfp8"], ["--hma-weight-format", "'tail=bfp8'"]),
         (["--hma-prefill-peers", "10.0.0.1", *DECODE], ["--hma-prefill-peers", "HOST:PORT"]),
         (["--hma-prefill-peers", "a:1", "::1:5"], ["'::1:5'", "brackets"]),
@@ -258,7 +261,8 @@ def test_impossible_meshes(argv: list[str]) -> None:
 def test_weight_formats_by_group() -> None:
     formats = arguments.assume([*CPU, "--hma-weight-format", "head=native"]).weight_formats
     assert formats == WeightFormats(head="native")
-    assert [formats.packs(group) for group in ("attention", "mlp", "head")] == [True, True, False]
+    groups = ("attention", "mlp", "experts", "head")
+    assert [formats.packs(group) for group in groups] == [True, True, True, False]
     assert arguments.assume(CPU).weight_formats == WeightFormats()
     native = arguments.assume([*CPU, "--hma-weight-format=native"])
     assert not native.rounds_prefill_weights and str(native.weight_formats) == "native"

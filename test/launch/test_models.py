@@ -5,10 +5,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import PretrainedConfig
 
 from sglang_hma.launch import defaults
 from sglang_hma.launch.flags import Refusal
-from sglang_hma.launch.model import check_model
+from sglang_hma.launch.model import SOFTCAP, check_model, left_out
 
 from .reading import CPU, start
 
@@ -79,6 +80,10 @@ SSM = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
         ({"head_dim": 80}, ["head_dim 80", "multiple of 32"]),
         (MLA, ["MLA", "MHA/GQA"]),
         (SSM, ["state-space", "MHA/GQA"]),
+        (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True},
+            ["LlamaForCausalLM has mlp_bias", "leaves out"],
+        ),
         ({"torch_dtype": "float16"}, ["float16", "--dtype bfloat16"]),
         ({"model_type": "nothing"}, ["--model-path is"]),
     ],
@@ -92,3 +97,24 @@ def test_models_that_cannot_be_served(
         check_model(config, server_args)
     message = str(refused.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_soft_cap_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    capped = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+    asked = {}
+    for cap in (50.0, None):
+        folder = tmp_path / str(cap)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(PLAIN | capped | {SOFTCAP: cap}))
+        asked[cap] = ["--model-path", str(folder), "--device", "cpu"]
+    check_model(*start(*asked[50.0]))
+    with pytest.raises(Refusal, match=r"has attn_logit_softcapping.*--hma-kv-format bfp8"):
+        check_model(*start(*asked[50.0], "--hma-kv-format", "native"))
+    check_model(*start(*asked[None], "--hma-kv-format", "native"))
+
+
+@pytest.mark.parametrize(("hidden", "missing"), [(4096, ""), (5120, "ALiBi")])
+def test_alibi_is_not_left_out_in_silence(hidden: int, missing: str) -> None:
+    """Baichuan 7B has rotary embeddings, 13B has not; their code comes with the checkpoint."""
+    found = left_out("BaichuanForCausalLM", PretrainedConfig(hidden_size=hidden))
+    assert found.startswith(missing) and bool(found) == bool(missing)

@@ -18,7 +18,7 @@ from sglang_hma.prefill.ttnn.weights import Weights
 from .models import random_model, saved
 
 pytestmark = pytest.mark.usefixtures("stand_in")
-NATIVE = WeightFormats(attention="native", mlp="native", head="native")
+NATIVE = WeightFormats.all("native")
 
 
 def on_card(card: Card, hf: Any) -> PrefillModel:

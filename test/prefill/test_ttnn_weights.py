@@ -100,6 +100,28 @@ def test_formats_by_group(rng: np.random.Generator) -> None:
     assert torch.equal(some["lm_head"].value, hf.lm_head.weight.T)
 
 
+def test_experts_have_a_format_of_their_own() -> None:
+    hf = random_model("qwen3_moe, some dense", layers=3)
+    shape = ModelShape.of(hf.config)
+    all_packed, some = WeightFormats(), WeightFormats(experts="native")
+    with opened() as card:
+        packed, mixed = (Weights(shape, card, None, formats) for formats in (all_packed, some))
+        for weights in (packed, mixed):
+            weights.load(saved(hf).items())
+    changed = {n for n, tensor in packed.tensors.items() if mixed[n].dtype != tensor.dtype}
+    assert changed == {
+        *(f"spread.{group}" for group in range(shape.experts.groups)),
+        *(
+            f"{layer}.{group}.{name}"
+            for layer in shape.experts.layers
+            for group in range(shape.experts.groups)
+            for name in ("gate", "up", "down")
+        ),
+    }
+    tiles = sum(packed[name].value.numel() for name in changed)
+    assert shape.weight_bytes(some) - shape.weight_bytes(all_packed) == tiles * (2 - 17 / 16)
+
+
 def test_interrupted_cache_is_not_used(tmp_path: Path) -> None:
     hf = random_model("llama")
     shape, cache = ModelShape.of(hf.config), WeightCache(tmp_path)

@@ -6,6 +6,8 @@ from sglang_hma.config import PAGE_TOKENS, HmaConfig
 from sglang_hma.launch.checks import one_line
 from sglang_hma.launch.flags import Refusal
 
+SOFTCAP = "attn_logit_softcapping"
+
 
 def check_model(config: HmaConfig, server_args: Any) -> Any:
     """SGLang's ModelConfig. Raises Refusal."""
@@ -15,9 +17,16 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
         model = ModelConfig.from_server_args(server_args)
     except Exception as error:  # whatever transformers makes of a broken config
         raise Refusal(f"--model-path is {server_args.model_path}: {one_line(error)}") from error
-    if not config.packs_kv:
-        return model
     name = (model.hf_config.architectures or ["model"])[0]
+    if missing := left_out(name, model.hf_config):
+        raise Refusal(f"{name} has {missing}: the answers would be another model's")
+    if not config.packs_kv:
+        if config.device == "cpu" and getattr(model.hf_text_config, SOFTCAP, None):
+            raise Refusal(
+                f"{name} has {SOFTCAP}, which SGLang's own attention on a CPU leaves out: serve it "
+                "with --hma-kv-format bfp8"
+            )
+        return model
     remedy = "serve it with --hma-kv-format native"
     if model.attention_arch != AttentionArch.MHA:
         raise Refusal(
@@ -41,6 +50,16 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
     if str(model.dtype) == "torch.float16":
         raise Refusal(f"{name} is float16: add --dtype bfloat16, K and V are kept in BFP8 and BF16")
     return model
+
+
+def left_out(name: str, hf_config: Any) -> str:
+    """What SGLang does not compute of a model and does not say so, or ""."""
+    if name == "LlamaForCausalLM" and getattr(hf_config, "mlp_bias", False):
+        return "mlp_bias, and SGLang leaves out the biases of its MLPs"
+    # By this size SGLang tells the 7B models, with rotary embeddings, from the 13B ones.
+    if name == "BaichuanForCausalLM" and hf_config.hidden_size != 4096:
+        return "ALiBi, and SGLang gives its slopes to attention on NPUs alone"
+    return ""
 
 
 def _check_for_card(config: HmaConfig, server_args: Any, hf_config: Any) -> None:

@@ -51,17 +51,19 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 def pack_weights(model: Any, groups: Collection[str] = get_args(WeightGroup)) -> None:
     """Round linear weights of the groups of --hma-weight-format as a card holds them, in a
-    transformers model; a tied embedding stays as it is."""
-    from sglang_hma.prefill.weights import round_weight
+    transformers model; a tied embedding and routers of experts stay as they are."""
+    from sglang_hma.prefill.weights import group_of, round_weight, routers
 
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    kept = routers(model)
     for name, module in model.named_modules():
+        if module in kept:
+            continue
         if isinstance(module, torch.nn.Linear):
-            group = "head" if module is head else "attention" if "attn" in name else "mlp"
-            if group in groups:
+            if ("head" if module is head else group_of(name)) in groups:
                 module.weight.data = round_weight(module.weight.data)
-        elif "mlp" in groups:
+        elif "experts" in groups:
             # Of all experts, [experts, out, in].
             for weight in module.parameters(recurse=False):
                 if weight.dim() == 3:

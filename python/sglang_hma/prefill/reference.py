@@ -6,15 +6,15 @@ Decode uses the checkpoint's weights; so does a server of either role whose form
 import logging
 
 import torch
-from sglang.srt.layers.linear import LinearBase
 from torch.nn import Module
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.prefill import phase
-from sglang_hma.prefill.exact import Float64LinearMethod
+from sglang_hma.prefill.exact import can_be_wide, widen
 from sglang_hma.prefill.weights import (
     linear_weights,
     refuse_quantized,
+    refuse_unknown_experts,
     round_weight,
     routers,
     untie_lm_head,
@@ -30,14 +30,17 @@ def prepare_model(model: Module) -> None:
     exact = config.packs_kv and config.device == "cpu"
     if config.rounds_prefill_weights:
         refuse_quantized(model)
-        untie_lm_head(model)
+        if config.weight_formats.packs("experts"):
+            refuse_unknown_experts(model)
+        if config.weight_formats.packs("head"):
+            untie_lm_head(model)
     elif not exact:
         return
     rounded = 0
     groups, kept = weight_groups(model), routers(model)
     for module, name in linear_weights(model):
         parameter = getattr(module, name)
-        wide = exact and parameter.dtype == torch.float32 and isinstance(module, LinearBase)
+        wide = exact and parameter.dtype == torch.float32 and can_be_wide(module)
         packed = config.weight_formats.packs(groups[module]) and module not in kept
         if config.rounds_prefill_weights and packed:
             rounded += 1
@@ -51,5 +54,5 @@ def prepare_model(model: Module) -> None:
                 parameter.data = for_prefill
         if wide:
             parameter.data = parameter.data.double()
-            module.quant_method = Float64LinearMethod()
+            widen(module)
     logger.info("Linear weights rounded to BFP8 for prefill: %d", rounded)

@@ -34,7 +34,7 @@ def pieces(shape: ModelShape, chips: int) -> Iterator[Piece]:
     if shape.experts:
         for group in range(shape.experts.groups):
             build = partial(_spread, shape.experts, group)
-            yield Piece(f"spread.{group}", (), build, "mlp", -1, True)
+            yield Piece(f"spread.{group}", (), build, "experts", -1, True)
     for index in range(shape.layers):
         yield from _layer_pieces(shape, chips, index)
     yield Piece("norm", ("model.norm.weight",), _row, tiled=True)
@@ -92,7 +92,7 @@ def _expert_pieces(experts: Experts, source: str, name: str) -> Iterator[Piece]:
         for target, split in (("gate", -1), ("up", -1), ("down", -2)):
             sources = tuple(f"{source}experts.{n}.{target}_proj.weight" for n in numbers)
             build = _columns if split == -1 else _rows
-            yield Piece(f"{name}{group}.{target}", sources, build, "mlp", split, True)
+            yield Piece(f"{name}{group}.{target}", sources, build, "experts", split, True)
 
 
 @cache

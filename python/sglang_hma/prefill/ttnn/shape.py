@@ -104,16 +104,18 @@ class ModelShape(DecoderDims):
         mlp += tiles_of(self.intermediate, self.hidden)
         rows = (2 * self.layers + 1) * tiles_of(1, self.hidden)
         mlp *= self.dense_layers
+        experts = 0
         if self.experts:
             up, down = (self.hidden, self.experts.columns), (self.experts.columns, self.hidden)
             group = 2 * tiles_of(*up) + tiles_of(*down)
             # What spreads an expert's weight over its columns, for all layers.
-            mlp += self.experts.groups * tiles_of(self.experts.number, self.experts.columns)
-            mlp += len(self.experts.layers) * self.experts.groups * group
+            experts += self.experts.groups * tiles_of(self.experts.number, self.experts.columns)
+            experts += len(self.experts.layers) * self.experts.groups * group
             rows += len(self.experts.layers) * tiles_of(self.hidden, self.experts.number)
         tiles: dict[WeightGroup, int] = {
             "attention": self.layers * attention,
             "mlp": mlp,
+            "experts": experts,
             "head": tiles_of(self.hidden, self.logits),
         }
         linear = sum(

@@ -1,0 +1,1 @@
+"""Which model families serve, found by serving a tiny random model of each."""

@@ -1,0 +1,85 @@
+"""What a family's logprobs are to be: transformers in float64, as it is and with our formats.
+
+The formats come from their numpy definition and are laid over transformers' own modules, by rules
+that share nothing with the server's: a matrix is a router if it maps to one number an expert.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+
+from hma_kernels import reference
+
+
+class Truth:
+    """Of one model, in float64."""
+
+    def __init__(self, model: Any, experts: int) -> None:
+        self.model = model
+        self.rounded = copy.deepcopy(model)
+        _round_weights(self.rounded, experts)
+
+    def native(self, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+        """Logprobs [len(prompt) + len(tokens) - 1, vocabulary] of what follows each token."""
+        from transformers import DynamicCache
+
+        return _logprobs(self.model, [*prompt, *tokens[:-1]], DynamicCache())
+
+    def bfp8(self, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+        """The same with rounded weights and K and V in the prompt, and K and V in BF16 behind."""
+        cache = _stored_cache()
+        parts = [_logprobs(self.rounded, prompt, cache)]
+        cache.packs = False
+        if len(tokens) > 1:
+            parts.append(_logprobs(self.model, tokens[:-1], cache))
+        return torch.cat(parts)
+
+
+@torch.no_grad()
+def _logprobs(model: Any, ids: list[int], cache: Any) -> torch.Tensor:
+    logits = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0]
+    return torch.log_softmax(logits.double(), -1)
+
+
+def _through(x: torch.Tensor, rounding: str) -> torch.Tensor:
+    """unpack(pack(x)); x float64 [..., rows, columns] that float32 holds exactly."""
+    rows, columns = x.shape[-2:]
+    packed = reference.pack(x.float().numpy(), rounding)
+    unpacked = np.asarray(reference.unpack(packed), np.float64)
+    return torch.from_numpy(unpacked[..., :rows, :columns].copy())
+
+
+def _stored_cache() -> Any:
+    from transformers import DynamicCache
+
+    class Stored(DynamicCache):
+        packs = True
+
+        def update(self, keys: Any, values: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
+            kept = [states.bfloat16().double() for states in (keys, values)]
+            if self.packs:
+                kept = [_through(states, "device") for states in kept]
+            return super().update(*kept, layer, *args, **kwargs)
+
+    return Stored()
+
+
+@torch.no_grad()
+def _round_weights(model: Any, experts: int) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # a tied embedding stays
+    for module in model.modules():
+        if isinstance(module, Conv1D):  # [in, out]
+            module.weight.data = _through(module.weight.data, "host")
+        elif isinstance(module, torch.nn.Linear):
+            if not experts or module.out_features not in (1, experts):
+                module.weight.data = _through(module.weight.data.T, "host").T.contiguous()
+        else:
+            for weight in module.parameters(recurse=False):
+                if weight.dim() == 3:  # [experts, out, in]
+                    rounded = [_through(one.T, "host").T for one in weight.data]
+                    weight.data = torch.stack(rounded)

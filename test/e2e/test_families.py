@@ -1,0 +1,67 @@
+"""Families beside the dense ones of test_exact: served once each, and experts by a pair.
+
+The whole table is `make models`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmark.models.checkpoint import make_checkpoint
+from benchmark.models.families import FAMILIES
+from benchmark.models.serve_families import prompts, try_family
+from benchmark.models.truth import Truth
+
+from .client import assert_drained, greedy, output_ids
+from .conftest import COMMON
+from .harness import Pair, Server, launch, running, running_pair
+
+pytestmark = pytest.mark.e2e
+
+BY_NAME = {family.name: family for family in FAMILIES}
+FLAGS = (*COMMON, "--max-total-tokens", "2048", "--skip-tokenizer-init")
+NEW_TOKENS = 24
+FLIPPED_ROUNDING = 0.05  # of a logit, by a last-bit difference in K: see test_exact
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Qwen2-MoE"])
+def test_a_family_serves(name: str, tmp_path: Path, seed: int) -> None:
+    """Two servers, native and BFP8, beside transformers without and with the formats."""
+    found = try_family(BY_NAME[name], tmp_path, seed)
+    print(found)
+    assert found["verdict"] == "works", found["reason"]
+
+
+@pytest.fixture(scope="module", params=["Qwen3-MoE", "Mixtral"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, logs: Path
+) -> Iterator[tuple[Pair, Server, Truth]]:
+    """A pair and a single server with the same formats."""
+    family = BY_NAME[request.param]
+    folder = tmp_path_factory.mktemp("models") / "experts"
+    truth = Truth(make_checkpoint(family, folder, seed=20261127), family.experts)
+    name = f"experts-{family.model_type}"
+    single = launch(f"{name}-single", folder, logs, *FLAGS)
+    with running_pair(folder, logs, *FLAGS, name=name) as pair, running(single):
+        yield pair, single, truth
+
+
+def test_a_pair_with_experts_says_what_a_single_server_and_the_truth_say(
+    served: tuple[Pair, Server, Truth], seed: int
+) -> None:
+    pair, single, truth = served
+    without = 0.0
+    for prompt in prompts(seed):
+        expected = greedy(single.url, prompt, NEW_TOKENS)
+        said = output_ids(pair.url, prompt, NEW_TOKENS)
+        assert said == expected, len(prompt)
+        for formats, logprobs in (("bfp8", truth.bfp8), ("native", truth.native)):
+            found = logprobs(prompt, said)[len(prompt) - 1 :]
+            regret = float((found.max(-1).values - found[range(NEW_TOKENS), said]).max())
+            if formats == "bfp8":
+                assert regret < FLIPPED_ROUNDING, (len(prompt), regret)
+            else:
+                without = max(without, regret)
+    print(f"largest regret of the truth without rounding: {without:.3f}")
+    assert_drained(pair.prefill, pair.decode, single)
