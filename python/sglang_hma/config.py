@@ -315,11 +315,10 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "--hma-decode-cache",
         choices=get_args(DecodeCache),
         default="all",
-        help="On a decode server with --disaggregation-decode-enable-radix-cache: what of a request "
-        "is kept for later ones. 'prompt': the pages that prefill sent, so that answers are those "
-        "of a server without the cache; 'all': what was generated too, in BF16 and by decode's own "
-        "weights, so that the next turn sends only what the user adds (docs/transfer.md). "
-        "Default: all.",
+        help="With --disaggregation-decode-enable-radix-cache: what of a request decode keeps for "
+        "later ones. 'prompt': the pages that prefill sent, so that answers are those of a server "
+        "without the cache; 'all': also what it generated, in BF16 and with its own weights, so "
+        "that the next turn sends only what the user adds (docs/transfer.md). Default: all.",
     )
     group.add_argument(
         "--hma-kv-checksum",

@@ -2,7 +2,6 @@
 
 import random
 
-import pytest
 import torch
 
 from hma_kernels import PAGE

@@ -79,7 +79,9 @@ class ShortPrompts:
         if required > budget - sum(taken[:-1]):
             return False
         allocator = queue.token_to_kv_pool_allocator
-        return bool(allocator.evict_until(queue.tree_cache, partial(allocator.fits_prompts, prompts)))
+        return bool(
+            allocator.evict_until(queue.tree_cache, partial(allocator.fits_prompts, prompts))
+        )
 
     def note_begun(self, entries: list[DecodeRequest]) -> None:
         """They have pages of SGLang's own scheduling now."""
