@@ -17,6 +17,7 @@ Role = Literal["prefill", "decode", "null"]
 PrefillRuntime = Literal["reference", "ttnn"]
 
 OffloadThreshold = int | Literal["auto"]
+DecodeCache = Literal["all", "prompt"]
 LayersPerSend = int | Literal["auto", "all"]
 
 # A mesh is a row of chips that are linked to each other.
@@ -83,6 +84,8 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_peers: tuple[str, ...] | None = None
     # A prefill server leaves prompts of fewer tokens to decode; 0: none.
     offload_below: int = 0
+    # What decode's prefix cache keeps of a request, if it has one: pages that prefill sent, or all.
+    decode_cache: DecodeCache = "all"
     cluster_secret_file: str | None = None  # an absolute path
     bind: str | None = None  # the address of all ports; None: what SGLang and Mooncake choose
     drain_timeout: float = 60.0
@@ -307,6 +310,15 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "server, with its own weights; this one answers its half of the request at once "
         "(docs/transfer.md). 'auto', with launch_pd: as many as its GPU computes while it reads "
         "the weights once. Default: 0, none.",
+    )
+    group.add_argument(
+        "--hma-decode-cache",
+        choices=get_args(DecodeCache),
+        default="all",
+        help="With --disaggregation-decode-enable-radix-cache: what of a request decode keeps for "
+        "later ones. 'prompt': the pages that prefill sent, so that answers are those of a server "
+        "without the cache; 'all': also what it generated, in BF16 and with its own weights, so "
+        "that the next turn sends only what the user adds (docs/transfer.md). Default: all.",
     )
     group.add_argument(
         "--hma-kv-checksum",

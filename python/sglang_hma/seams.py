@@ -253,9 +253,19 @@ SEAMS = (
         "bfp8, decode",
     ),
     Seam(
+        "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint",
+        "decode's prefix cache keeps no pages but those that prefill sent",
+        _from("transfer.decode.cached_prompts", "checkpoint"),
+        lambda config: (
+            config.packs_kv and config.role == "decode" and config.decode_cache == "prompt"
+        ),
+        "bfp8, decode, `--hma-decode-cache prompt`",
+    ),
+    Seam(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
         "in a full pool the last running request is put aside too; SGLang would abort it, though "
-        "requests that are landing hold pages that they will give back",
+        "requests that are landing hold pages that they will give back; one whose prompt was "
+        "computed here is not put aside before it has its first token",
         _from("transfer.decode.retraction", "retract_decode"),
         lambda config: config.packs_kv and config.role == "decode",
         "bfp8, decode",

@@ -235,7 +235,7 @@ def test_retraction_restores_every_byte() -> None:
     assert other is not None and again is not None and not torch.equal(again, slots)
     pool.load_cpu_copy(saved, again)
     restored = pool.get_cpu_copy(again)
-    for layer_a, layer_b in zip(saved, restored, strict=True):
+    for layer_a, layer_b in zip(saved.layers, restored.layers, strict=True):
         for kinds_a, kinds_b in zip(layer_a, layer_b, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(kinds_a, kinds_b, strict=True))
     assert before[0].shape == pool.k_buffer[0].shape

@@ -84,7 +84,9 @@ def test_a_rank_that_let_go_and_then_died_counts_once(
     queue._observe_deferred_kv_release = lambda **_: None
     queue._asked_s = {}
     ended = failed_request(manager, tp=2)
-    request = SimpleNamespace(bootstrap_room=ROOM, origin_input_ids=[1])
+    request = SimpleNamespace(
+        bootstrap_room=ROOM, origin_input_ids=[1], kv=SimpleNamespace(cache_protected_len=0)
+    )
     entry: Any = SimpleNamespace(kv_receiver=ended, req=request)
     now = time.monotonic()
     queue._is_host_destination = lambda _: False
@@ -119,7 +121,7 @@ def test_pages_that_nobody_fills_are_empty(tokens: int) -> None:
     request = SimpleNamespace(
         bootstrap_host=FAKE_HOST,
         origin_input_ids=list(range(tokens)),
-        kv=SimpleNamespace(req_pool_idx=0),
+        kv=SimpleNamespace(req_pool_idx=0, cache_protected_len=0),
     )
     queue._empty_pages(DecodeRequest(req=request, kv_receiver=None).req)
     pages = allocator.transfer_pages((slots[::PAGE] // PAGE).numpy())

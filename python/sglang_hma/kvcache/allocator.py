@@ -128,22 +128,33 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             slots.append(slots_of(chosen, start, end, last_slot))
         return self.to_device(torch.from_numpy(np.concatenate(slots)))
 
-    def alloc_landing(self, prompt_len: int, end: int) -> torch.Tensor | None:
-        """Slots int64 [end] on the host for a request whose prompt a peer will write.
+    def alloc_landing(self, prompt_len: int, end: int, start: int = 0) -> torch.Tensor | None:
+        """Slots int64 [end - start] on the host for a request whose prompt a peer will write.
 
-        Tokens behind `prompt_len` are generated ones (a retracted request that
-        resumes; nothing lands then). The peer writes raw BFP8, so a part-full last
-        prompt page gets a landing page beside its BF16 page. None if it is full.
+        `start`, a page's edge, is where the pages that the request has already end. Tokens behind
+        `prompt_len` are generated ones. The peer writes raw BFP8, so a part-full last prompt page
+        gets a landing page beside its BF16 page. None if it is full.
         """
-        num_bfp8, num_bf16 = page_counts(0, prompt_len, end)
-        lands = end == prompt_len and prompt_len % PAGE != 0
+        num_bfp8, num_bf16 = page_counts(start, prompt_len, end)
+        lands = start < end == prompt_len and prompt_len % PAGE != 0
         pages = self._take(num_bfp8 + lands, num_bf16)
         if pages is None:
             return None
         bfp8, bf16 = pages
         if lands:
             self.landing[int(bf16[0])] = int(bfp8[-1])
-        return torch.from_numpy(slots_of([*bfp8[:num_bfp8], *bf16], 0, end, -1))
+        return torch.from_numpy(slots_of([*bfp8[:num_bfp8], *bf16], start, end, -1))
+
+    def alloc_again(self, in_bf16: torch.Tensor, tokens: int) -> torch.Tensor | None:
+        """Slots int64 [tokens] on the host in pages of the formats that a request's pages had:
+        `in_bf16` bool [pages], as MixedKVPool.get_cpu_copy tells it. None if it is full."""
+        num_bf16 = int(in_bf16.sum())
+        pages = self._take(len(in_bf16) - num_bf16, num_bf16)
+        if pages is None:
+            return None
+        bfp8, bf16 = map(iter, pages)
+        chosen = [next(bf16 if plain else bfp8) for plain in in_bf16.tolist()]
+        return torch.from_numpy(slots_of(chosen, 0, tokens, -1))
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """Enqueues the copy; the host goes on."""
@@ -151,12 +162,22 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             return host
         return host.pin_memory().to(self.device, non_blocking=True)
 
-    def fits_landing(self, prompt_len: int, end: int, *, when_empty: bool = False) -> bool:
+    def fits_landing(
+        self, prompt_len: int, end: int, start: int = 0, *, when_empty: bool = False
+    ) -> bool:
         """Whether `alloc_landing` would succeed and leave room for one more token."""
         self._reclaim()
-        num_bfp8, num_bf16 = page_counts(0, prompt_len, end + 1)
+        num_bfp8, num_bf16 = page_counts(start, prompt_len, end + 1)
         fits = self.arena.fits_when_empty if when_empty else self.arena.fits
         return fits(bfp8=num_bfp8 + 1, bf16=num_bf16)
+
+    def fits_again(self, in_bf16: torch.Tensor, end: int, *, when_empty: bool = False) -> bool:
+        """Whether `alloc_again` would succeed and leave room for the positions up to `end`."""
+        self._reclaim()
+        pages, num_bf16 = len(in_bf16), int(in_bf16.sum())
+        more = max(0, -(-end // PAGE) - pages)
+        fits = self.arena.fits_when_empty if when_empty else self.arena.fits
+        return fits(bfp8=pages - num_bf16, bf16=num_bf16 + more)
 
     def fits_prompts(self, lengths: list[int]) -> bool:
         """Whether `alloc_extend` would succeed for whole prompts of these lengths together, and

@@ -4,6 +4,7 @@ import logging
 import math
 import mmap
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -168,6 +169,15 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
         bfp8_write_rows(pages, loc // PAGE, loc % PAGE, rows)
 
 
+@dataclass(frozen=True)
+class SavedPages:
+    """A request's pages on the host, while it is put aside. `in_bf16`: bool [pages], in its order;
+    `layers[layer]`: for K and V its BFP8 pages and its BF16 pages, each kind in that order."""
+
+    in_bf16: torch.Tensor
+    layers: list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+
 class MixedKVPool(Bfp8KVPool):
     """BFP8 prompt pages and BF16 generated pages in one slab arena.
 
@@ -242,42 +252,49 @@ class MixedKVPool(Bfp8KVPool):
         for buffer in self.k_buffer + self.v_buffer:
             buffer[index] = 0
 
+    def formats_of(self, indices: torch.Tensor) -> torch.Tensor:
+        """Which pages behind `indices` (one request's slots in order) are BF16: bool [pages], on
+        the host."""
+        return self._split_pages(indices)[0].cpu()
+
     @override
-    def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> list[Any]:
-        """Bytes of the pages behind `indices` (one request's slots in order)."""
-        bfp8, bf16 = self._split_pages(indices)
-        return [
+    def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> SavedPages:
+        """Bytes and formats of the pages behind `indices` (one request's slots in order)."""
+        in_bf16, bfp8, bf16 = self._split_pages(indices)
+        layers = [
             [
                 (buffers[layer][bfp8].cpu(), plain[layer][bf16].cpu())
                 for buffers, plain in self._kinds()
             ]
             for layer in range(self.layer_num)
         ]
+        return SavedPages(in_bf16.cpu(), layers)
 
     @override
     def load_cpu_copy(
-        self, kv_cache_cpu: list[Any], indices: torch.Tensor, *_: Any, **__: Any
+        self, kv_cache_cpu: SavedPages, indices: torch.Tensor, *_: Any, **__: Any
     ) -> None:
         """Inverse of `get_cpu_copy` for slots whose pages have the same formats."""
-        bfp8, bf16 = self._split_pages(indices)
-        for layer, saved in enumerate(kv_cache_cpu):
+        in_bf16, bfp8, bf16 = self._split_pages(indices)
+        if not torch.equal(in_bf16.cpu(), kv_cache_cpu.in_bf16):
+            raise RuntimeError("a retracted request was given pages of other formats than it had")
+        for layer, saved in enumerate(kv_cache_cpu.layers):
             for (buffers, plain), (packed_pages, plain_pages) in zip(
                 self._kinds(), saved, strict=True
             ):
-                if len(packed_pages) != len(bfp8) or len(plain_pages) != len(bf16):
-                    raise RuntimeError(
-                        "a retracted request was given pages of other formats than it had"
-                    )
                 buffers[layer][bfp8] = packed_pages.to(self.device)
                 plain[layer][bf16] = plain_pages.to(self.device)
 
     def _kinds(self) -> tuple[tuple[list[torch.Tensor], list[torch.Tensor]], ...]:
         return (self.k_buffer, self.kv.k_bf16), (self.v_buffer, self.kv.v_bf16)
 
-    def _split_pages(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split_pages(
+        self, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which pages are BF16, and the indices of the BFP8 and of the BF16 ones."""
         pages = indices[::PAGE].long() // PAGE
         in_bf16 = self.slab_is_bf16[pages // IDS_PER_SLAB]
-        return pages[~in_bf16], bf16_index(pages[in_bf16])
+        return in_bf16, pages[~in_bf16], bf16_index(pages[in_bf16])
 
 
 def untouched_zeros(shape: tuple[int, ...]) -> torch.Tensor:

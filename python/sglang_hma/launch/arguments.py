@@ -97,6 +97,7 @@ def configure(given: argparse.Namespace) -> HmaConfig:
         torch_ops=torch_ops.needed(device),
         prefill_peers=tuple(given.hma_prefill_peers) if given.hma_prefill_peers else None,
         offload_below=given.hma_offload_threshold if role == "prefill" else 0,
+        decode_cache=given.hma_decode_cache,
         cluster_secret_file=secret_file(given.hma_cluster_secret_file, role),
         bind=bind_address(given.hma_bind, given.host),
         drain_timeout=given.hma_drain_timeout,

@@ -103,10 +103,6 @@ WITH_BFP8 = (
     ),
     _only("disaggregation_decode_retraction_backup", OWN_LAYOUT, None, "cpu_tensor", "none"),
     _off("disaggregation_decode_enable_offload_kvcache", OWN_LAYOUT),
-    _off(
-        "disaggregation_decode_enable_radix_cache",
-        "a cached prefix on decode would mix page formats inside one transfer",
-    ),
     Rule(
         "disaggregation_decode_host_receive_threshold",
         lambda value: value >= 1,

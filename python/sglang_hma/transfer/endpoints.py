@@ -50,6 +50,13 @@ class HmaKVSender(MooncakeKVSender):
             mgr.sender.claims.opened(self.bootstrap_room)
 
     @override
+    def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
+        super().init(num_kv_indices, aux_index)
+        if num_kv_indices < 1 and self.kv_mgr.sender is not None:
+            reason = "decode claims to have more of the prompt than there is"
+            self.kv_mgr.fail(self.bootstrap_room, reason)
+
+    @override
     def _register_prefill_dp_rank(self) -> None:
         room, rank = self.bootstrap_room, self.kv_mgr.attn_dp_rank
         url = f"http://{self.bootstrap_server_url}/register_dp_rank"

@@ -13,6 +13,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_ACK_TAG, ABORT_TAG
 from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
 
+from sglang_hma.config import PAGE_TOKENS
 from sglang_hma.transfer import messages, sglang_messages
 from sglang_hma.transfer.handshake import Handshake, introduction_of
 from sglang_hma.transfer.limited_log import LimitedLog, one_line, shown
@@ -175,8 +176,13 @@ class PrefillIntake(MessageIntake):
                     f"it goes to {new.of_rank} decode ranks, but attention TP is {peer.tp} there "
                     f"and {self.handshake.attn_tp} here"
                 )
-        if not self.handshake.stock_allowed and new.has_more:
-            raise ValueError("state, a cached prefix and device pages do not go with BFP8 pages")
+        if not self.handshake.stock_allowed:
+            if new.has_more:
+                raise ValueError("state and device pages do not go with BFP8 pages")
+            if new.prefix and (new.prefix % PAGE_TOKENS or not len(new.pages)):
+                raise ValueError(
+                    f"{len(new.pages)} pages behind a cached prefix of {new.prefix} tokens"
+                )
         memory = self._introductions.get(new.session)
         if memory is not None:
             if len(new.pages) and new.pages.max() >= memory.pages:

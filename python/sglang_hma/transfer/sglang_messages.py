@@ -56,8 +56,9 @@ class Registration:
 @dataclass(frozen=True, slots=True)
 class PageList:
     """A decode rank's pages for one request. `row` is its metadata row; a dummy has neither.
-    `of_rank` is how many decode ranks get pages from each prefill rank. `has_more`: state, a cached
-    prefix or device pages, none of which goes with BFP8 pages."""
+    `of_rank` is how many decode ranks get pages from each prefill rank. `prefix`: tokens of the
+    prompt that decode has, for which it takes no pages. `has_more`: state or device pages, which do
+    not go with BFP8 pages."""
 
     frames: tuple[bytes, ...]
     room: int
@@ -67,6 +68,7 @@ class PageList:
     row: int
     is_dummy: bool
     of_rank: int
+    prefix: int
     has_more: bool
 
     @property
@@ -132,7 +134,8 @@ def page_list(message: Sequence[bytes]) -> PageList:
         row=0 if is_dummy else _number("metadata row", message[5], 0, MAX_ROWS),
         is_dummy=is_dummy,
         of_rank=_number("number of decode ranks", message[7], 1, MAX_RANK),
-        has_more=bool(state or prefix or len(device_pages)),
+        prefix=prefix,
+        has_more=bool(state or len(device_pages)),
     )
 
 

@@ -5,6 +5,7 @@ pages are free, SGLang's own scheduler of a server with both roles runs them, ea
 piece: for a second one it would have to find pages again.
 """
 
+from functools import partial
 from typing import Any
 
 from sglang.srt.disaggregation.base import KVPoll
@@ -12,6 +13,7 @@ from sglang.srt.disaggregation.decode import DecodeRequest
 from sglang.srt.disaggregation.utils import is_aborted
 
 from sglang_hma.gauges import GAUGES
+from sglang_hma.transfer.decode.cached_prompts import COMPUTED_HERE
 
 
 class ShortPrompts:
@@ -74,8 +76,12 @@ class ShortPrompts:
             retractable_tokens=retractable, extra_reserved_reqs=len(entries) - 1
         )
         required = queue._required_admission_tokens(last, taken[-1], 0, retractable)
-        fits = queue.token_to_kv_pool_allocator.fits_prompts(prompts)
-        return bool(fits and required <= budget - sum(taken[:-1]))
+        if required > budget - sum(taken[:-1]):
+            return False
+        allocator = queue.token_to_kv_pool_allocator
+        return bool(
+            allocator.evict_until(queue.tree_cache, partial(allocator.fits_prompts, prompts))
+        )
 
     def note_begun(self, entries: list[DecodeRequest]) -> None:
         """They have pages of SGLang's own scheduling now."""
@@ -87,6 +93,7 @@ class ShortPrompts:
         self._entries = [entry for entry in self._entries if id(entry) not in gone]
         self._ready -= gone
         for entry in entries:
+            setattr(entry.req, COMPUTED_HERE, True)
             entry.kv_receiver.clear()
             entry.kv_receiver = None
 

@@ -5,6 +5,7 @@ part-full last page. After it the landing page is unpacked into the BF16 page th
 own tokens continue.
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from sglang.srt.disaggregation.decode import (
     DecodeRequest,
     DecodeTransferQueue,
 )
+from sglang.srt.disaggregation.decode_hicache_mixin import DecodePrefixMatch
 from sglang.srt.disaggregation.utils import (
     FAKE_BOOTSTRAP_HOST,
     is_aborted,
@@ -29,6 +31,7 @@ from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.addresses import canonical_host
 from sglang_hma.gauges import GAUGES
 from sglang_hma.kvcache.allocator import SlabPageAllocator
+from sglang_hma.kvcache.pool import SavedPages
 from sglang_hma.transfer.decode.local_prefill import ShortPrompts
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
@@ -54,8 +57,10 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         # Reserved tokens become BF16 pages; budgets count BFP8 pages' tokens.
         reserved = self.num_reserved_decode_tokens * BFP8_PAGES_PER_SLAB
         self.num_reserved_decode_tokens = -(-reserved // BF16_PAGES_PER_SLAB)
-        self._candidate: Any = None
-        self._room_to_go_on = 0  # tokens that must fit beside the request just priced
+        self._candidate: Any = None  # the request just priced
+        self._candidate_prefix = 0  # tokens of its prompt that lie in cached pages
+        self._room_to_go_on = 0  # tokens that must fit beside it
+        self._without_cache = ""  # the id of a request that fits only without what is cached of it
         self._peers = configured_peers()
         self.short = ShortPrompts(self)
         # A step on its way may still use pages that are returned meanwhile.
@@ -65,7 +70,9 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
         """The tokenizer's process has refused what a client may not ask for. This is for whatever
         comes here another way: SGLang ends the scheduler on fields that it cannot work with."""
-        if not (is_retracted or is_rebootstrap or is_aborted(req)) and not is_fake(req):
+        if is_fake(req):
+            req.skip_radix_cache_insert = True  # its pages hold nobody's text
+        elif not (is_retracted or is_rebootstrap or is_aborted(req)):
             fields = req.bootstrap_host, req.bootstrap_port, req.bootstrap_room
             if reason := refuse_one(self._peers, *fields):
                 prepare_abort(req, reason, status_code=400)
@@ -116,23 +123,53 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         return True
 
     @override
-    def _required_admission_tokens(self, req: Any, *args: Any, **kwargs: Any) -> int:
-        self._candidate = req
-        return int(super()._required_admission_tokens(req, *args, **kwargs))
+    def _build_decode_prefix_match(self, req: Any, *args: Any, **kwargs: Any) -> DecodePrefixMatch:
+        """Of a prompt that is cached to its end one page travels all the same: a page list without
+        pages would not show where a prompt ends."""
+        found = super()._build_decode_prefix_match(req, *args, **kwargs)
+        most = (len(req.origin_input_ids) - 1) // PAGE * PAGE
+        if req.rid == self._without_cache:
+            most = 0
+        if found.l1_prefix_len <= most:
+            return found
+        if most == 0:  # SGLang unlocks only what it has found something of
+            self.tree_cache.unlock(req.lock)
+            req.lock = None
+        return dataclasses.replace(found, prefix_indices=found.prefix_indices[:most])
+
+    @override
+    def _required_admission_tokens(
+        self, req: Any, allocated_tokens: int, prefix_len: int, retractable_tokens: int
+    ) -> int:
+        self._candidate, self._candidate_prefix = req, prefix_len
+        args = req, allocated_tokens, prefix_len, retractable_tokens
+        return int(super()._required_admission_tokens(*args))
 
     @override
     def _prealloc_required_tokens(self, req: Any) -> tuple[int, int]:
-        self._candidate = req
+        self._candidate, self._candidate_prefix = req, 0
         return super()._prealloc_required_tokens(req)
 
     @override
     def _prealloc_reservation_fits(self, *args: Any, **kwargs: Any) -> bool:
-        """The token budget, and the pages themselves for the request just priced."""
-        req = self._candidate
-        fits = not self.short.lack_pages and super()._prealloc_reservation_fits(*args, **kwargs)
-        return fits and self.token_to_kv_pool_allocator.fits_landing(
-            len(req.origin_input_ids), self._pre_alloc_fill_len(req) + self._room_to_go_on
-        )
+        """The token budget, and the pages themselves for the request just priced: cached prefixes
+        are evicted until there are as many of each format."""
+        if self.short.lack_pages or not super()._prealloc_reservation_fits(*args, **kwargs):
+            return False
+        if self.token_to_kv_pool_allocator.evict_until(self.tree_cache, self._candidate_fits):
+            return True
+        # Its own prefix, which it holds, may lie so that the rest has no room beside it.
+        if self._candidate_prefix and self._nothing_runs() and not self.transfer_queue.queue:
+            self._without_cache = self._candidate.rid
+        return False
+
+    def _candidate_fits(self) -> bool:
+        req, allocator = self._candidate, self.token_to_kv_pool_allocator
+        fill_len = self._pre_alloc_fill_len(req)
+        end = fill_len + self._room_to_go_on
+        if saved := saved_pages(req):
+            return allocator.fits_again(saved.in_bf16, end + 1)
+        return allocator.fits_landing(len(req.origin_input_ids), end, self._candidate_prefix)
 
     @override
     def resume_retracted_reqs(self, rids_to_check: list[str] | None = None) -> list[Any]:
@@ -160,14 +197,25 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
 
     @override
     def _alloc_for_decode_prealloc(
-        self, allocator: SlabPageAllocator, *, req: Any, fill_len: int, **_: Any
+        self,
+        allocator: SlabPageAllocator,
+        *,
+        req: Any,
+        fill_len: int,
+        prefix_len: int,
+        **_: Any,
     ) -> torch.Tensor | None:
+        """A request that was put aside gets pages of the formats that it had: some of its prompt's
+        may have been generated before, or computed here."""
         prompt = len(req.origin_input_ids)
         req.kv.kv_allocated_len = fill_len
-        slots = allocator.alloc_landing(prompt, fill_len)
+        if saved := saved_pages(req):
+            slots = allocator.alloc_again(saved.in_bf16, fill_len)
+        else:
+            slots = allocator.alloc_landing(prompt, fill_len, prefix_len)
         if slots is None:
             return None
-        req.hma_last_prompt_page = int(slots[(prompt - 1) // PAGE * PAGE]) // PAGE
+        req.hma_last_prompt_page = int(slots[(prompt - 1) // PAGE * PAGE - prefix_len]) // PAGE
         return allocator.to_device(slots)
 
     @override
@@ -176,6 +224,12 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     ) -> npt.NDArray[np.int32]:
         pages = super()._transfer_page_indices(decode_req, kv_indices, page_size)
         return self.token_to_kv_pool_allocator.transfer_pages(pages)
+
+
+def saved_pages(req: Any) -> SavedPages | None:
+    """What a request that was put aside had in its pages."""
+    backup = req.kv.retraction_backup
+    return backup.cpu_tensors if backup is not None else None
 
 
 def is_fake(req: Any) -> bool:
@@ -202,8 +256,9 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
 
     def count_quarantined(self) -> int:
         """Pages of failed requests. From any thread."""
-        prompts = (len(entry[0].req.origin_input_ids) for entry in list(self._deferred_releases))
-        return sum(-(-tokens // PAGE) for tokens in prompts)
+        failed = [entry[0].req for entry in list(self._deferred_releases)]
+        tokens = (len(req.origin_input_ids) - req.kv.cache_protected_len for req in failed)
+        return sum(-(-each // PAGE) for each in tokens)
 
     @override
     def _commit_transfer_to_req(self, decode_req: DecodeRequest) -> None:
@@ -216,9 +271,9 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         self.scheduler.token_to_kv_pool_allocator.commit_landing(req.hma_last_prompt_page)
 
     def _empty_pages(self, req: Any) -> None:
-        """They still hold the bytes of whoever had them before."""
-        tokens = len(req.origin_input_ids)
-        slots = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens:PAGE]
+        """They still hold the bytes of whoever had them before. Cached ones are not its own."""
+        own = slice(req.kv.cache_protected_len, len(req.origin_input_ids), PAGE)
+        slots = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, own]
         allocator = self.scheduler.token_to_kv_pool_allocator
         pages = allocator.transfer_pages((slots // PAGE).cpu().numpy())
         allocator.get_kvcache().empty_pages(pages)

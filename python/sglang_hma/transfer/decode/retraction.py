@@ -4,6 +4,10 @@ SGLang retracts running requests until one is left, and aborts that one if it st
 But pages may be held by requests that retraction cannot reach: those whose KV is on its way, or has
 landed and waits to run. They will give theirs back. So the last one is aborted only if the whole
 pool is too small for it alone.
+
+With overlap scheduling a request whose prompt was computed here is in the batch one step before its
+first token is known. It could not go on from there, and room for that token was made sure of before
+it began: it is put aside after all others, that is never.
 """
 
 from collections.abc import Callable
@@ -25,11 +29,18 @@ def retract_decode(original: Callable[[Any], Any], batch: Any) -> Any:
             put_aside.append(req)
         return saved
 
-    batch.release_req = release_req
+    by_preference = batch._get_decode_retraction_order
+
+    def retraction_order(reqs: list[Any]) -> list[int]:
+        """Indices, those to keep first."""
+        order: list[int] = by_preference(reqs)
+        return sorted(order, key=lambda index: bool(reqs[index].output_ids))
+
+    batch.release_req, batch._get_decode_retraction_order = release_req, retraction_order
     try:
         retracted, ratio, aborted = original(batch)
     finally:
-        del batch.release_req
+        del batch.release_req, batch._get_decode_retraction_order
     for req in put_aside:
         req.to_finish = None
         aborted.remove(req)
@@ -37,6 +48,11 @@ def retract_decode(original: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def _fits_alone(batch: Any, req: Any) -> bool:
-    prompt, end = len(req.origin_input_ids), len(req.origin_input_ids) + len(req.output_ids)
-    allocator = batch.token_to_kv_pool_allocator
-    return bool(allocator.fits_landing(prompt, end, when_empty=True))
+    """In pages of the formats that it has now, with one for its next token."""
+    allocator, end = (
+        batch.token_to_kv_pool_allocator,
+        len(req.origin_input_ids) + len(req.output_ids),
+    )
+    slots = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : end - 1]
+    formats = allocator.get_kvcache().formats_of(slots)
+    return bool(allocator.fits_again(formats, end + 1, when_empty=True))

@@ -1,0 +1,175 @@
+"""A prefix cache on decode: the next turn of a conversation sends what decode lacks, and nothing
+else changes. In a pool that is too small, with clients that leave and writes that fail."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+from .client import all_at_once, assert_drained, generate, greedy, output_ids, payload
+from .conftest import COMMON, FAULTY_LINK, Faults
+from .harness import Pair, Server, launch, launch_router, running, until
+
+PAGE = 32
+PAGE_BYTES = 4 * 4 * 64 * PAGE * 2 * 1.0625  # of K and V of all layers, in BFP8
+POOL_TOKENS = 3072
+TURNS = 6
+
+pytestmark = [pytest.mark.e2e, pytest.mark.faults]
+
+
+@dataclass(frozen=True)
+class Caching:
+    """One prefill server, and a pair with it for each --hma-decode-cache."""
+
+    all: Pair
+    prompt: Pair
+
+    def drained(self) -> None:
+        assert_drained(self.all.prefill, self.all.decode, self.prompt.decode)
+
+
+@pytest.fixture(scope="module")
+def caching(model: Path, logs: Path, faults: Faults) -> Iterator[Caching]:
+    env = {"PYTHONPATH": str(FAULTY_LINK), "HMA_TEST_FAULTS": str(faults.file)}
+    prefill = launch("dc-prefill", model, logs, *COMMON, mode="prefill", env=env)
+    small = ("--max-total-tokens", str(POOL_TOKENS), "--num-reserved-decode-tokens", "1")
+    pairs = {}
+    for keeps in ("all", "prompt"):
+        flags = ("--disaggregation-decode-enable-radix-cache", "--hma-decode-cache", keeps)
+        decode = launch(f"dc-{keeps}", model, logs, *COMMON, *small, *flags, mode="decode", env=env)
+        pairs[keeps] = prefill, decode
+    with running(prefill, *(decode for _, decode in pairs.values())):
+        routers = {
+            keeps: launch_router(logs, *servers, f"dc-{keeps}-router")
+            for keeps, servers in pairs.items()
+        }
+        with running(*routers.values()):
+            yield Caching(**{keeps: Pair(*pairs[keeps], routers[keeps]) for keeps in pairs})
+
+
+def words(rng: random.Random, tokens: int) -> list[int]:
+    return [rng.randrange(8, 4000) for _ in range(tokens)]
+
+
+def pages_sent(pair: Pair) -> float:
+    return pair.prefill.metric("sglang:kv_transfer_total_mb_sum") * 2**20 / PAGE_BYTES
+
+
+@pytest.mark.parametrize("keeps", ["all", "prompt"])
+def test_a_conversation(
+    caching: Caching, single: Server, pair: Pair, keeps: str, seed: int
+) -> None:
+    """With all pages kept, the tokens of one server of the same formats, which keeps them too; with
+    prompts kept, those of a pair that keeps none. Bytes: exactly the pages that decode lacks."""
+    rng = random.Random(seed)
+    asked, exact = (caching.all, single.url) if keeps == "all" else (caching.prompt, pair.url)
+    prompt = words(rng, rng.randrange(100, 200))
+    kept = 0
+    for turn in range(TURNS):
+        tokens = rng.randrange(1, 70)
+        expected = greedy(exact, prompt, tokens)
+        before = pages_sent(asked)
+        answer = generate(asked.url, prompt, tokens)
+        assert answer["output_ids"] == expected, turn
+        assert answer["meta_info"]["prompt_tokens"] == len(prompt)
+        kept = min(kept, (len(prompt) - 1) // PAGE)  # the last page of a prompt always travels
+        assert pages_sent(asked) - before == pytest.approx(-(-len(prompt) // PAGE) - kept, abs=0.01)
+        # Behind a tie the two may have said something else. The last token has no K and V yet.
+        said = expected.sure
+        generated = min(said, tokens - 1) if keeps == "all" else 0
+        kept = (len(prompt) + generated) // PAGE
+        prompt = [*prompt, *answer["output_ids"][:said], *words(rng, rng.choice([1, 20, 32, 90]))]
+    caching.drained()
+
+
+@pytest.mark.parametrize("tokens", [1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE])
+def test_the_same_prompt_again(caching: Caching, pair: Pair, tokens: int, seed: int) -> None:
+    """Of one that is cached to its end, the last page travels again."""
+    prompt = words(random.Random(seed), tokens)
+    expected = greedy(pair.url, prompt)
+    for again in range(3):
+        before = pages_sent(caching.all)
+        assert output_ids(caching.all.url, prompt) == expected
+        pages = -(-tokens // PAGE) if again == 0 else 1
+        assert pages_sent(caching.all) - before == pytest.approx(pages, abs=0.01)
+    caching.drained()
+
+
+@pytest.mark.parametrize("keeps", ["all", "prompt"])
+def test_many_conversations_in_a_full_pool(
+    caching: Caching, pair: Pair, keeps: str, seed: int
+) -> None:
+    """More than there is room for: prefixes are evicted, requests are put aside and go on with the
+    pages that they had."""
+    rng = random.Random(seed)
+    asked = getattr(caching, keeps)
+    prompts = [words(rng, rng.randrange(20, 250)) for _ in range(20)]
+    for _ in range(2):
+        jobs = [(prompt, rng.randrange(1, 120)) for prompt in prompts]
+        expected = [greedy(pair.url, *job) for job in jobs] if keeps == "prompt" else None
+        answers = asyncio.run(all_at_once(asked.url, jobs))
+        refused = [(i, *answer) for i, answer in enumerate(answers) if answer[0] != 200]
+        assert not refused, (len(refused), refused[:2])
+        said = [list(answer["output_ids"]) for _, answer in answers]
+        assert [len(each) for each in said] == [tokens for _, tokens in jobs]
+        assert expected is None or said == expected
+        pairs = zip(prompts, said, strict=True)
+        prompts = [[*prompt, *more, *words(rng, 9)] for prompt, more in pairs]
+    assert "Retract requests" in asked.decode.text()
+    caching.drained()
+
+
+def test_a_prompt_that_fits_only_without_what_is_cached_of_it(caching: Caching, seed: int) -> None:
+    """What was generated lies in BF16: in two of the pool's three slabs, and the rest of the prompt
+    would take two more. Without the cache it takes two for all, and one for its last page."""
+    rng = random.Random(seed)
+    prompt = words(rng, 40)
+    for _ in range(3):
+        prompt += output_ids(caching.all.url, prompt, 250)
+    prompt += words(rng, 62 * PAGE - len(prompt))
+    before = pages_sent(caching.all)
+    assert len(output_ids(caching.all.url, prompt, 4)) == 4
+    assert pages_sent(caching.all) - before == pytest.approx(len(prompt) // PAGE, abs=0.01)
+    caching.drained()
+
+
+def test_clients_that_leave_and_writes_that_fail(
+    caching: Caching, pair: Pair, faults: Faults, seed: int
+) -> None:
+    """In the middle of a turn's transfer: nothing of it is kept, and what was kept before is
+    right afterwards."""
+    rng = random.Random(seed)
+    asked = caching.prompt
+    begun = [words(rng, rng.randrange(64, 200)) for _ in range(8)]
+    for prompt in begun:
+        output_ids(asked.url, prompt, 2)
+    turns = [prompt + words(rng, 150) for prompt in begun]
+    expected = [greedy(pair.url, prompt) for prompt in turns]
+    faults.set(hold_after=rng.randrange(10))
+
+    async def leave() -> None:
+        jobs = [asyncio.create_task(all_at_once(asked.url, [(turn, 400)])) for turn in turns]
+        await asyncio.to_thread(until, faults.held.exists, asked.prefill, asked.decode)
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+    asyncio.run(leave())
+    faults.set(flip=0.02, flip_rows=0.02)
+    answers = asyncio.run(all_at_once(asked.url, [(turn, 16) for turn in turns]))
+    for (status, body), tokens in zip(answers, expected, strict=True):
+        assert status >= 500 or body["output_ids"] == tokens
+    faults.set()
+    until(lambda: answered(asked, turns[0]), asked.prefill, asked.decode)
+    assert [output_ids(asked.url, turn) for turn in turns] == expected
+    caching.drained()
+
+
+def answered(pair: Pair, prompt: list[int]) -> bool:
+    """A router that saw failures in a row refuses everything for some seconds."""
+    return requests.post(f"{pair.url}/generate", json=payload(prompt)).status_code == 200
