@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sglang_hma.launch.environment import NOISY, VARIABLES
-from sglang_hma.seams import PLUGIN_POINTS, SEAMS, SGLANG_VERSION
+from sglang_hma.seam_list import PLUGIN_POINTS, SEAMS
+from sglang_hma.seams import SGLANG_VERSION
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "sglang_hma"

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # Arguments: a flag that is refused, then those of a server that would start.
 SCRIPT = """
 import contextlib, io, json, pkgutil, sys
-from sglang_hma import launch_server, overrides, seams
+from sglang_hma import launch_server, overrides, seam_list, seams
 from sglang_hma.launch import arguments, environment
 
 _, refused, *flags = sys.argv
@@ -48,7 +48,7 @@ def refusal(case):
 
 
 found = {"refused": launch(refused)}
-targets = [seam.target for seam in seams.SEAMS if seam.applies(config)]
+targets = [seam.target for seam in seam_list.SEAMS if seam.applies(config)]
 originals = {target: pkgutil.resolve_name(target) for target in targets}
 found["sglang's own"] = launch("--served-model-name", "a:b")
 seams.verify(config)

@@ -63,7 +63,19 @@ def test_broken_page_lists_are_dropped_or_parsed(field: int, junk: bytes) -> Non
         info = TransferInfo.from_zmq(message)
         assert info.mooncake_session_id == SESSION and info.required_dst_info_num == 1
         assert all(0 <= page < 100 for page in info.dst_kv_indices.tolist())
-        assert 0 <= info.dst_aux_index < 8 and not info.decode_prefix_len
+        prefix = info.decode_prefix_len or 0
+        assert 0 <= info.dst_aux_index < 8 and prefix % 32 == 0
+        assert len(info.dst_kv_indices) or not prefix
+
+
+@pytest.mark.parametrize(
+    ("prefix", "pages", "taken"),
+    [("32", 1, True), ("6400", 2, True), ("33", 1, False), ("32", 0, False), ("0", 0, True)],
+)
+def test_a_prefix_that_decode_has(prefix: str, pages: int, taken: bool) -> None:
+    message = request(PAGES[: 4 * pages])
+    message[8] = prefix.encode()
+    assert intake().screen(message) == (message if taken else None)
 
 
 @pytest.mark.parametrize(

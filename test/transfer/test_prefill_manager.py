@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.common.conn import KVTransferError
+from sglang.srt.mem_cache.common import kv_to_page_num
 
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.prefill import strays
@@ -83,6 +85,22 @@ def test_decode_gets_its_pages_back_though_its_registration_was_lost(managers: P
     until(lambda: decode.confirmed_ranks(room) == {0})
     decode.clear_deferred_abort_state(room)
     receiver.clear()
+
+
+def test_a_prefix_longer_than_the_prompt_ends_the_request(managers: Pair) -> None:
+    room, tokens = next(managers.rooms), 40
+    sender, receiver = managers.sender(room), managers.receiver(room)
+    receiver.send_metadata(np.array([1], dtype=np.int32), aux_index=0, decode_prefix_len=64)
+    until(lambda: room in managers.prefill.req_to_decode_prefix_len)
+    prefix = sender.pop_decode_prefix_len()
+    assert prefix == 64
+    sender.init(kv_to_page_num(tokens - prefix, 32), 0)
+    assert sender.poll() == KVPoll.Failed
+    with pytest.raises(KVTransferError, match="more of the prompt than there is"):
+        sender.failure_exception()
+    until(lambda: receiver.poll() == KVPoll.Failed)
+    for end in (sender, receiver):
+        end.clear()
 
 
 def test_what_decode_says_of_a_room_that_never_begins_is_forgotten(
