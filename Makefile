@@ -78,10 +78,11 @@ bench-gpu: venv ## On a machine with a GPU: decode attention beside FlashInfer; 
 		--plot build/bench/decode_attention_gpu.svg $(ARGS)
 
 .PHONY: bench-transfer
-bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, and what checksums cost (root, iproute2); ARGS=--check
+bench-transfer: venv ## Measure TTFT over a slow link beside SGLang's own PD, turn by turn too, and what checksums cost (root, iproute2); ARGS=--check
 	@mkdir -p build/bench
 	$(RUN) -m benchmark.transfer.ttft --json build/bench/transfer_ttft.json \
 		--plot build/bench/transfer_ttft.svg $(ARGS)
+	$(RUN) -m benchmark.transfer.conversation --json build/bench/transfer_conversation.json $(ARGS)
 	$(RUN) -m benchmark.transfer.checksum --json build/bench/transfer_checksum.json $(ARGS)
 
 .PHONY: models

@@ -82,7 +82,8 @@ BFP4 = Policy("KV BFP4", kv=bfp4)
 PARTS = (
     KV_ONLY,
     Policy("weights BFP8 only", ALL),
-    *(Policy(f"weights BFP8 of {group} only", (group,)) for group in ALL),
+    # Of dense models, which have no experts.
+    *(Policy(f"weights BFP8 of {group} only", (group,)) for group in ALL if group != "experts"),
 )
 PEERS = (
     Policy("weights BFP8 in decode too", ALL, ALL, kv="bfp8"),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,7 +73,13 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    name: str, model: Path, link: Link, folder: Path, port: int, flags: list[str]
+    name: str,
+    model: Path,
+    link: Link,
+    folder: Path,
+    port: int,
+    flags: list[str],
+    decode_flags: Sequence[str] = (),
 ) -> Iterator[Running]:
     """Start one pair and wait until it has answered a request."""
     kind = KINDS[name]
@@ -90,7 +96,7 @@ def running(
         "decode": [
             *("-m", kind.module, "--disaggregation-mode", "decode", "--host", DECODE_IP),
             *("--port", str(port), "--disaggregation-decode-retraction-backup", "cpu_tensor"),
-            *common,
+            *(*common, *decode_flags),
         ],
         "router": [
             *("-m", "sglang_router.launch_router", "--pd-disaggregation", "--policy", "random"),

@@ -64,6 +64,8 @@ class Prefill:
 
     def report_unopened(self, room: int, ranks: Any, reason: str) -> None: ...
 
+    def forget_strays(self) -> None: ...
+
     def add_sends(self, room: int, change: int) -> None:
         self.count += change
 

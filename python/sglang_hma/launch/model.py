@@ -18,7 +18,8 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
     except Exception as error:  # whatever transformers makes of a broken config
         raise Refusal(f"--model-path is {server_args.model_path}: {one_line(error)}") from error
     name = (model.hf_config.architectures or ["model"])[0]
-    if missing := left_out(name, model.hf_config):
+    # A card computes what it takes; the decode server, which cannot, refuses for both.
+    if not config.on_card and (missing := left_out(name, model.hf_config)):
         raise Refusal(f"{name} has {missing}: the answers would be another model's")
     if not config.packs_kv:
         if config.device == "cpu" and getattr(model.hf_text_config, SOFTCAP, None):
