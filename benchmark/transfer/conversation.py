@@ -112,6 +112,7 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.set_defaults(rounds=3)
     options.add_argument("--prompt", type=int, default=2048, help="tokens the link is fitted to")
+    options.add_argument("--scale", type=float, default=1.0, help="of the fitted rate")
     options.add_argument("--turns", type=int, default=10)
     options.add_argument("--first", type=int, default=1024, help="tokens of the first turn")
     options.add_argument("--user", type=int, default=480, help="tokens that the user adds a turn")
@@ -149,7 +150,7 @@ def report(args: Any, talk: Talk) -> None:
     for name in talk.pairs:
         talk.conversation(name, None, [256, 64])  # warm
     fast = Timing([talk.ask(STOCK, talk.words(args.prompt), 2)[0] for _ in range(args.rounds)])
-    rate = kv_elements(args.prompt) * 2 * 8 / fast.median
+    rate = args.scale * kv_elements(args.prompt) * 2 * 8 / fast.median
     talk.road.set_rate(rate)
     sizes = [args.first, *[args.user] * (args.turns - 1)]
     found = {name: Turns() for name in talk.pairs}
@@ -179,6 +180,7 @@ def report(args: Any, talk: Talk) -> None:
     results = {
         "seed": args.seed,
         "model": MODEL,
+        "scale": args.scale,
         "rate_bits_per_s": rate,
         "sizes": sizes,
         "reply": args.reply,
