@@ -28,18 +28,23 @@ class ExtendCall:
     sinks: torch.Tensor | None = None
 
 
-class Plan(Protocol):
-    """As hma_kernels.DecodePlan; out is contiguous, sinks is contiguous float32 [heads]."""
+@dataclass(frozen=True, slots=True)
+class DecodeCall:
+    """The arguments of hma_kernels.DecodePlan.run; out is contiguous, sinks is contiguous float32
+    [Hq]."""
 
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float,
-        out: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None: ...
+    q: torch.Tensor
+    layer: int
+    scale: float
+    logit_cap: float
+    out: torch.Tensor
+    sinks: torch.Tensor | None = None
+
+
+class Plan(Protocol):
+    """As hma_kernels.DecodePlan."""
+
+    def run(self, call: DecodeCall) -> None: ...
 
     def refresh(self) -> None: ...
 

@@ -8,7 +8,7 @@ where there is no GPU.
 import torch
 
 from hma_kernels import portable
-from hma_kernels.base import ExtendCall, Plan
+from hma_kernels.base import DecodeCall, ExtendCall, Plan
 from hma_kernels.cuda import decode as cuda_decode
 from hma_kernels.implementation import wanted
 from hma_kernels.paged import PagedKV, PageTable
@@ -18,9 +18,10 @@ from hma_kernels.triton.codec import pack, round_values, write_rows
 __all__ = ["decode_plan", "extend", "pack", "round_values", "unpack", "write_rows"]
 
 
-class _RowsPlan:
-    """Several queries a request: each is a request of its own to kernels that know one query, so
-    a page is read for each of them. A new table on every refresh, which waits for the GPU."""
+class _DecodePlan:
+    """Makes a plan for each dtype of queries when the first ones come. With `q_indptr` each query
+    is a request of its own to kernels that know one query, so a page is read for each of them, and
+    a refresh makes all anew, which waits for the GPU."""
 
     def __init__(
         self,
@@ -28,52 +29,29 @@ class _RowsPlan:
         table: PageTable,
         heads: int,
         sliding_window: int,
-        q_indptr: torch.Tensor,
+        q_indptr: torch.Tensor | None,
     ) -> None:
-        self._arguments = kv, table, heads, sliding_window, q_indptr
+        self._kv, self._given, self._q_indptr = kv, table, q_indptr
+        self._heads, self._sliding_window = heads, sliding_window
+        self._table = table
+        self._plans: dict[torch.dtype, Plan] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        kv, table, heads, sliding_window, q_indptr = self._arguments
-        self._plan = _DecodePlan(kv, table.of_rows(q_indptr), heads, sliding_window)
-
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float,
-        out: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        self._plan.run(q, layer, scale, logit_cap, out, sinks)
-
-
-class _DecodePlan:
-    """Makes a plan for each dtype of queries when the first ones come."""
-
-    def __init__(self, kv: PagedKV, table: PageTable, heads: int, sliding_window: int) -> None:
-        self._arguments = kv, table, heads, sliding_window
-        self._plans: dict[torch.dtype, Plan] = {}
-
-    def refresh(self) -> None:
+        if self._q_indptr is not None:
+            self._table = self._given.of_rows(self._q_indptr)
+            self._plans.clear()
         # The float64 plan waits for the GPU, which no refresh may do: it is made anew when needed.
         self._plans.pop(torch.float32, None)
         for plan in self._plans.values():
             plan.refresh()
 
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float,
-        out: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        if q.dtype not in self._plans:
-            self._plans[q.dtype] = _plan_for(q.dtype, *self._arguments)
-        self._plans[q.dtype].run(q, layer, scale, logit_cap, out, sinks)
+    def run(self, call: DecodeCall) -> None:
+        dtype = call.q.dtype
+        if dtype not in self._plans:
+            shape = self._kv, self._table, self._heads, self._sliding_window
+            self._plans[dtype] = _plan_for(dtype, *shape)
+        self._plans[dtype].run(call)
 
 
 def _plan_for(
@@ -94,10 +72,7 @@ def decode_plan(
     sliding_window: int,
     q_indptr: torch.Tensor | None = None,
 ) -> Plan:
-    table = table.to(kv.device)
-    if q_indptr is None:
-        return _DecodePlan(kv, table, heads, sliding_window)
-    return _RowsPlan(kv, table, heads, sliding_window, q_indptr)
+    return _DecodePlan(kv, table.to(kv.device), heads, sliding_window, q_indptr)
 
 
 def extend(call: ExtendCall) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from hma_kernels.base import ExtendCall
+from hma_kernels.base import DecodeCall, ExtendCall
 from hma_kernels.implementation import implementation_for
 from hma_kernels.layout import GROUP, TILE, TILE_BYTES, Rounding, padded
 from hma_kernels.paged import PagedKV, PageTable
@@ -180,7 +180,8 @@ class DecodePlan:
             raise ValueError(f"q is {list(q.shape)}; needs {list(self._q_shape)}")
         out = _result("DecodePlan.run", out, self._out_shape, q.dtype, q.device)
         if out.numel():
-            self._plan.run(q, layer, scale, logit_cap, out, _sinks(sinks, q))
+            call = DecodeCall(q, layer, scale, logit_cap, out, _sinks(sinks, q))
+            self._plan.run(call)
         return out
 
 

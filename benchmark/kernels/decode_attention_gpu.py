@@ -34,6 +34,7 @@ from benchmark.kernels.gpu_case import (
 )
 from benchmark.kernels.gpu_peers import PEERS, build
 from hma_kernels import portable
+from hma_kernels.base import DecodeCall
 
 MAIN, LONG = (64, 8192), (1, 32768)
 SWEEP = [(batch, 8192) for batch in (1, 4, 16, 67, 100, 128)]
@@ -116,7 +117,7 @@ def exactness() -> dict[str, float]:
     case = Case([4096] * 4)
     expected = torch.empty(case.q.shape, dtype=torch.float32, device=DEVICE)
     plan = portable.decode_plan(case.kv, case.table, Q_HEADS, -1)
-    plan.run(case.q.float(), 0, SCALE, 0.0, expected)
+    plan.run(DecodeCall(case.q.float(), 0, SCALE, 0.0, expected))
     found: dict[str, float] = {}
     for name, run in {"triton": case.triton(), "cuda": case.cuda()}.items():
         if run is None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hma_kernels import PAGE, TILE, TILE_BYTES, PagedKV, PageTable, bfp8_unpack
+from hma_kernels.base import DecodeCall
 from hma_kernels.cuda import decode as cuda_decode
 from hma_kernels.triton import decode as triton_decode
 
@@ -67,11 +68,11 @@ class Case:
         if library is None:
             return None
         plan = cuda_decode.DecodePlan(self.kv, self.table, Q_HEADS, -1, library)
-        return lambda layer: plan.run(self.q, layer, SCALE, 0.0, self.out)
+        return lambda layer: plan.run(DecodeCall(self.q, layer, SCALE, 0.0, self.out))
 
     def triton(self) -> Run:
         plan = triton_decode.DecodePlan(self.kv, self.table, Q_HEADS, -1)
-        return lambda layer: plan.run(self.q, layer, SCALE, 0.0, self.out)
+        return lambda layer: plan.run(DecodeCall(self.q, layer, SCALE, 0.0, self.out))
 
     def plain(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The same K and V as pages of `dtype` [layers, pages, heads, 32, dim]."""

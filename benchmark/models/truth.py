@@ -5,6 +5,7 @@ that share nothing with the server's: a matrix is a router if it maps to one num
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,14 @@ class Truth:
         self.rounded = copy.deepcopy(model)
         _round_weights(self.rounded, experts)
 
+    @classmethod
+    def of(cls, checkpoint: Path) -> "Truth":
+        """Of a dense model."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
+        return cls(model.eval(), experts=0)
+
     def native(self, prompt: list[int], tokens: list[int]) -> torch.Tensor:
         """Logprobs [len(prompt) + len(tokens) - 1, vocabulary] of what follows each token."""
         from transformers import DynamicCache
@@ -35,6 +44,15 @@ class Truth:
         if len(tokens) > 1:
             parts.append(_logprobs(self.model, tokens[:-1], cache))
         return torch.cat(parts)
+
+    def regrets(self, prompt: list[int], tokens: list[int], *, rounded: bool = True) -> list[float]:
+        """How far below the best logprob each of `tokens` lies, given the prompt and those before.
+
+        A greedy decoder with the same arithmetic has regret 0 everywhere; the continuation is the
+        given one, so a tie early on hides no later token.
+        """
+        found = (self.bfp8 if rounded else self.native)(prompt, tokens)[len(prompt) - 1 :]
+        return (found.max(-1).values - found[range(len(tokens)), tokens]).tolist()
 
 
 @torch.no_grad()

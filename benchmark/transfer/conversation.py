@@ -6,22 +6,16 @@ keep prefixes. The link is the one of benchmark.transfer.ttft: SGLang's transfer
 --prompt tokens takes as long as its prefill. Needs root.
 """
 
-import json
 import random
 import statistics
-import tempfile
-import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from benchmark.common import Figure, Timing, console, finish, parser, table
-from benchmark.transfer.link import Link, link, run
-from benchmark.transfer.pairs import START_TIMEOUT_S, Running, running
-from benchmark.transfer.ttft import MODEL, kv_elements
+from benchmark.transfer.link import Link, run
+from benchmark.transfer.pairs import MODEL, Running, Wanted, answered, kv_elements, on_a_link
 
 CACHE = "--disaggregation-decode-enable-radix-cache"
 SENT = "sglang:kv_transfer_total_mb_sum"
@@ -84,30 +78,6 @@ class Talk:
             prompt = prompt + said
 
 
-def answered(url: str, prompt: list[int], reply: int) -> tuple[float, list[int]]:
-    """Seconds until the first token of a streamed answer, and all of its tokens."""
-    body = {
-        "input_ids": prompt,
-        "sampling_params": {"temperature": 0, "max_new_tokens": reply, "ignore_eos": True},
-        "stream": True,
-    }
-    request = urllib.request.Request(
-        f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    begin, first, said = time.perf_counter(), 0.0, []
-    with urllib.request.urlopen(request, timeout=START_TIMEOUT_S) as stream:
-        for line in stream:
-            if line.startswith(b"data:") and b"[DONE]" not in line:
-                first = first or time.perf_counter() - begin
-                answer = json.loads(line.removeprefix(b"data:"))
-                if "error" in answer:
-                    raise RuntimeError(line.decode(errors="replace")[:500])
-                said = answer["output_ids"]
-    if len(said) != reply:
-        raise RuntimeError(f"{len(said)} tokens came, not {reply}")
-    return first, said
-
-
 def main() -> None:
     options = parser(__doc__ or "")
     options.set_defaults(rounds=3)
@@ -123,26 +93,13 @@ def main() -> None:
 
 
 def measure(args: Any) -> None:
-    from sglang_hma.demo.random_model import make_random_model
-
     console.print(f"seed {args.seed}", style="dim")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = folder / "model"
-        make_random_model(model, max_position=8192, intermediate=512, **MODEL)
-        road = stack.enter_context(link())
-        flags = ["--dtype", "bfloat16", "--chunked-prefill-size", "8192"]
-        flags += ["--max-total-tokens", "24576", "--mem-fraction-static", "0.9", "--enable-metrics"]
-        pairs = {}
-        for index, (name, kind) in enumerate(
-            {STOCK: "stock", OURS: "ours", WITHOUT: "ours"}.items()
-        ):
-            console.print(f"starting {TITLES[name]}", style="dim")
-            place = folder / str(index)
-            place.mkdir()
-            decode = () if name == WITHOUT else (CACHE,)
-            started = running(kind, model, road, place, args.port + 10 * index, flags, decode)
-            pairs[name] = stack.enter_context(started)
+    wanted = {
+        STOCK: Wanted("stock", (CACHE,)),
+        OURS: Wanted("ours", (CACHE,)),
+        WITHOUT: Wanted("ours"),
+    }
+    with on_a_link(args.port, wanted) as (road, pairs):
         report(args, Talk(pairs, road, args))
 
 

@@ -6,17 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmark.transfer.link import DECODE_IP, PREFILL_IP, Link
+from benchmark.common import console
+from benchmark.transfer.link import DECODE_IP, PREFILL_IP, Link, link
+from sglang_hma.demo.random_model import make_random_model
 from sglang_hma.launch.defaults import ROUTER_DEFAULTS
 
 START_TIMEOUT_S = 900  # only to end a hang
+MODEL = {"layers": 8, "hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 128}
 PLAIN_CPU = Path(__file__).parents[2] / "test" / "stand_ins" / "plain_cpu"
+
+
+def kv_elements(tokens: int) -> int:
+    return tokens * MODEL["layers"] * 2 * MODEL["kv_heads"] * MODEL["head_dim"]
 
 
 @dataclass(frozen=True)
@@ -174,24 +182,57 @@ def stop(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def first_token(url: str, prompt: list[int]) -> float:
-    """Seconds until the first token of a streamed answer."""
+@dataclass(frozen=True)
+class Wanted:
+    """A pair of a kind, and what its decode server is given beside."""
+
+    kind: str
+    decode_flags: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def on_a_link(
+    port: int, wanted: Mapping[str, Wanted], flags: Sequence[str] = ()
+) -> Iterator[tuple[Link, dict[str, Running]]]:
+    """A link, and pairs on it that serve one random model in BF16, on ports from `port` on."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = folder / "model"
+        make_random_model(model, max_position=8192, intermediate=512, **MODEL)
+        road = stack.enter_context(link())
+        common = ["--dtype", "bfloat16", "--chunked-prefill-size", "8192", "--enable-metrics"]
+        common += ["--max-total-tokens", "24576", "--mem-fraction-static", "0.9", *flags]
+        pairs = {}
+        for index, (name, one) in enumerate(wanted.items()):
+            console.print(f"starting {name}: {KINDS[one.kind].title}", style="dim")
+            place = folder / str(index)
+            place.mkdir()
+            ports = port + 10 * index
+            pair = running(one.kind, model, road, place, ports, common, one.decode_flags)
+            pairs[name] = stack.enter_context(pair)
+        yield road, pairs
+
+
+def answered(url: str, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+    """Seconds until the first token of a streamed answer, and all of its tokens."""
     body = {
         "input_ids": prompt,
-        "sampling_params": {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True},
+        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
         "stream": True,
     }
     request = urllib.request.Request(
         f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
+    first, said = 0.0, []
     begin = time.perf_counter()
     with urllib.request.urlopen(request, timeout=START_TIMEOUT_S) as reply:
         for line in reply:
-            if line.startswith(b"data:"):
-                seconds = time.perf_counter() - begin
+            if line.startswith(b"data:") and b"[DONE]" not in line:
+                first = first or time.perf_counter() - begin
                 answer = json.loads(line.removeprefix(b"data:"))
-                if "error" in answer or not answer.get("output_ids"):
+                if "error" in answer:
                     raise RuntimeError(line.decode(errors="replace")[:500])
-                reply.read()
-                return seconds
-    raise RuntimeError("the stream ended without a token")
+                said = list(answer["output_ids"])
+    if len(said) != tokens:
+        raise RuntimeError(f"{len(said)} tokens came, not {tokens}")
+    return first, said

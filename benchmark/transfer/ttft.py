@@ -10,24 +10,25 @@ of that. Needs root.
 import random
 import shutil
 import statistics
-import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmark.common import Figure, Timing, console, finish, parser, table
-from benchmark.transfer.link import Link, link, run
-from benchmark.transfer.pairs import KINDS, Running, first_token, running
+from benchmark.transfer.link import Link, run
+from benchmark.transfer.pairs import (
+    KINDS,
+    MODEL,
+    Running,
+    Wanted,
+    answered,
+    kv_elements,
+    on_a_link,
+)
 from benchmark.transfer.timeline import COMPUTE, spans
 
-MODEL = {"layers": 8, "hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 128}
 WRITTEN_S = 60.0
 ROUND_TRIP_S = 0.001  # the veth pair's own is 0.05 ms; no delay is added
-
-
-def kv_elements(tokens: int) -> int:
-    return tokens * MODEL["layers"] * 2 * MODEL["kv_heads"] * MODEL["head_dim"]
 
 
 class Bench:
@@ -44,7 +45,7 @@ class Bench:
         prompt = self.prompt(tokens)
         url = self.pairs[name].url
         self.asked_s[name] = time.perf_counter()
-        return float(self.road.call(self.road.prefill, lambda: first_token(url, prompt)))
+        return float(self.road.call(self.road.prefill, lambda: answered(url, prompt, 2)[0]))
 
     def rounds(self, tokens: int, count: int) -> dict[str, Timing]:
         times: dict[str, list[float]] = {name: [] for name in self.pairs}
@@ -94,24 +95,10 @@ def main() -> None:
 
 
 def measure(args: Any) -> None:
-    from sglang_hma.demo.random_model import make_random_model
-
     console.print(f"seed {args.seed}", style="dim")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = folder / "model"
-        make_random_model(model, max_position=8192, intermediate=512, **MODEL)
-        road = stack.enter_context(link())
-        flags = ["--dtype", "bfloat16", "--chunked-prefill-size", "8192"]
-        flags += ["--max-total-tokens", "24576", "--mem-fraction-static", "0.9"]
-        flags += ["--disable-radix-cache", "--enable-metrics"]
-        pairs = {}
-        for index, name in enumerate(KINDS):
-            console.print(f"starting {KINDS[name].title}", style="dim")
-            port = args.port + 10 * index
-            pairs[name] = stack.enter_context(running(name, model, road, folder, port, flags))
-        bench = Bench(pairs, road, args.seed)
-        report(args, bench)
+    wanted = {name: Wanted(name) for name in KINDS}
+    with on_a_link(args.port, wanted, ["--disable-radix-cache"]) as (road, pairs):
+        report(args, Bench(pairs, road, args.seed))
 
 
 def report(args: Any, bench: Bench) -> None:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from hma_kernels.base import ExtendCall
+from hma_kernels.base import DecodeCall, ExtendCall
 from hma_kernels.cpu import _ext
 from hma_kernels.cpu.codec import TYPES
 from hma_kernels.paged import PagedKV, PageTable
@@ -82,19 +82,13 @@ class DecodePlan:
             *(self._q_indptr, self._window),
         )
 
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float,
-        out: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        q = _adjacent(q)
-        pages = _pages(self._kv, layer)
+    def run(self, call: DecodeCall) -> None:
+        q = _adjacent(call.q)
+        pages = _pages(self._kv, call.layer)
+        sinks = _address(call.sinks)
         if q.dtype != torch.float32:
-            self._plan.run(*pages, _query(q), scale, logit_cap, _address(sinks), out.data_ptr())
+            options = call.scale, call.logit_cap
+            self._plan.run(*pages, _query(q), *options, sinks, call.out.data_ptr())
             return
         _ext.extend_attention(
             self._heads,
@@ -103,13 +97,13 @@ class DecodePlan:
             self._table.seq_lens.numpy(),
             self._q_indptr,
             *(_query(q),) * 3,
-            scale,
-            logit_cap,
-            _address(sinks),
+            call.scale,
+            call.logit_cap,
+            sinks,
             self._window,
             True,
             True,
-            out.data_ptr(),
+            call.out.data_ptr(),
         )
 
 

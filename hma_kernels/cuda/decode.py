@@ -4,10 +4,12 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from hma_kernels.base import DecodeCall
 from hma_kernels.cuda import prebuilt, probe
 from hma_kernels.cuda.build import HEADS_PER_TILE, Instance, build
 from hma_kernels.cuda.library import DecodeLibrary, DecodeParams, PagedKVParams
@@ -61,36 +63,29 @@ class DecodePlan:
             with _on(self._kv.device) as stream:
                 self._library.schedule(self._params(), stream)
 
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float,
-        out: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
+    def run(self, call: DecodeCall) -> None:
         if not self._table.batch_size:
             return
+        q, out = call.q, call.out
         q = q if q.stride(2) == 1 else q.contiguous()
         suits = out.dtype == q.dtype and out.is_contiguous()
         own = out if suits else q.new_empty(out.shape)
+        if q is not call.q or own is not out:
+            call = replace(call, q=q, out=own)
         with _on(q.device) as stream:
-            self._library.decode(self._params(q, layer, scale, logit_cap, own, sinks), stream)
+            self._library.decode(self._params(call), stream)
         if own is not out:
             out.copy_(own)
 
-    def _params(
-        self,
-        q: torch.Tensor | None = None,
-        layer: int = 0,
-        scale: float = 1.0,
-        logit_cap: float = 0.0,
-        out: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> DecodeParams:
+    def _params(self, call: DecodeCall | None = None) -> DecodeParams:
         """The schedule needs no queries and no output."""
         kv, table = self._kv, self._table
+        query: tuple[int | None, int, int] = (None, 0, 0)
+        layer, scale, logit_cap, out, sinks = 0, 1.0, 0.0, None, None
+        if call is not None:
+            query = call.q.data_ptr(), call.q.stride(0), call.q.stride(1)
+            layer, scale, logit_cap = call.layer, call.scale, call.logit_cap
+            out, sinks = call.out, call.sinks
 
         def paged_kv(k: torch.Tensor, v: torch.Tensor, *table: torch.Tensor) -> PagedKVParams:
             strides = (x.stride(0) * x.element_size() for x in (k, v))
@@ -99,7 +94,7 @@ class DecodePlan:
             )
 
         return DecodeParams(
-            *((None, 0, 0) if q is None else (q.data_ptr(), q.stride(0), q.stride(1))),
+            *query,
             paged_kv(
                 *(kv.k_bfp8[layer], kv.v_bfp8[layer]),
                 *(table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from hma_kernels import portable
-from hma_kernels.base import Plan
+from hma_kernels.base import DecodeCall, Plan
 from hma_kernels.layout import EXPONENT_BYTES, PAGE, TILE, TILE_BYTES
 from hma_kernels.paged import PagedKV, PageTable
 
@@ -53,11 +53,11 @@ def check(
     q = torch.randn((3, heads, head_dim), generator=generator).to(dtype)
     scale = head_dim**-0.5
     expected = torch.empty((3, heads, v_head_dim))
-    portable.decode_plan(host, table, heads, -1).run(q.float(), 0, scale, 0.0, expected)
+    portable.decode_plan(host, table, heads, -1).run(DecodeCall(q.float(), 0, scale, 0.0, expected))
 
     kv = PagedKV(*([layer.to(device) for layer in layers] for layers in vars(host).values()))
     out = torch.full((3, heads, v_head_dim), torch.nan, dtype=dtype, device=device)
-    plan(kv, table.to(device), heads).run(q.to(device), 0, scale, 0.0, out)
+    plan(kv, table.to(device), heads).run(DecodeCall(q.to(device), 0, scale, 0.0, out))
     error = ((out.float().cpu() - expected).abs().max() / expected.abs().max()).item()
     if not error < TOLERANCE:
         raise RuntimeError(f"the answer to a probe is off by {error:.2g} of the largest value")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hma_kernels.base import DecodeCall
 from hma_kernels.layout import PAGE
 from hma_kernels.paged import PagedKV, PageTable
 from hma_kernels.portable.codec import unpack_strips
@@ -91,34 +92,26 @@ class DecodePlan:
             )
         ]
 
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float,
-        out: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        kv, batch, heads = self._kv, self._table.batch_size, self._heads
+    def run(self, call: DecodeCall) -> None:
+        kv, batch, heads, q = self._kv, self._table.batch_size, self._heads, call.q
         gqa_group_size = heads // kv.kv_heads
         dtype = compute_dtype(q)
-        query = (q.to(dtype) * scale).reshape(batch, kv.kv_heads, gqa_group_size, kv.head_dim)
+        query = (q.to(dtype) * call.scale).reshape(batch, kv.kv_heads, gqa_group_size, kv.head_dim)
         query = query.transpose(2, 3).contiguous()
 
         state = _State(batch, heads, kv.v_head_dim, dtype, q.device)
         for chunk in self._chunks:
             k_pages, v_pages = (kv.k_bfp8, kv.v_bfp8) if chunk.is_bfp8 else (kv.k_bf16, kv.v_bf16)
-            k = load_pages(k_pages[layer], chunk.indices, dtype)
+            k = load_pages(k_pages[call.layer], chunk.indices, dtype)
             own_query = query.index_select(0, chunk.request)
             logits = torch.bmm(k.flatten(0, 1), own_query.flatten(0, 1)).transpose(1, 2)
-            logits = soft_cap(logits.contiguous(), logit_cap).view(-1, heads, PAGE)
-            v = load_pages(v_pages[layer], chunk.indices, dtype)
+            logits = soft_cap(logits.contiguous(), call.logit_cap).view(-1, heads, PAGE)
+            v = load_pages(v_pages[call.layer], chunk.indices, dtype)
             # Hidden rows may hold anything, even NaN, so they are replaced, not multiplied by zero.
             logits[chunk.hidden_page, :, chunk.hidden_row] = -torch.inf
             v[chunk.hidden_page, :, chunk.hidden_row] = 0
             state.add(logits, v, chunk.request)
-        out.copy_(state.result(sinks))
+        call.out.copy_(state.result(call.sinks))
 
 
 def _chunks(

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hma_kernels.base import DecodeCall
 from hma_kernels.paged import PagedKV, PageTable
 from hma_kernels.triton.attention import attend_columns, empty_state, store_state
 from hma_kernels.triton.merge import PartialStates
@@ -132,20 +133,13 @@ class DecodePlan:
         self._visible.update()
         self._schedule.update()
 
-    def run(
-        self,
-        q: torch.Tensor,
-        layer: int,
-        scale: float,
-        logit_cap: float,
-        out: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        self._attend(q if q.stride(2) == 1 else q.contiguous(), layer, scale, logit_cap)
-        self._states.merge(self._schedule, out, sinks)
+    def run(self, call: DecodeCall) -> None:
+        self._attend(call)
+        self._states.merge(self._schedule, call.out, call.sinks)
 
-    def _attend(self, q: torch.Tensor, layer: int, scale: float, logit_cap: float) -> None:
-        """Writes the partial states. The last dimension of q is contiguous."""
+    def _attend(self, call: DecodeCall) -> None:
+        """Writes the partial states."""
+        q, layer = call.q if call.q.stride(2) == 1 else call.q.contiguous(), call.layer
         kv, table, schedule, states = self._kv, self._table, self._schedule, self._states
         k_bfp8, v_bfp8 = kv.k_bfp8[layer], kv.v_bfp8[layer]
         k_bf16, v_bf16 = kv.k_bf16[layer], kv.v_bf16[layer]
@@ -158,10 +152,10 @@ class DecodePlan:
             *(table.bfp8_indptr, table.bfp8_indices, table.bfp8_pos),
             *(table.bf16_indptr, table.bf16_indices, table.bf16_pos, table.seq_lens),
             *(schedule.item_indptr, schedule.item_request, table.batch_size),
-            *(self._sliding_window, scale, logit_cap, q.stride(0), q.stride(1)),
+            *(self._sliding_window, call.scale, call.logit_cap, q.stride(0), q.stride(1)),
             *(k_bfp8.stride(0), v_bfp8.stride(0), k_bf16.stride(0), v_bf16.stride(0)),
             **constants,
-            CAPPED=logit_cap > 0,
+            CAPPED=call.logit_cap > 0,
             MMA=mma_type(kv.device),
             **OPTIONS,
         )

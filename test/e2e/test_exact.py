@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.models.truth import Truth
 from sglang_hma.demo.random_model import make_random_model
 
 from .client import flush, generate, greedy, output_ids
 from .conftest import COMMON
 from .harness import Pair, Server, launch
-from .oracle import Oracle
 
 LENGTHS = [1, 31, 32, 33, 64, 96, 500]
 NEW_TOKENS = 40
@@ -81,7 +81,7 @@ def test_formats_equal_the_oracle_in_other_families(
 
 
 def compare_with_oracle(server: Server, path: Path, seed: int) -> None:
-    oracle, without = Oracle(path), 0.0
+    oracle, without = Truth.of(path), 0.0
     for prompt in prompts(seed):
         got = output_ids(server.url, prompt, NEW_TOKENS)
         regrets = oracle.regrets(prompt, got)

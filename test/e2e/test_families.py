@@ -56,12 +56,8 @@ def test_a_pair_with_experts_says_what_a_single_server_and_the_truth_say(
         expected = greedy(single.url, prompt, NEW_TOKENS)
         said = output_ids(pair.url, prompt, NEW_TOKENS)
         assert said == expected, len(prompt)
-        for formats, logprobs in (("bfp8", truth.bfp8), ("native", truth.native)):
-            found = logprobs(prompt, said)[len(prompt) - 1 :]
-            regret = float((found.max(-1).values - found[range(NEW_TOKENS), said]).max())
-            if formats == "bfp8":
-                assert regret < FLIPPED_ROUNDING, (len(prompt), regret)
-            else:
-                without = max(without, regret)
+        regrets = truth.regrets(prompt, said)
+        assert max(regrets) < FLIPPED_ROUNDING, (len(prompt), regrets)
+        without = max(without, *truth.regrets(prompt, said, rounded=False))
     print(f"largest regret of the truth without rounding: {without:.3f}")
     assert_drained(pair.prefill, pair.decode, single)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import requests
 
+from benchmark.models.truth import Truth
+
 from .client import greedy, output_ids, payload
 from .conftest import COMMON
 from .harness import Pair, Server, launch, launch_router, running, running_pair, until
-from .oracle import Oracle
 from .test_exact import NEW_TOKENS, prompts
 
 pytestmark = pytest.mark.e2e
@@ -59,7 +60,7 @@ def native(stock: Server, model: Path, logs: Path) -> Iterator[Pair]:
 
 
 def test_native_equals_transformers(native: Pair, model: Path, seed: int) -> None:
-    oracle = Oracle(model)
+    oracle = Truth.of(model)
     for prompt in prompts(seed):
         got = output_ids(native.url, prompt, NEW_TOKENS)
         regrets = oracle.regrets(prompt, got, rounded=False)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.models.truth import Truth
 from benchmark.transfer.timeline import COMPUTE, SEND, spans
 
 from .client import assert_drained, output_ids
 from .conftest import COMMON
 from .harness import Pair, Server, launch, launch_router, running, until
-from .oracle import Oracle
 from .test_exact import FLIPPED_ROUNDING, VOCAB
 from .test_wire import LAYERS
 
@@ -32,7 +32,7 @@ def test_one_rank_sends_to_two_and_two_to_one(
         launch_router(logs, pair.prefill, wide["decode"], "router-1-2"),
         launch_router(logs, wide["prefill"], pair.decode, "router-2-1"),
     )
-    oracle, rng = Oracle(model), random.Random(seed)
+    oracle, rng = Truth.of(model), random.Random(seed)
     with running(*wide.values(), *routers):
         for router in routers:
             for length in LENGTHS:

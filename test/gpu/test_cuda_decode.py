@@ -1,6 +1,8 @@
 """Decode attention in CUDA C++ against the float64 reference: on a GPU where there is one, else its
 source compiled for threads on the host, whose tensor cores and copies follow the PTX ISA."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from cuda_host import eager_copies, library
 from kernel_cases import Cache, Spec, empty_table, random_cache
 from test_triton_decode import check_against_reference, to
 
+from hma_kernels.base import DecodeCall
 from hma_kernels.cuda import probe
 from hma_kernels.cuda.build import Instance
 from hma_kernels.cuda.decode import DecodePlan, instance_for, library_for
@@ -40,7 +43,7 @@ def run(
     kernel = compiled(moved.kv, gqa_group_size, q.dtype, device, stages)
     plan = DecodePlan(moved.kv, moved.table, q.shape[1], window, kernel, blocks)
     out = q.new_full((*q.shape[:2], cache.kv.v_head_dim), torch.nan, device=device)
-    plan.run(q.to(device), 1, q.shape[2] ** -0.5, cap, out)
+    plan.run(DecodeCall(q.to(device), 1, q.shape[2] ** -0.5, cap, out))
     return out.cpu()
 
 
@@ -126,10 +129,8 @@ def test_probe_tells_right_from_wrong(device: torch.device) -> None:
     probe.check(plan, 64, 64, 8, torch.bfloat16, device)
 
     class Wrong(DecodePlan):
-        def run(
-            self, q: torch.Tensor, layer: int, scale: float, logit_cap: float, out: torch.Tensor
-        ) -> None:
-            super().run(q, layer, 2 * scale, logit_cap, out)
+        def run(self, call: DecodeCall) -> None:
+            super().run(replace(call, scale=2 * call.scale))
 
     with pytest.raises(RuntimeError, match="off by"):
         probe.check(

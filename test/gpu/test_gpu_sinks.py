@@ -12,7 +12,7 @@ from test_cuda_decode import compiled
 from test_triton_decode import to
 
 from hma_kernels import PAGE, reference
-from hma_kernels.base import ExtendCall, Plan
+from hma_kernels.base import DecodeCall, ExtendCall, Plan
 from hma_kernels.cuda.decode import DecodePlan as CudaPlan
 from hma_kernels.triton import prefill
 from hma_kernels.triton.decode import DecodePlan as TritonPlan
@@ -63,15 +63,16 @@ def check_decode(
     print(f"{lengths=} {heads=} {group=} {v_dim=} {cap=} {window=}")
     made, at = plan(to(cache, device), q.to(device), window), q.to(device)
     out = q.new_full((5, heads * group, v_dim), torch.nan, device=device)
-    made.run(at, 1, dim**-0.5, cap, out, sinks.to(device))
+    made.run(DecodeCall(at, 1, dim**-0.5, cap, out, sinks.to(device)))
     expected = reference.decode_attention(
         *(q.double().numpy(), *cache.reference(1)), scale=dim**-0.5, logit_cap=cap,
         sliding_window=window, sinks=sinks.double().numpy(),
     )  # fmt: skip
     assert_close(out.cpu(), expected)
     plain, same = out.clone(), out.clone()
-    made.run(at, 1, dim**-0.5, cap, plain)
-    made.run(at, 1, dim**-0.5, cap, same, torch.full_like(sinks, -torch.inf).to(device))
+    made.run(DecodeCall(at, 1, dim**-0.5, cap, plain))
+    below = torch.full_like(sinks, -torch.inf).to(device)
+    made.run(DecodeCall(at, 1, dim**-0.5, cap, same, below))
     assert torch.equal(plain, same)
     assert not torch.equal(plain, out)
 

@@ -9,6 +9,7 @@ from accuracy import assert_accurate
 from kernel_cases import Cache, Spec, empty_table, random_cache
 
 from hma_kernels import PagedKV, reference
+from hma_kernels.base import DecodeCall
 from hma_kernels.layout import EXPONENT_BYTES, GROUP
 from hma_kernels.triton import decode
 
@@ -24,7 +25,7 @@ def run(
     moved = to(cache, device)
     plan = decode.DecodePlan(moved.kv, moved.table, q.shape[1], window)
     out = q.new_full((*q.shape[:2], cache.kv.v_head_dim), torch.nan, device=device)
-    plan.run(q.to(device), 1, q.shape[2] ** -0.5, cap, out)
+    plan.run(DecodeCall(q.to(device), 1, q.shape[2] ** -0.5, cap, out))
     return out.cpu()
 
 

@@ -19,6 +19,7 @@ from hma_kernels import (
     reference,
 )
 from hma_kernels import gpu as operations
+from hma_kernels.base import DecodeCall
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def test_decode_agrees_with_torch(
     got = DecodePlan(cache.kv, cache.table, num_q_heads=8).run(q, 0, scale=0.125)
     plan = hma_kernels.portable.decode_plan(cache.kv, cache.table, 8, -1)
     expected = torch.empty_like(got)
-    plan.run(q, 0, 0.125, 0.0, expected)
+    plan.run(DecodeCall(q, 0, 0.125, 0.0, expected))
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-2 if dtype.itemsize == 2 else 0)
 
 

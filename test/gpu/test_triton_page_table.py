@@ -7,6 +7,7 @@ from kernel_cases import Spec, random_cache
 from test_triton_decode import to
 
 from hma_kernels import PAGE, PagedKV, PageTable
+from hma_kernels.base import DecodeCall
 from hma_kernels.layout import IDS_PER_SLAB
 from hma_kernels.portable.page_table import page_table
 from hma_kernels.triton.decode import DecodePlan
@@ -67,9 +68,9 @@ def test_refreshed_plan_equals_a_new_one(rng: np.random.Generator, device: torch
             plan = DecodePlan(kv, PageTable(**still), 8, -1)
         plan.refresh()
         out = torch.full((2, 8, 64), torch.nan, dtype=q.dtype, device=device)
-        plan.run(q, 1, 0.125, 0.0, out)
+        plan.run(DecodeCall(q, 1, 0.125, 0.0, out))
         outs.append(out)
     for cache, out in zip(caches, outs, strict=True):
         expected = torch.empty_like(out)
-        DecodePlan(cache.kv, cache.table, 8, -1).run(q, 1, 0.125, 0.0, expected)
+        DecodePlan(cache.kv, cache.table, 8, -1).run(DecodeCall(q, 1, 0.125, 0.0, expected))
         assert torch.equal(out, expected)

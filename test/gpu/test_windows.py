@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark.kernels.division import divider
 from hma_kernels import PAGE, reference
-from hma_kernels.base import Plan
+from hma_kernels.base import DecodeCall, Plan
 from hma_kernels.cuda import decode as cuda
 from hma_kernels.layout import TILE_BYTES, data_offset, exponent_offset
 from hma_kernels.paged import PageTable
@@ -92,7 +92,7 @@ def test_equals_reference_beside_poison(
     poison_hidden(cache, window)
     plan = plan_of(kernel, to(cache, device), 8, window, int(rng.choice([1, 3, 20])))
     out = torch.full((len(lengths), 8, 64), torch.nan, dtype=q.dtype, device=device)
-    plan.run(q.to(device), 1, 0.125, 0.0, out)
+    plan.run(DecodeCall(q.to(device), 1, 0.125, 0.0, out))
     assert_accurate(out.cpu(), expected)
 
 
@@ -209,7 +209,7 @@ def test_refreshed_plan_equals_a_new_one(
 
     def run(plan: Plan) -> torch.Tensor:
         out = torch.full((3, 4, 64), torch.nan, dtype=q.dtype, device=device)
-        plan.run(q, 1, 0.125, 0.0, out)
+        plan.run(DecodeCall(q, 1, 0.125, 0.0, out))
         return out
 
     plan = plan_of(kernel, replace(cache, table=still), 4, 100)
@@ -264,14 +264,14 @@ def test_a_captured_refresh_serves_later_tables(
     q = torch.from_numpy(rng.standard_normal((2, 4, 64))).bfloat16().to(device)
     out = torch.empty_like(q)
     plan = plan_of(kernel, cache, 4, 100)
-    plan.run(q, 1, 0.125, 0.0, out)
+    plan.run(DecodeCall(q, 1, 0.125, 0.0, out))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         plan.refresh()
-        plan.run(q, 1, 0.125, 0.0, out)
+        plan.run(DecodeCall(q, 1, 0.125, 0.0, out))
     for lengths in ([900, 700], [60, 1], [431, 650]):
         cache.table.seq_lens.copy_(torch.tensor(lengths))
         graph.replay()
         expected = torch.empty_like(q)
-        plan_of(kernel, cache, 4, 100).run(q, 1, 0.125, 0.0, expected)
+        plan_of(kernel, cache, 4, 100).run(DecodeCall(q, 1, 0.125, 0.0, expected))
         assert torch.equal(out, expected)

@@ -88,6 +88,10 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
             ["--hma-offload-threshold", "9", *PREFILL, "--hma-kv-format", "native"],
             ["--hma-offload-threshold is 9", "leave one of them out"],
         ),
+        (
+            ["--hma-decode-cache", "prompt", *DECODE],
+            ["--hma-decode-cache is prompt", "add --disaggregation-decode-enable-radix-cache"],
+        ),
         (["--hma-kv-checksum", "maybe"], ["--hma-kv-checksum", "maybe", "on"]),
         (["--hma-prefill-runtime", "ttnn"], ["--hma-prefill-runtime", "mode prefill"]),
         (

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmark.models.truth import Truth
 from benchmark.quality.outliers import add_outliers
 from benchmark.quality.paged_model import Models, PagedModel, emulate_bf16
 from benchmark.quality.policies import BF16, FLOAT32, OURS_FLOAT32, Policy
 from sglang_hma.demo.random_model import make_random_model
-
-from ..e2e.oracle import Oracle
 
 TOKENS, CONTEXT = 150, 96
 SIZES = dict(layers=2, heads=4, kv_heads=2, head_dim=64, hidden=256, vocab=600)
@@ -48,8 +47,8 @@ def test_ours_is_the_oracle(path: Path, model: PagedModel, ids: list[int]) -> No
     """Weights and KV rounded by the numpy definition, all else in float64."""
     logits = model.logits(ids, CONTEXT, OURS_FLOAT32)
     regrets = logits.max(-1).values - logits[range(len(logits)), ids[CONTEXT:]]
-    expected = torch.tensor(Oracle(path).regrets(ids[:CONTEXT], ids[CONTEXT:]))
-    plain = torch.tensor(Oracle(path).regrets(ids[:CONTEXT], ids[CONTEXT:], rounded=False))
+    expected = torch.tensor(Truth.of(path).regrets(ids[:CONTEXT], ids[CONTEXT:]))
+    plain = torch.tensor(Truth.of(path).regrets(ids[:CONTEXT], ids[CONTEXT:], rounded=False))
     # A last-bit difference may flip a rounding of K, which every later token then reads.
     assert (regrets - expected).abs().median() < (regrets - plain).abs().median() / 4
     assert (regrets - expected).abs().max() < 0.3

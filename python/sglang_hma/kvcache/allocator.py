@@ -136,7 +136,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         gets a landing page beside its BF16 page. None if it is full.
         """
         num_bfp8, num_bf16 = page_counts(start, prompt_len, end)
-        lands = start < end == prompt_len and prompt_len % PAGE != 0
+        lands = end == prompt_len and prompt_len % PAGE != 0
         pages = self._take(num_bfp8 + lands, num_bf16)
         if pages is None:
             return None

@@ -204,6 +204,12 @@ def check_arguments(config: HmaConfig, server_args: Any) -> None:
             value = getattr(server_args, rule.field)
             if not rule.allows(value):
                 raise _does_not_go(rule, value, asks)
+    keeps = config.packs_kv and server_args.disaggregation_decode_enable_radix_cache
+    if config.role == "decode" and config.decode_cache == "prompt" and not keeps:
+        raise Refusal(
+            "--hma-decode-cache is prompt, but this server keeps no prefixes in BFP8: add "
+            "--disaggregation-decode-enable-radix-cache, with --hma-kv-format bfp8"
+        )
     from sglang.srt.environ import envs
 
     for name, why in ENVIRONMENT:
