@@ -1,6 +1,7 @@
 """Requests as a client sends them, and what a server says once it has nothing left to do."""
 
 import asyncio
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,11 @@ DRAIN_S = 300
 SURE = 0.1  # of a logprob, over the second best
 # In a batch of another size, float32 rounds otherwise; that may turn a rounding of K to BF16.
 TIE = 2e-3
+
+
+def words(rng: random.Random, tokens: int) -> list[int]:
+    """Token ids of the random models' vocabulary."""
+    return [rng.randrange(8, 4000) for _ in range(tokens)]
 
 
 def payload(input_ids: list[int], tokens: int = 16, **extra: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from .client import all_at_once, assert_drained, generate, greedy, output_ids, payload
+from .client import all_at_once, assert_drained, generate, greedy, output_ids, payload, words
 from .conftest import COMMON, FAULTY_LINK, Faults
 from .harness import Pair, Server, launch, launch_router, running, until
 
@@ -50,10 +50,6 @@ def caching(model: Path, logs: Path, faults: Faults) -> Iterator[Caching]:
         }
         with running(*routers.values()):
             yield Caching(**{keeps: Pair(*pairs[keeps], routers[keeps]) for keeps in pairs})
-
-
-def words(rng: random.Random, tokens: int) -> list[int]:
-    return [rng.randrange(8, 4000) for _ in range(tokens)]
 
 
 def pages_sent(pair: Pair) -> float:

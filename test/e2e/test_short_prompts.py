@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import requests
 
-from .client import all_at_once, assert_drained, generate, greedy, load, output_ids, payload
+from .client import (
+    all_at_once,
+    assert_drained,
+    generate,
+    greedy,
+    load,
+    output_ids,
+    payload,
+    words,
+)
 from .conftest import COMMON
 from .harness import Pair, running_pair, until
 
@@ -39,10 +48,6 @@ def shorts(model: Path, logs: Path) -> Iterator[Pair]:
         yield pair
 
 
-def prompt(rng: random.Random, tokens: int) -> list[int]:
-    return [rng.randrange(8, 4000) for _ in range(tokens)]
-
-
 def computed_on_decode(pair: Pair) -> int:
     """As the gauges were read last, a second ago at most."""
     return int(pair.decode.metric("sglang_hma:short_prompts_total"))
@@ -57,7 +62,7 @@ def passes_of_prefill(pair: Pair) -> int:
 def test_they_get_the_same_tokens_without_prefill(shorts: Pair, seed: int) -> None:
     """With logprobs, which the router puts together from both servers, prefill computes."""
     rng = random.Random(seed)
-    prompts = [prompt(rng, n) for n in LENGTHS]
+    prompts = [words(rng, n) for n in LENGTHS]
     expected = [greedy(shorts.url, each, TOKENS) for each in prompts]
     assert computed_on_decode(shorts) == 0
     short = sum(len(each) < BELOW for each in prompts)
@@ -74,7 +79,7 @@ def test_they_get_the_same_tokens_without_prefill(shorts: Pair, seed: int) -> No
 
 
 def test_streams_and_chat(shorts: Pair, seed: int) -> None:
-    ids = prompt(random.Random(seed), 20)
+    ids = words(random.Random(seed), 20)
     whole = output_ids(shorts.url, ids, TOKENS)
     with requests.post(
         f"{shorts.url}/generate", json=payload(ids, TOKENS, stream=True), stream=True
@@ -94,7 +99,7 @@ def test_many_at_once_in_a_full_pool(shorts: Pair, seed: int) -> None:
     go on."""
     rng = random.Random(seed)
     sizes = [rng.choice((rng.randrange(1, BELOW), rng.randrange(BELOW, 300))) for _ in range(60)]
-    jobs = [(prompt(rng, n), rng.randrange(1, 200)) for n in sizes]
+    jobs = [(words(rng, n), rng.randrange(1, 200)) for n in sizes]
     expected = [greedy(shorts.url, *job) for job in jobs]
     answers = asyncio.run(all_at_once(shorts.url, jobs))
     refused = [(i, *answer) for i, answer in enumerate(answers) if answer[0] != 200]
@@ -108,9 +113,7 @@ def test_given_up_while_they_wait_and_while_they_run(shorts: Pair, seed: int) ->
 
     async def give_up() -> None:
         asked = [
-            asyncio.create_task(
-                all_at_once(shorts.url, [(prompt(rng, rng.randrange(1, 150)), 400)])
-            )
+            asyncio.create_task(all_at_once(shorts.url, [(words(rng, rng.randrange(1, 150)), 400)]))
             for _ in range(50)
         ]
         await asyncio.to_thread(
@@ -122,5 +125,5 @@ def test_given_up_while_they_wait_and_while_they_run(shorts: Pair, seed: int) ->
 
     asyncio.run(give_up())
     assert_drained(shorts.prefill, shorts.decode)
-    job = prompt(rng, 10), 16
+    job = words(rng, 10), 16
     assert output_ids(shorts.url, *job) == greedy(shorts.url, *job)

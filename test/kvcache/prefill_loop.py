@@ -51,11 +51,11 @@ class Mute:
 
 
 @contextmanager
-def configured() -> Iterator[None]:
+def configured(mode: str = "prefill", **arguments: Any) -> Iterator[None]:
     """What SGLang's scheduler finds in its process: settings, ranks, a process group."""
-    arguments = {"attention_backend": "torch_native", "disaggregation_mode": "prefill"}
+    given = {"attention_backend": "torch_native", "disaggregation_mode": mode, **arguments}
     with (
-        get_context().override_server_args(**arguments, pp_max_micro_batch_size=ROWS),
+        get_context().override_server_args(**given, pp_max_micro_batch_size=ROWS),
         get_parallel().override(tp_rank=0),
     ):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -104,6 +104,30 @@ def manager() -> HmaPrefillManager:
     return made
 
 
+TP_WORKER = SimpleNamespace(
+    model_runner=SimpleNamespace(attn_backend=None, prefill_aware_swa=False), is_hybrid_swa=False
+)
+MODEL_CONFIG = SimpleNamespace(vocab_size=100, is_encoder_decoder=False)
+
+
+def radix_cache(rows: Any, allocator: Any) -> BasePrefixCache:
+    """The one that a server has."""
+    no = dict.fromkeys(("is_hybrid_swa", "is_hybrid_ssm", "enable_hierarchical_cache"), False)
+    return create_tree_cache(
+        TreeCacheBuildContext(
+            server_args=get_server_args(),
+            params=CacheInitParams(False, rows, allocator, PAGE),
+            disable_radix_cache=False,
+            tp_worker=TP_WORKER,
+            model_config=MODEL_CONFIG,
+            tp_size=1,
+            tp_rank=0,
+            tp_group=None,
+            **no,
+        )
+    )
+
+
 class PrefillLoop(Scheduler):
     prefill_delayer = min_free_slots_delayer = dynamic_chunk_sizer = dllm_config = None
     kv_checksum_computer = truncation_align_size = mm_receiver = hisparse_coordinator = None
@@ -119,11 +143,8 @@ class PrefillLoop(Scheduler):
     spec_algorithm = SpeculativeAlgorithm.NONE
     disaggregation_mode = DisaggregationMode.PREFILL
     page_size, max_running_requests, max_prefill_tokens = PAGE, ROWS, 1 << 20
-    model_config = SimpleNamespace(vocab_size=100, is_encoder_decoder=False)
+    model_config, tp_worker = MODEL_CONFIG, TP_WORKER
     new_token_ratio_tracker = SimpleNamespace(current=0.5)
-    tp_worker = SimpleNamespace(
-        model_runner=SimpleNamespace(attn_backend=None, prefill_aware_swa=False)
-    )
     beam_coordinator = SimpleNamespace(pending_member_rows=lambda _: 0, retire_group=lambda _: None)
     dp_attn_adapter = SimpleNamespace(maybe_prepare_mlp_sync_batch=lambda batch: batch)
 
@@ -143,7 +164,7 @@ class PrefillLoop(Scheduler):
             pages * PAGE, PAGE, dtype=torch.uint8, device="cpu", kvcache=pool, need_sort=False
         )
         self.req_to_token_pool = ReqToTokenPool(ROWS, 4096, "cpu", False)
-        self.tree_cache = self.tree = self._radix_cache()
+        self.tree_cache = self.tree = radix_cache(self.req_to_token_pool, self.allocator)
         self.policy = SchedulePolicy("fcfs", self.tree, False, False, False)
         self.attn_cp_cpu_group = self.attn_tp_cpu_group = dist.group.WORLD
         self.disagg_prefill_bootstrap_queue = SimpleNamespace(kv_manager=self.kv, queue=[])
@@ -153,23 +174,6 @@ class PrefillLoop(Scheduler):
         self.waiting_queue: list[Req] = []
         self.running_batch = ScheduleBatch(reqs=[])
         self.result_queue: deque[Any] = deque()
-
-    def _radix_cache(self) -> BasePrefixCache:
-        """The one that a server has."""
-        no = dict.fromkeys(("is_hybrid_swa", "is_hybrid_ssm", "enable_hierarchical_cache"), False)
-        return create_tree_cache(
-            TreeCacheBuildContext(
-                server_args=get_server_args(),
-                params=CacheInitParams(False, self.req_to_token_pool, self.allocator, PAGE),
-                disable_radix_cache=False,
-                tp_worker=self.tp_worker,
-                model_config=self.model_config,
-                tp_size=1,
-                tp_rank=0,
-                tp_group=None,
-                **no,
-            )
-        )
 
     # -- what happens to it --
 

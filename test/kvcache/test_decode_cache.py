@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,14 +23,11 @@ from sglang.srt.disaggregation.decode import DecodeReqToTokenPool
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req, release_req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import (
     checkpoint_kv_cache,
     release_kv_cache,
     restore_kv_cache,
 )
-from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_tree_cache
-from sglang.srt.runtime_context import get_context, get_parallel, get_server_args
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from hma_kernels import PAGE
@@ -39,6 +35,7 @@ from hma_kernels.layout import bf16_index
 from sglang_hma.config import CONFIG_ENV, HmaConfig
 from sglang_hma.transfer.decode.queues import HmaDecodePreallocQueue
 
+from .prefill_loop import TP_WORKER, configured, radix_cache
 from .test_allocator import make
 
 ROWS = 12
@@ -50,22 +47,12 @@ PLENTY = 1 << 40
 @pytest.fixture(scope="module", autouse=True)
 def sglang_configured() -> Iterator[None]:
     arguments = {
-        "attention_backend": "torch_native",
-        "disaggregation_mode": "decode",
         "disaggregation_decode_enable_radix_cache": True,
         "disaggregation_decode_retraction_backup": BACKUP,
     }
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        get_context().override_server_args(**arguments),
-        get_parallel().override(tp_rank=0),
-    ):
+    with pytest.MonkeyPatch.context() as patch, configured("decode", **arguments):
         patch.setitem(os.environ, CONFIG_ENV, HmaConfig(role="decode").environment()[CONFIG_ENV])
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+        yield
 
 
 class Decode:
@@ -75,27 +62,13 @@ class Decode:
         self.allocator = make(SLABS)
         self.pool = self.allocator.get_kvcache()
         self.rows = DecodeReqToTokenPool(ROWS, 4096, "cpu", False, 0)
-        no = dict.fromkeys(("is_hybrid_swa", "is_hybrid_ssm", "enable_hierarchical_cache"), False)
-        runner = SimpleNamespace(attn_backend=None, prefill_aware_swa=False)
-        self.tree = create_tree_cache(
-            TreeCacheBuildContext(
-                server_args=get_server_args(),
-                params=CacheInitParams(False, self.rows, self.allocator, PAGE),
-                disable_radix_cache=False,
-                tp_worker=SimpleNamespace(model_runner=runner, is_hybrid_swa=False),
-                model_config=SimpleNamespace(vocab_size=100, is_encoder_decoder=False),
-                tp_size=1,
-                tp_rank=0,
-                tp_group=None,
-                **no,
-            )
-        )
+        self.tree = radix_cache(self.rows, self.allocator)
         self.scheduler = SimpleNamespace(
             running_batch=SimpleNamespace(is_empty=lambda: not self.running, reqs=[]),
             waiting_queue=[],
             enable_decode_hicache=False,
             enable_hisparse=False,
-            tp_worker=SimpleNamespace(is_hybrid_swa=False),
+            tp_worker=TP_WORKER,
         )
         self.running: list[Req] = []
         queue = self.queue = object.__new__(HmaDecodePreallocQueue)
