@@ -55,6 +55,38 @@ class Truth:
         return (found.max(-1).values - found[range(len(tokens)), tokens]).tolist()
 
 
+class Conversation:
+    """A pair's answers to the turns of a conversation, with --hma-decode-cache all, in float64.
+
+    Prefill computes each prompt with its rounded weights and its own K and V, also of what decode
+    said before. Decode has pages from earlier turns, those that it generated among them, and of
+    the rest of the prompt what prefill computed.
+    """
+
+    def __init__(self, truth: Truth) -> None:
+        self._truth = truth
+        self._decode: Any = None
+
+    def logprobs(self, prompt: list[int], tokens: list[int], kept: int) -> torch.Tensor:
+        """Of each of `tokens`, which answer `prompt`: [len(tokens), vocabulary]. `kept`: how many
+        tokens of the prompt decode has from the turns before."""
+        prefill = _stored_cache()
+        first = _logprobs(self._truth.rounded, prompt, prefill)[-1:]
+        decode = _stored_cache()
+        decode.packs = False
+        for index, sent in enumerate(prefill.layers):
+            keys, values = sent.keys[:, :, kept:], sent.values[:, :, kept:]
+            if kept:
+                before = self._decode.layers[index]
+                keys = torch.cat([before.keys[:, :, :kept], keys], 2)
+                values = torch.cat([before.values[:, :, :kept], values], 2)
+            decode.update(keys, values, index)
+        self._decode = decode
+        if len(tokens) == 1:
+            return first
+        return torch.cat([first, _logprobs(self._truth.model, tokens[:-1], decode)])
+
+
 @torch.no_grad()
 def _logprobs(model: Any, ids: list[int], cache: Any) -> torch.Tensor:
     logits = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0]
