@@ -23,6 +23,7 @@ from benchmark.quality.statistics import Comparison, Interval, Score, compare, s
 
 SETS = {
     "main": (FLOAT32, OURS),
+    "turns": (FLOAT32, OURS, policies.OWN_REPLY),
     "parts": (OURS, *policies.PARTS),
     "formats": (FLOAT32, OURS, *policies.PEERS),
     "outliers": (OURS, *policies.STRESSED),

@@ -85,6 +85,12 @@ def emulate_bf16(model: Any) -> None:
                 setattr(module, name, torch.nn.Parameter(parameter.detach().to(torch.float32)))
 
 
+def reply_of(context: int) -> range:
+    """The middle third of a prompt, in whole pages."""
+    third = context // PAGE // 3 * PAGE
+    return range(third, context - third)
+
+
 class PagedModel:
     """Scores documents of up to `tokens` tokens. Only one at a time."""
 
@@ -96,8 +102,9 @@ class PagedModel:
         config = models.get(torch.bfloat16).config
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.heads = config.num_attention_heads
-        # A prompt in BF16 takes 32 slabs where one in BFP8 takes 17, and each format its own.
-        self.slabs = 2 * -(-tokens // SLAB_TOKENS) + 2
+        # A prompt in BF16 takes 32 slabs where one in BFP8 takes 17, and each format its own; a
+        # kept reply has pages of both.
+        self.slabs = 3 * -(-tokens // SLAB_TOKENS) + 2
         self.pool = MixedKVPool(
             size=self.slabs * SLAB_TOKENS,
             page_size=PAGE,
@@ -118,10 +125,15 @@ class PagedModel:
         if policy.kv == "float32":
             return self._reference(ids, context)
         assert context % PAGE == 0
-        slots = self._slots(context, len(ids), in_bf16=policy.kv != "bfp8")
+        reply = reply_of(context) if policy.own_reply else range(0)
+        slots, own = self._slots(context, len(ids), len(reply), in_bf16=policy.kv != "bfp8")
         prefill = self.models.get(policy.dtype, frozenset(policy.prefill_packed))
         decode = self.models.get(policy.dtype, frozenset(policy.decode_packed))
         first = self._forward(prefill, ids[:context], 0, policy, slots, keep=1)
+        if reply:
+            slots[reply.start : reply.stop] = own
+            said = ids[reply.start : reply.stop]
+            self._forward(decode, said, reply.start, policy, slots, keep=1)
         rest = self._forward(decode, ids[context:-1], context, policy, slots, keep=0)
         return torch.cat([first, rest]).to(torch.float32)
 
@@ -131,10 +143,13 @@ class PagedModel:
         out = model(torch.tensor([ids[:-1]]), use_cache=False, logits_to_keep=len(ids) - context)
         return out.logits[0]
 
-    def _slots(self, context: int, tokens: int, *, in_bf16: bool) -> torch.Tensor:
-        """Of each token: prompt pages in their format, then BF16 pages."""
+    def _slots(
+        self, context: int, tokens: int, own: int, *, in_bf16: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token: prompt pages in their format, then BF16 pages; of `own` more tokens, in
+        BF16 pages."""
         arena = SlabArena(self.slabs)
-        prompt, rest = context // PAGE, -(-(tokens - context) // PAGE)
+        prompt, rest = context // PAGE, -(-(tokens - context) // PAGE) + own // PAGE
         if in_bf16:
             pages = arena.alloc(PageFormat.BF16, prompt + rest)
         else:
@@ -145,7 +160,8 @@ class PagedModel:
         self.pool.slab_is_bf16[: len(formats)] = formats
         pages = torch.as_tensor(pages)
         assert int(pages.max()) < len(formats) * IDS_PER_SLAB
-        return (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()[:tokens]
+        slots = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()
+        return slots[:tokens].clone(), slots[len(slots) - own :]
 
     def _forward(
         self,

@@ -58,7 +58,8 @@ class Policy:
     """`prefill_packed`, `decode_packed`: the groups of linear weights that go through BFP8 there.
     `kv`: the prompt's K and V as "bf16", as "bfp8" (the product's pages) or through a rounding;
     "float32" is everything in float32, by transformers alone. `noise`: relative, on the prompt's K
-    and V before they are rounded, as another order of summation leaves."""
+    and V before they are rounded, as another order of summation leaves. `own_reply`: decode has
+    said the middle third of the prompt, a turn before, and keeps its own K and V of it."""
 
     name: str
     prefill_packed: tuple[str, ...] = ()
@@ -66,6 +67,7 @@ class Policy:
     kv: Rounding | str = "bf16"
     dtype: torch.dtype = torch.bfloat16
     noise: float = 0.0
+    own_reply: bool = False
 
 
 ALL = get_args(WeightGroup)
@@ -73,6 +75,7 @@ BF16 = Policy("BF16")
 FLOAT32 = Policy("float32", kv="float32", dtype=torch.float32)
 OURS = Policy("ours", ALL, kv="bfp8")
 OURS_FLOAT32 = Policy("ours, float32", ALL, kv="bfp8", dtype=torch.float32)  # as tests serve it
+OWN_REPLY = Policy("ours, decode's own reply kept", ALL, kv="bfp8", own_reply=True)
 KV_ONLY = Policy("KV BFP8 only", kv="bfp8")
 FP8_PER_TENSOR = Policy("KV FP8 e4m3, a scale a tensor", kv=fp8_per_tensor)
 FP8_PER_TOKEN = Policy("KV FP8 e4m3, a scale a token", kv=fp8_per_token)

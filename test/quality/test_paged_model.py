@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmark.models.truth import Truth
+from benchmark.models.truth import Conversation, Truth
 from benchmark.quality.outliers import add_outliers
-from benchmark.quality.paged_model import Models, PagedModel, emulate_bf16
+from benchmark.quality.paged_model import Models, PagedModel, emulate_bf16, reply_of
 from benchmark.quality.policies import BF16, FLOAT32, OURS_FLOAT32, Policy
+from hma_kernels import PAGE
 from sglang_hma.demo.random_model import make_random_model
 
 TOKENS, CONTEXT = 150, 96
@@ -52,6 +53,22 @@ def test_ours_is_the_oracle(path: Path, model: PagedModel, ids: list[int]) -> No
     # A last-bit difference may flip a rounding of K, which every later token then reads.
     assert (regrets - expected).abs().median() < (regrets - plain).abs().median() / 4
     assert (regrets - expected).abs().max() < 0.3
+
+
+def test_a_kept_reply_is_the_conversation(path: Path, model: PagedModel, ids: list[int]) -> None:
+    """Two turns: what decode said in the first is in its cache as it computed it."""
+    policy = replace(OURS_FLOAT32, own_reply=True)
+    logprobs = torch.log_softmax(model.logits(ids, CONTEXT, policy), -1)
+    reply = reply_of(CONTEXT)
+    assert len(reply) == PAGE
+    conversation = Conversation(Truth.of(path))
+    # The last token that a turn says has no K and V yet, so one more is said, and not kept.
+    conversation.logprobs(ids[: reply.start], ids[reply.start : reply.stop + 1], 0)
+    expected = conversation.logprobs(ids[:CONTEXT], ids[CONTEXT:], reply.stop)
+    again = Truth.of(path).bfp8(ids[:CONTEXT], ids[CONTEXT:])[CONTEXT - 1 :]
+    apart, without = (logprobs - expected).abs(), (logprobs - again).abs()
+    assert apart[1:].median() < without[1:].median() / 4
+    assert apart.max() < 0.3
 
 
 def test_bf16_rounds_more_than_float32(model: PagedModel, ids: list[int]) -> None:
