@@ -90,6 +90,11 @@ models: venv ## Serve a tiny random model of each family and compare with transf
 	@mkdir -p build/bench
 	$(RUN) -m benchmark.models.serve_families --json build/bench/models.json $(ARGS)
 
+.PHONY: bench-drafts
+bench-drafts: venv demo-model ## What NGRAM speculation on decode gives and costs, beside a pair without; ARGS=--check
+	@mkdir -p build/bench
+	$(RUN) -m benchmark.serving.drafts --json build/bench/drafts.json $(ARGS)
+
 .PHONY: bench-tenstorrent
 bench-tenstorrent: venv ## What a batch costs the Tenstorrent runtime, counted, and the time predicted from it; no card; ARGS=--check
 	@mkdir -p build/bench
@@ -146,6 +151,10 @@ quality-long: venv demo-model ## The same for 20k tokens after 4k
 .PHONY: quality-lengths
 quality-lengths: venv demo-model ## The same by context length
 	$(COMPARE) --documents 6 --context 256 512 1024 2048 4096 7680 --scored 256 $(ARGS)
+
+.PHONY: quality-turns
+quality-turns: venv demo-model ## What it costs that decode keeps its own K and V of an earlier reply (--hma-decode-cache all)
+	$(COMPARE) --set turns --context 768 --scored 256 $(ARGS)
 
 .PHONY: quality-parts
 quality-parts: venv demo-model ## What weights and KV cost, each alone

@@ -106,7 +106,7 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 19),
+        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 21),
         ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 14),
     ],
 )

@@ -264,6 +264,21 @@ SEAMS = (
         "bfp8, decode",
     ),
     Seam(
+        "sglang.srt.speculative.eagle_utils.alloc_for_spec_decode",
+        "pages for drafts are BF16, as all generated ones; SGLang would take them as a prompt's, "
+        "and fill its table with a Triton kernel",
+        _from("speculation.slots", "alloc_for_spec_decode"),
+        lambda config: config.mixes_page_formats,
+        "bfp8, decode or null",
+    ),
+    Seam(
+        "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.build_disagg_draft_input",
+        "NGRAM has no first drafts on a decode server: SGLang's relay fails on the first request",
+        _from("speculation.handover", "build_disagg_draft_input"),
+        lambda config: config.packs_kv and config.role == "decode",
+        "bfp8, decode",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler_components.internal_state"
         ".SchedulerInternalStateController.get_internal_state",
         "formats, kernels and cards under `internal_states[].hma` of `/get_server_info`",

@@ -77,6 +77,8 @@ def _load_what_sglang_asks_for(config: HmaConfig) -> None:
 
     current_platform.get_kv_pool_cls(kind="mha")
     current_platform.get_paged_allocator_cls()
+    if config.mixes_page_formats and config.device == "cpu":
+        current_platform.get_speculative_worker_cls("NGRAM")
     if config.packs_kv:
         pkgutil.resolve_name("sglang_hma.attention.backend")
     if config.role != "null":

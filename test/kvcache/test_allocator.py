@@ -122,6 +122,23 @@ class AllocatorMachine(RuleBasedStateMachine):
                 assert is_bf16(self.alloc, slot // PAGE)
                 self.requests[request].append(slot)
 
+    @rule(data=st.data(), ahead=st.integers(1, 80))
+    def room_for_drafts(self, data: st.DataObject, ahead: int) -> None:
+        ready = sorted(set(self.requests) - self.landing)
+        if not ready:
+            return
+        batch = data.draw(st.lists(st.sampled_from(ready), unique=True, min_size=1))
+        held = [self.requests[request] for request in batch]
+        spans = [(len(slots), len(slots) + ahead) for slots in held]
+        pages = sum(-(-end // PAGE) - -(-start // PAGE) for start, end in spans)
+        fits = self.alloc.check_decode_capacity(num_tokens=pages * PAGE, tree_cache=None)
+        got = self.alloc.alloc_generated(spans, [slots[-1] for slots in held])
+        assert (got is not None) == fits
+        if got is not None:
+            for slots, more in zip(held, got.split([ahead] * len(held)), strict=True):
+                assert is_bf16(self.alloc, more.numpy() // PAGE).all()
+                slots.extend(more.tolist())
+
     @rule(data=st.data(), as_segment=st.booleans())
     def leave(self, data: st.DataObject, as_segment: bool) -> None:
         if self.requests:

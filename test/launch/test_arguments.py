@@ -11,7 +11,8 @@ from types import ModuleType
 import msgspec
 import pytest
 
-from sglang_hma.config import CONFIG_ENV, HmaConfig, WeightFormats
+from hma_kernels.ops import MAX_QUERIES
+from sglang_hma.config import CONFIG_ENV, MOST_DRAFT_TOKENS, HmaConfig, WeightFormats
 from sglang_hma.launch import arguments, checks
 from sglang_hma.launch.flags import Refusal
 
@@ -59,7 +60,19 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
         (["--enable-mixed-chunk"], ["--enable-mixed-chunk does", "leave it out"]),
         (["--enable-mixed"], ["--enable-mixed-chunk does", "leave it out"]),
         (["--speculative-algorithm", "EAGLE"], ["--speculative-algorithm EAGLE"]),
-        (["--speculative-alg=NGRAM"], ["--speculative-algorithm NGRAM", "leave it out"]),
+        (["--speculative-alg=EAGLE3"], ["--speculative-algorithm EAGLE3", "use NGRAM"]),
+        (
+            ["--speculative-alg=NGRAM", *PREFILL],
+            ["--speculative-algorithm NGRAM", "where tokens are generated", "leave it out"],
+        ),
+        (
+            ["--speculative-alg=NGRAM", "--speculative-num-draft-tokens", "12"],
+            ["--speculative-num-draft-tokens 12", "use 8 or fewer"],
+        ),
+        (
+            ["--speculative-alg=NGRAM", "--enable-watermark"],
+            ["--enable-watermark", "leave one of them out"],
+        ),
         (["--pipeline-parallel-size", "2"], ["--pp-size 2", "use --pp-size 1"]),
         (["--attention-data-parallel-size", "2"], ["--attn-dp-size 2"]),
         (["--enable-dp-attention"], ["--enable-dp-attention does"]),
@@ -159,7 +172,7 @@ def test_what_serves_is_not_refused_early(tmp_path: Path) -> None:
     [
         ({"enable_mixed_chunk": True}, ["--enable-mixed-chunk does"]),
         ({"pipeline_parallel_size": 2}, ["--pp-size 2"]),
-        ({"speculative_algorithm": "NGRAM"}, ["--speculative-algorithm NGRAM"]),
+        ({"speculative_algorithm": "EAGLE"}, ["--speculative-algorithm EAGLE"]),
         ({"disaggregation_mode": "both"}, ["--disaggregation-mode", "both"]),
         ({"hma_kv_checksum": "maybe"}, ["--hma-kv-checksum", "maybe"]),
         ({"page_sizes": 3}, ["unrecognized", "--page-sizes"]),
@@ -293,6 +306,16 @@ def test_defaults_for_each_role(mode: str) -> None:
     assert server_args.disaggregation_transfer_backend == transport
     backup = "cpu_tensor" if mode == "decode" else None
     assert server_args.disaggregation_decode_retraction_backup == backup
+
+
+@pytest.mark.parametrize("role", [DECODE, []])
+def test_drafts_are_chains(role: list[str]) -> None:
+    argv = [*CPU, *role, "--speculative-algorithm", "NGRAM"]
+    _, server_args = start(*argv)
+    assert server_args.speculative_num_draft_tokens == MOST_DRAFT_TOKENS == MAX_QUERIES
+    assert server_args.speculative_ngram_max_bfs_breadth == 1
+    assert start(*argv, "--speculative-num-draft-tokens", "4")[1].speculative_num_draft_tokens == 4
+    assert start(*CPU, *role)[1].speculative_num_draft_tokens is None
 
 
 def test_defaults_give_way_however_a_flag_is_written(tmp_path: Path) -> None:

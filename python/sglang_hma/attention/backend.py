@@ -50,15 +50,22 @@ class HmaAttnBackend(AttentionBackend):
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
-        phase.weights.enter(prefill=not mode.is_decode())
+        generates = mode.is_decode() or mode.is_target_verify()
+        phase.weights.enter(prefill=not generates)
         rows = forward_batch.req_pool_indices
         if mode.is_decode():
-            self.forward_metadata = self._page_table(rows, forward_batch.seq_lens)
-            self.plans = {}
+            self._plan_decode(self._page_table(rows, forward_batch.seq_lens))
+        elif mode.is_target_verify():
+            chain = forward_batch.spec_info.draft_token_num
+            table = self._page_table(rows, forward_batch.seq_lens + chain)
+            self._plan_decode(table, torch.arange(len(rows) + 1) * chain)
         else:
             self.forward_metadata = self._page_table(rows, forward_batch.extend_prefix_lens)
             lens = torch.tensor([0, *forward_batch.extend_seq_lens_cpu], dtype=torch.int64)
             self.q_indptr = lens.cumsum(0)
+
+    def _plan_decode(self, table: PageTable, q_indptr: torch.Tensor | None = None) -> None:
+        self.forward_metadata, self.q_indptr, self.plans = table, q_indptr, {}
 
     @override
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -76,7 +83,7 @@ class HmaAttnBackend(AttentionBackend):
         """Before a CUDA graph is captured or replayed; plans of one batch size share its table."""
         phase.weights.enter(prefill=False)
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
-        self.forward_metadata = self.graph_tables.fill(rows, seq_lens)
+        self.forward_metadata, self.q_indptr = self.graph_tables.fill(rows, seq_lens), None
         self.plans = self.graph_plans.setdefault(len(rows), {})
         for plan in self.plans.values():
             plan.refresh()
@@ -110,6 +117,7 @@ class HmaAttnBackend(AttentionBackend):
                 self.forward_metadata,
                 num_q_heads=layer.tp_q_head_num,
                 sliding_window=layer.sliding_window_size,
+                q_indptr=self.q_indptr,
             )
         out = self.plans[key].run(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
@@ -131,6 +139,8 @@ class HmaAttnBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         require_plain(layer, kwargs)
+        if forward_batch.forward_mode.is_target_verify():
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         k, v = require_own_kv(layer, k, v)
         if not save_kv_cache:
             raise NotImplementedError("prefill without writing the KV cache")

@@ -23,6 +23,7 @@ from typing_extensions import override
 from hma_kernels.layout import PAGE, SLAB_TOKENS
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
+from sglang_hma.kvcache.budget import AdmittedBudget, MixedPrefillBudget
 from sglang_hma.kvcache.held_pages import Fence, HeldPages, NoFence, StreamFence
 from sglang_hma.kvcache.pool import MixedKVPool
 from sglang_hma.kvcache.usage import Usage, show_usage
@@ -34,7 +35,8 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     """Token slots in BFP8 and BF16 pages. All bookkeeping is on the host, and nothing waits for the
     device but an allocation that finds no page while returned ones are still in use there.
 
-    `other_streams` gives the streams that use pages beside the scheduler's own.
+    `other_streams` gives the streams that use pages beside the scheduler's own. `tokens_ahead`: how
+    many tokens a request's next step may need slots for, more than one where drafts are verified.
     """
 
     _kvcache: MixedKVPool
@@ -43,6 +45,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.other_streams: Callable[[], Sequence[Any]] = tuple
+        self.tokens_ahead = 1  # that a step of a request may need slots for
         super().__init__(*args, **kwargs)
         for fmt in (BFP8, BF16):
             show_usage(self, fmt.name.lower(), partial(usage_of, fmt))
@@ -165,9 +168,9 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     def fits_landing(
         self, prompt_len: int, end: int, start: int = 0, *, when_empty: bool = False
     ) -> bool:
-        """Whether `alloc_landing` would succeed and leave room for one more token."""
+        """Whether `alloc_landing` would succeed and leave room for the first step."""
         self._reclaim()
-        num_bfp8, num_bf16 = page_counts(start, prompt_len, end + 1)
+        num_bfp8, num_bf16 = page_counts(start, prompt_len, end + self.tokens_ahead)
         fits = self.arena.fits_when_empty if when_empty else self.arena.fits
         return fits(bfp8=num_bfp8 + 1, bf16=num_bf16)
 
@@ -181,9 +184,9 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
 
     def fits_prompts(self, lengths: list[int]) -> bool:
         """Whether `alloc_extend` would succeed for whole prompts of these lengths together, and
-        leave room for one more token of each."""
+        leave room for the first step of each."""
         self._reclaim()
-        counts = [page_counts(0, length, length + 1) for length in lengths]
+        counts = [page_counts(0, length, length + self.tokens_ahead) for length in lengths]
         num_bfp8, num_bf16 = (sum(column) for column in zip(*counts, strict=True))
         return self.arena.fits(bfp8=num_bfp8, bf16=num_bf16)
 
@@ -214,6 +217,23 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             new = self.to_device(torch.from_numpy(pages * PAGE).to(slots.dtype))
             slots[self.to_device(opening)] = new
         return slots
+
+    def alloc_generated(
+        self, spans: Sequence[tuple[int, int]], last_slots: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Slots of positions start..end of several requests, one after the other, for tokens that
+        will be generated; `last_slots`: that of start - 1 where a page is open. None if it is
+        full."""
+        counts = [-(-end // PAGE) - -(-start // PAGE) for start, end in spans]
+        pages = self._take(0, sum(counts))
+        if pages is None:
+            return None
+        new = iter(pages[1])
+        slots = [
+            slots_of([*islice(new, count)], start, end, last)
+            for (start, end), last, count in zip(spans, last_slots, counts, strict=True)
+        ]
+        return self.to_device(torch.from_numpy(np.concatenate(slots)))
 
     def transfer_pages(self, pages: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """The pages that a peer writes to: a page with a landing page is reached there."""
@@ -326,49 +346,6 @@ def has_other_ranks() -> bool:
 def usage_of(fmt: PageFormat, allocator: SlabPageAllocator) -> Usage:
     used = allocator.arena.used(fmt)
     return used, used + allocator.arena.available(fmt)
-
-
-class MixedPrefillBudget(PrefillBudget):
-    """Admits a prompt only if its pages can be placed, its BF16 last page included."""
-
-    @override
-    def __init__(self, allocator: SlabPageAllocator, *args: Any, **kwargs: Any) -> None:
-        super().__init__(allocator, *args, **kwargs)
-        self.tails = 0
-
-    @override
-    def _available_and_evictable(self) -> int:
-        arena = self.allocator.arena
-        placeable = arena.any_format_beside(self.tails + 1) if self._has_tail_room() else 0
-        return placeable * PAGE + int(self.tree_cache.evictable_size())
-
-    def _has_tail_room(self) -> bool:
-        return bool(self.allocator.arena.available(BF16) > self.tails)
-
-    @override
-    def has_capacity(self) -> bool:
-        return self._has_tail_room() and super().has_capacity()
-
-    @override
-    def check_prefill(self, **kwargs: Any) -> tuple[bool, int | None]:
-        return super().check_prefill(**kwargs) if self._has_tail_room() else (False, None)
-
-    @override
-    def can_allocate_prefill(self, **kwargs: Any) -> bool:
-        return self._has_tail_room() and super().can_allocate_prefill(**kwargs)
-
-    @override
-    def reserve(self, *args: Any, **kwargs: Any) -> None:
-        super().reserve(*args, **kwargs)
-        self.tails += 1
-
-
-class AdmittedBudget(PrefillBudget):
-    """On decode: what is asked for has been admitted (transfer/decode/queues.py)."""
-
-    @override
-    def _available_and_evictable(self) -> int:
-        return 1 << 40
 
 
 def page_counts(start: int, prompt_end: int, end: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from sglang_hma.config import HmaConfig, Role, WeightFormats
 from sglang_hma.launch.addresses import bind_address
 from sglang_hma.launch.cards import cards, prefill_runtime
 from sglang_hma.launch.checks import check_early, check_secret
-from sglang_hma.launch.defaults import defaults
+from sglang_hma.launch.defaults import defaults, draft_defaults
 from sglang_hma.launch.flags import CONFIG, Parser, Refusal, parser_of, read
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def parse(config: HmaConfig, argv: Sequence[str]) -> "ServerArgs":
     from sglang.srt.server_args import prepare_server_args
 
     # Of two values the last one counts: a default stands before what the user gave.
-    return prepare_server_args([*defaults(config), *theirs])
+    ours_first = [*defaults(config), *draft_defaults(config, given.speculative_algorithm)]
+    return prepare_server_args([*ours_first, *theirs])
 
 
 def _merge(parser: Parser, argv: Sequence[str]) -> list[str]:

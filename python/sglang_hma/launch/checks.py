@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_hma import cluster_secret
-from sglang_hma.config import PAGE_TOKENS, HmaConfig, Role
+from sglang_hma.config import MOST_DRAFT_TOKENS, PAGE_TOKENS, HmaConfig, Role
 from sglang_hma.launch.flags import Parser, Refusal, parser_of, read
 
 
@@ -74,7 +74,18 @@ WITH_BFP8 = (
     _off("enable_mixed_chunk", BOTH_PHASES),
     _off("enable_pdmux", BOTH_PHASES),
     _off("enable_pd_role_switch", BOTH_PHASES),
-    _off("speculative_algorithm", "draft models need a second KV pool", None),
+    Rule(
+        "speculative_algorithm",
+        (None, "NGRAM"),
+        "draft models need a second KV pool",
+        "use NGRAM or leave it out",
+    ),
+    Rule(
+        "speculative_num_draft_tokens",
+        lambda value: value is None or value <= MOST_DRAFT_TOKENS,
+        f"decode attention takes at most {MOST_DRAFT_TOKENS} tokens of a request",
+        f"use {MOST_DRAFT_TOKENS} or fewer",
+    ),
     _off("enable_hierarchical_cache", OWN_LAYOUT),
     _off("enable_lmcache", OWN_LAYOUT),
     _off("enable_flexkv", OWN_LAYOUT),
@@ -125,6 +136,10 @@ ON_CARDS = (
     ),
 )
 
+NO_DRAFTS = "speculative_algorithm"
+ON_PREFILL = (_off(NO_DRAFTS, "drafts are verified where tokens are generated", None),)
+ON_A_GPU = (_off(NO_DRAFTS, "verifying drafts over BFP8 pages was not tried on a GPU", None),)
+
 EARLY_WITHOUT_BFP8 = (
     Rule(
         "page_size",
@@ -154,6 +169,10 @@ def rules(config: HmaConfig) -> list[tuple[str, Sequence[Rule]]]:
         found.append(("--hma-prefill-runtime ttnn", ON_CARDS))
     if config.packs_kv:
         found.append(("--hma-kv-format bfp8", WITH_BFP8))
+        if config.role == "prefill":
+            found.append(("--disaggregation-mode prefill", ON_PREFILL))
+        if config.device != "cpu":
+            found.append((f"--device {config.device}", ON_A_GPU))
     elif config.sends_early:
         found.append((f"--hma-layers-per-send {config.layers_per_send}", EARLY_WITHOUT_BFP8))
     return found
@@ -188,8 +207,9 @@ def check_early(role: Role, hma: argparse.Namespace, argv: Sequence[str]) -> Non
 def early_parser(found: Sequence[tuple[str, Sequence[Rule]]]) -> Parser:
     """Of the flags whose value can be compared as a word."""
     plain = [rule for _, table in found for rule in table if isinstance(rule.allowed, tuple)]
-    switches = [rule.flag for rule in plain if rule.allows(False)]
-    return parser_of(*(rule.flag for rule in plain if not rule.allows(False)), switches=switches)
+    switches = dict.fromkeys(rule.flag for rule in plain if rule.allows(False))
+    others = dict.fromkeys(rule.flag for rule in plain if not rule.allows(False))
+    return parser_of(*others, switches=list(switches))
 
 
 def _does_not_go(rule: Rule, value: Any, asks: str) -> Refusal:
@@ -209,6 +229,12 @@ def check_arguments(config: HmaConfig, server_args: Any) -> None:
         raise Refusal(
             "--hma-decode-cache is prompt, but this server keeps no prefixes in BFP8: add "
             "--disaggregation-decode-enable-radix-cache, with --hma-kv-format bfp8"
+        )
+    drafts = config.packs_kv and server_args.speculative_algorithm is not None
+    if drafts and server_args.enable_watermark:
+        raise Refusal(
+            "--enable-watermark does not go with --speculative-algorithm here (no watermark would "
+            "be drawn): leave one of them out"
         )
     from sglang.srt.environ import envs
 

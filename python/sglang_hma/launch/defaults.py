@@ -5,7 +5,7 @@ from typing import Any
 
 import psutil
 
-from sglang_hma.config import PAGE_TOKENS, SHARE_ENV, HmaConfig
+from sglang_hma.config import MOST_DRAFT_TOKENS, PAGE_TOKENS, SHARE_ENV, HmaConfig
 
 CPU_KV_SHARE_OF_MEMORY = 0.2
 MODEST_TOKENS = 64 * 1024
@@ -63,6 +63,17 @@ def defaults(config: HmaConfig) -> list[str]:
     if config.role == "decode":
         flags += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
     return flags
+
+
+def draft_defaults(config: HmaConfig, algorithm: str | None) -> list[str]:
+    """Of --speculative-algorithm NGRAM: chains that decode attention takes. SGLang's 12 tokens are
+    more, and its trees of breadth 10 go with pages of one token."""
+    if algorithm != "NGRAM" or not config.packs_kv:
+        return []
+    return [
+        *("--speculative-num-draft-tokens", str(MOST_DRAFT_TOKENS)),
+        *("--speculative-ngram-max-bfs-breadth", "1"),
+    ]
 
 
 def size_pool(config: HmaConfig, server_args: Any, model: Any) -> None:

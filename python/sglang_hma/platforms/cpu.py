@@ -23,5 +23,13 @@ class HmaCpuPlatform(HmaPlatformMixin, CpuDeviceMixin, SRTPlatform):
         return "native"
 
     @override
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        if algorithm != "NGRAM":
+            return None
+        from sglang_hma.speculation.ngram import NgramWorker
+
+        return NgramWorker
+
+    @override
     def is_pin_memory_available(self, device: object = None) -> bool:
         return False

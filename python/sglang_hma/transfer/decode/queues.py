@@ -25,6 +25,7 @@ from sglang.srt.disaggregation.utils import (
     is_aborted,
     prepare_abort,
 )
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from typing_extensions import override
 
 from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
@@ -65,6 +66,8 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         self.short = ShortPrompts(self)
         # A step on its way may still use pages that are returned meanwhile.
         self.token_to_kv_pool_allocator.other_streams = lambda: (self.scheduler.forward_stream,)
+        if not self.scheduler.spec_algorithm.is_none():
+            self.token_to_kv_pool_allocator.tokens_ahead = get_alloc_reserve_per_decode()
 
     @override
     def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
@@ -168,7 +171,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         fill_len = self._pre_alloc_fill_len(req)
         end = fill_len + self._room_to_go_on
         if saved := saved_pages(req):
-            return allocator.fits_again(saved.in_bf16, end + 1)
+            return allocator.fits_again(saved.in_bf16, end + allocator.tokens_ahead)
         return allocator.fits_landing(len(req.origin_input_ids), end, self._candidate_prefix)
 
     @override

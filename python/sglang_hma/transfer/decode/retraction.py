@@ -48,9 +48,9 @@ def retract_decode(original: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def _fits_alone(batch: Any, req: Any) -> bool:
-    """In pages of the formats that it has now, with one for its next token."""
+    """In pages of the formats that it has now, with room for its next step."""
     allocator = batch.token_to_kv_pool_allocator
     end = len(req.origin_input_ids) + len(req.output_ids)
     slots = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : end - 1]
     formats = allocator.get_kvcache().formats_of(slots)
-    return bool(allocator.fits_again(formats, end + 1, when_empty=True))
+    return bool(allocator.fits_again(formats, end + allocator.tokens_ahead, when_empty=True))
