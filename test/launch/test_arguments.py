@@ -318,6 +318,13 @@ def test_drafts_are_chains(role: list[str]) -> None:
     assert start(*CPU, *role)[1].speculative_num_draft_tokens is None
 
 
+def test_drafts_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    start(*CPU, *DECODE)
+    message = refusal(*CPU, *DECODE, "--speculative-algorithm", "NGRAM")
+    assert "no no-such-compiler" in message and "name it in CXX" in message
+
+
 def test_defaults_give_way_however_a_flag_is_written(tmp_path: Path) -> None:
     forms = (
         ["--page-size", "64", "--attention-backend", "triton"],

@@ -7,6 +7,7 @@ twice: at what the user asked for, and at what SGLang made of it for the model. 
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -231,6 +232,13 @@ def check_arguments(config: HmaConfig, server_args: Any) -> None:
             "--disaggregation-decode-enable-radix-cache, with --hma-kv-format bfp8"
         )
     drafts = config.packs_kv and server_args.speculative_algorithm is not None
+    compiler = os.environ.get("CXX", "c++")
+    if drafts and shutil.which(compiler) is None:
+        raise Refusal(
+            f"--speculative-algorithm is {server_args.speculative_algorithm}, whose corpus SGLang "
+            f"compiles at its first start, and there is no {compiler}: install a C++ compiler, or "
+            "name it in CXX"
+        )
     if drafts and server_args.enable_watermark:
         raise Refusal(
             "--enable-watermark does not go with --speculative-algorithm here (no watermark would "

@@ -6,6 +6,10 @@ with a causal mask over their rows. Every token is one that decoding one at a ti
 """
 
 import logging
+import os
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +148,8 @@ class NgramWorker(BaseSpecWorker):
 
 def make_corpus(spec: Any, width: int) -> Any:
     """SGLang's NgramCorpus; it compiles it (C++) at the first start on a machine."""
+    if shutil.which("ninja") is None:  # one may be installed beside this Python
+        os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     from sglang.srt.speculative.cpp_ngram.ngram_corpus import NgramCorpus
 
     logger.info("NGRAM: loading the corpus, which is compiled at the first start")
