@@ -65,11 +65,11 @@ def ask(url: str, prompt: str, tokens: int) -> Answer:
     return Answer((last - first) / (said - 1), said, meta.get("spec_verify_ct") or said - 1)
 
 
-def passages(rng: random.Random, count: int, words: int) -> list[str]:
+def passage(rng: random.Random, words: int) -> str:
     """Of this project's own documents."""
     text = " ".join(path.read_text() for path in sorted(TEXTS.glob("*.md"))).split()
-    starts = [rng.randrange(len(text) - words) for _ in range(count)]
-    return [" ".join(text[start : start + words]) for start in starts]
+    start = rng.randrange(len(text) - words)
+    return " ".join(text[start : start + words])
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def report(args: Any, urls: dict[str, str]) -> None:
     rng = random.Random(args.seed)
     found = {kind: {name: Found() for name in urls} for kind in ("edit", "again", "prose")}
     for number in range(args.rounds + 1):
-        (text,) = passages(rng, 1, 90)
+        text = passage(rng, 90)
         prose = f"{rng.choice(PROSE)} Begin with the word {rng.choice(text.split())!r}."
         prompts = {
             "edit": f"Repeat this text word by word:\n{text}",

@@ -8,12 +8,13 @@ from typing import Any
 import aiohttp
 import requests
 
-from .harness import Server
+from .harness import Pair, Server
 
 DRAIN_S = 300
 SURE = 0.1  # of a logprob, over the second best
 # In a batch of another size, float32 rounds otherwise; that may turn a rounding of K to BF16.
 TIE = 2e-3
+FLIPPED_ROUNDING = 0.05  # a last-bit difference in K may flip a rounding: a logit moves this far
 
 
 def words(rng: random.Random, tokens: int) -> list[int]:
@@ -35,6 +36,11 @@ def generate(url: str, input_ids: list[int], tokens: int = 16, **extra: Any) -> 
 
 def output_ids(url: str, input_ids: list[int], tokens: int = 16) -> list[int]:
     return list(generate(url, input_ids, tokens)["output_ids"])
+
+
+def answered(pair: Pair, prompt: list[int]) -> bool:
+    """A router that saw failures in a row refuses everything for some seconds."""
+    return requests.post(f"{pair.url}/generate", json=payload(prompt)).status_code == 200
 
 
 WITH_MARGINS = {"return_logprob": True, "top_logprobs_num": 2}

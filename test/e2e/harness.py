@@ -220,6 +220,18 @@ class Pair:
 
 
 @contextlib.contextmanager
+def running_behind(prefill: Server, decodes: dict[str, Server]) -> Iterator[dict[str, Pair]]:
+    """A pair for each of the decode servers, by its name, with the one prefill server."""
+    with running(prefill, *decodes.values()):
+        routers = {
+            name: launch_router(prefill.log.parent, prefill, decode, f"{decode.name}-router")
+            for name, decode in decodes.items()
+        }
+        with running(*routers.values()):
+            yield {name: Pair(prefill, decodes[name], routers[name]) for name in decodes}
+
+
+@contextlib.contextmanager
 def running_pair(
     model: Path,
     logs: Path,

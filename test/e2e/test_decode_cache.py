@@ -10,20 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 import torch
 
 from benchmark.models.truth import Conversation, Truth
 
-from .client import all_at_once, assert_drained, generate, greedy, output_ids, payload, words
+from .client import (
+    FLIPPED_ROUNDING,
+    all_at_once,
+    answered,
+    assert_drained,
+    generate,
+    greedy,
+    output_ids,
+    words,
+)
 from .conftest import COMMON, FAULTY_LINK, Faults
-from .harness import Pair, launch, launch_router, running, until
+from .harness import Pair, launch, running_behind, until
 
 PAGE = 32
 PAGE_BYTES = 4 * 4 * 64 * PAGE * 2 * 1.0625  # of K and V of all layers, in BFP8
 POOL_TOKENS = 3072
 TURNS = 6
-FLIPPED_ROUNDING = 0.05  # a last-bit difference in K may flip a rounding: a logit moves this far
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults]
 
@@ -44,18 +51,13 @@ def caching(model: Path, logs: Path, faults: Faults) -> Iterator[Caching]:
     env = {"PYTHONPATH": str(FAULTY_LINK), "HMA_TEST_FAULTS": str(faults.file)}
     prefill = launch("dc-prefill", model, logs, *COMMON, mode="prefill", env=env)
     small = ("--max-total-tokens", str(POOL_TOKENS), "--num-reserved-decode-tokens", "1")
-    pairs = {}
+    decodes = {}
     for keeps in ("all", "prompt"):
         flags = ("--disaggregation-decode-enable-radix-cache", "--hma-decode-cache", keeps)
-        decode = launch(f"dc-{keeps}", model, logs, *COMMON, *small, *flags, mode="decode", env=env)
-        pairs[keeps] = prefill, decode
-    with running(prefill, *(decode for _, decode in pairs.values())):
-        routers = {
-            keeps: launch_router(logs, *servers, f"dc-{keeps}-router")
-            for keeps, servers in pairs.items()
-        }
-        with running(*routers.values()):
-            yield Caching(**{keeps: Pair(*pairs[keeps], routers[keeps]) for keeps in pairs})
+        given = (*COMMON, *small, *flags)
+        decodes[keeps] = launch(f"dc-{keeps}", model, logs, *given, mode="decode", env=env)
+    with running_behind(prefill, decodes) as pairs:
+        yield Caching(**pairs)
 
 
 def pages_sent(pair: Pair) -> float:
@@ -202,8 +204,3 @@ def test_clients_that_leave_and_writes_that_fail(
     until(lambda: answered(asked, turns[0]), asked.prefill, asked.decode)
     assert [output_ids(asked.url, turn) for turn in turns] == expected
     caching.drained()
-
-
-def answered(pair: Pair, prompt: list[int]) -> bool:
-    """A router that saw failures in a row refuses everything for some seconds."""
-    return requests.post(f"{pair.url}/generate", json=payload(prompt)).status_code == 200

@@ -9,14 +9,13 @@ import pytest
 from benchmark.models.truth import Truth
 from sglang_hma.demo.random_model import make_random_model
 
-from .client import flush, generate, greedy, output_ids
+from .client import FLIPPED_ROUNDING, flush, generate, greedy, output_ids
 from .conftest import COMMON
 from .harness import Pair, Server, launch
 
 LENGTHS = [1, 31, 32, 33, 64, 96, 500]
 NEW_TOKENS = 40
 VOCAB = 4096
-FLIPPED_ROUNDING = 0.05  # a last-bit difference in K may flip a rounding: a logit moves this far
 
 FAMILIES = ("qwen2", "llama")
 

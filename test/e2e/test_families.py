@@ -13,7 +13,7 @@ from benchmark.models.families import FAMILIES
 from benchmark.models.serve_families import prompts, try_family
 from benchmark.models.truth import Truth
 
-from .client import assert_drained, greedy, output_ids
+from .client import FLIPPED_ROUNDING, assert_drained, greedy, output_ids
 from .conftest import COMMON
 from .harness import Pair, Server, launch, running, running_pair
 
@@ -22,7 +22,6 @@ pytestmark = pytest.mark.e2e
 BY_NAME = {family.name: family for family in FAMILIES}
 FLAGS = (*COMMON, "--max-total-tokens", "2048", "--skip-tokenizer-init")
 NEW_TOKENS = 24
-FLIPPED_ROUNDING = 0.05  # of a logit, by a last-bit difference in K: see test_exact
 
 
 @pytest.mark.parametrize("name", ["Gemma 3", "Qwen2-MoE"])

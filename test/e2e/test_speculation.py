@@ -16,8 +16,10 @@ import pytest
 import requests
 
 from .client import (
+    FLIPPED_ROUNDING,
     Greedy,
     all_at_once,
+    answered,
     assert_drained,
     generate,
     greedy,
@@ -26,12 +28,11 @@ from .client import (
     words,
 )
 from .conftest import COMMON
-from .harness import Pair, launch, launch_router, running, until
+from .harness import Pair, launch, running_behind, until
 
 PAGE = 32
 SHORT = 40  # tokens of a prompt that decode computes itself
 POOL_TOKENS = 3072
-FLIPPED_ROUNDING = 0.05  # a last-bit difference in K may flip a rounding: a logit moves this far
 NGRAM = ("--speculative-algorithm", "NGRAM")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults]
@@ -58,15 +59,8 @@ def drafting(model: Path, logs: Path) -> Iterator[Drafting]:
         name: launch(f"ng-{name}", model, logs, *COMMON, *flags, mode="decode")
         for name, flags in kinds.items()
     }
-    with running(prefill, *decodes.values()):
-        routers = {
-            name: launch_router(logs, prefill, decode, f"ng-{name}-router")
-            for name, decode in decodes.items()
-        }
-        with running(*routers.values()):
-            yield Drafting(
-                **{name: Pair(prefill, decodes[name], routers[name]) for name in decodes}
-            )
+    with running_behind(prefill, decodes) as pairs:
+        yield Drafting(**pairs)
 
 
 def steps(answer: dict[str, Any]) -> int:
@@ -190,8 +184,3 @@ def test_prefill_dies_and_returns(drafting: Drafting, seed: int) -> None:
     assert output_ids(drafting.drafts.url, prompt, 40) == expected
     until(lambda: answered(drafting.plain, prompt), drafting.plain.decode)
     drafting.drained()
-
-
-def answered(pair: Pair, prompt: list[int]) -> bool:
-    """A router that saw failures in a row refuses everything for some seconds."""
-    return requests.post(f"{pair.url}/generate", json=payload(prompt)).status_code == 200

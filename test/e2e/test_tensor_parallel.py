@@ -8,10 +8,10 @@ import pytest
 from benchmark.models.truth import Truth
 from benchmark.transfer.timeline import COMPUTE, SEND, spans
 
-from .client import assert_drained, output_ids
+from .client import FLIPPED_ROUNDING, assert_drained, output_ids
 from .conftest import COMMON
 from .harness import Pair, Server, launch, launch_router, running, until
-from .test_exact import FLIPPED_ROUNDING, VOCAB
+from .test_exact import VOCAB
 from .test_wire import LAYERS
 
 pytestmark = pytest.mark.e2e

@@ -45,7 +45,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.other_streams: Callable[[], Sequence[Any]] = tuple
-        self.tokens_ahead = 1  # that a step of a request may need slots for
+        self.tokens_ahead = 1
         super().__init__(*args, **kwargs)
         for fmt in (BFP8, BF16):
             show_usage(self, fmt.name.lower(), partial(usage_of, fmt))
