@@ -130,6 +130,11 @@ def _round_weights(model: Any, experts: int) -> None:
                 module.weight.data = _through(module.weight.data.T, "host").T.contiguous()
         else:
             for weight in module.parameters(recurse=False):
-                if weight.dim() == 3:  # [experts, out, in]
-                    rounded = [_through(one.T, "host").T for one in weight.data]
-                    weight.data = torch.stack(rounded)
+                if weight.dim() == 3:
+                    rounded = [_through(one, "host") for one in _as_in_out(module, weight.data)]
+                    weight.data = _as_in_out(module, torch.stack(rounded)).contiguous()
+
+
+def _as_in_out(module: torch.nn.Module, experts: torch.Tensor) -> torch.Tensor:
+    """Most of transformers' experts are [experts, out, in], gpt-oss's [experts, in, out]."""
+    return experts if type(module).__name__ == "GptOssExperts" else experts.transpose(1, 2)

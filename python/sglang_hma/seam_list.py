@@ -55,6 +55,12 @@ PLUGIN_POINTS = (
         "attention over both page formats",
     ),
     PluginPoint(
+        "`register_resolution_hook`: `handle_model_specific_adjustments`",
+        "`attention/listed.py`",
+        "gpt-oss and EXAONE 4 are started only with an attention backend of a list; ours computes "
+        "windows and sinks as well",
+    ),
+    PluginPoint(
         "`SGLANG_EXTERNAL_MODEL_PACKAGE`",
         "`served_model/`",
         "SGLang's own class of the served model, so that SGLang need not import all of its models",

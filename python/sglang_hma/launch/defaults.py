@@ -43,6 +43,7 @@ def defaults(config: HmaConfig) -> list[str]:
     on_cpu = config.device == "cpu"
     if config.packs_kv:
         flags += ["--attention-backend", "hma", "--page-size", str(PAGE_TOKENS)]
+        flags += ["--disable-hybrid-swa-memory"]  # layers with windows share the one pool
     else:
         if config.role != "null":
             flags += ["--page-size", str(PAGE_TOKENS)]
