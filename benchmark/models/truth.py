@@ -30,6 +30,17 @@ class Truth:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
         return cls(model.eval(), experts=0)
 
+    def with_adapter(self, folder: Path) -> "Truth":
+        """With a LoRA adapter that peft has saved: its factors are as they are, beside weights with
+        and without our formats."""
+        from peft import PeftModel
+
+        other = copy.copy(self)
+        for name in ("model", "rounded"):
+            base = copy.deepcopy(getattr(self, name))
+            setattr(other, name, PeftModel.from_pretrained(base, folder).double().eval())
+        return other
+
     def native(self, prompt: list[int], tokens: list[int]) -> torch.Tensor:
         """Logprobs [len(prompt) + len(tokens) - 1, vocabulary] of what follows each token."""
         from transformers import DynamicCache

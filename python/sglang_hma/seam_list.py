@@ -126,6 +126,25 @@ SEAMS = (
         "on CPU, without cards",
     ),
     Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter",
+        "what SGLang leaves out of an adapter's config (rank-stabilized scaling, ranks by layer, "
+        "biases ...) is refused when it is loaded, and over rounded weights what was not tried: "
+        "experts, embeddings, the LM head",
+        _from("adapters", "validate_new_adapter"),
+        lambda _: True,
+        "always",
+    ),
+    *(
+        Seam(
+            f"sglang.srt.lora.lora_manager.LoRAManager.{method}",
+            "SGLang pins small tensors of adapters on the host, which fails without a driver",
+            _from("adapters", method),
+            lambda config: config.device == "cpu",
+            "on CPU",
+        )
+        for method in ("init_state", "prepare_lora_batch")
+    ),
+    Seam(
         "sglang.srt.distributed.parallel_state.init_distributed_environment",
         "the rendezvous of a server's ranks (torch's TCPStore) would be open on every interface",
         _from("transfer.listeners", "init_distributed_environment"),

@@ -6,6 +6,7 @@ twice: at what the user asked for, and at what SGLang made of it for the model. 
 """
 
 import argparse
+import copy
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ HMA_READS = "only the hma backend reads BFP8 pages"
 OWN_LAYOUT = "it copies SGLang's own page layout"
 OTHER_POOL = "it replaces the KV pool"
 BOTH_PHASES = "prefill and decode use different weights and page formats"
-ADAPTERS = "adapters would be added to rounded weights"
+ADAPTERS = "adapters were not tried with it"
 SPLIT_PAGES = "pages would be split between ranks"
 
 WITH_BFP8 = (
@@ -105,8 +106,6 @@ WITH_BFP8 = (
     _only("attn_dp_size", "not tried with BFP8 pages", 1),
     _off("enable_dp_attention", "not tried with BFP8 pages"),
     _off("enable_two_batch_overlap", "not tried with BFP8 pages"),
-    _off("enable_lora", ADAPTERS, False, None),
-    Rule("lora_paths", lambda value: not value, ADAPTERS, "leave it out"),
     _only(
         "disaggregation_transfer_backend",
         "BFP8 pages travel with mooncake or mooncake_tcp",
@@ -128,6 +127,11 @@ WITH_BFP8 = (
     ),
 )
 
+NO_ADAPTERS = (
+    _off("enable_lora", ADAPTERS, False, None),
+    Rule("lora_paths", lambda value: not value, ADAPTERS, "leave it out"),
+)
+
 ON_CARDS = (
     Rule(
         "tp_size",
@@ -135,6 +139,7 @@ ON_CARDS = (
         "on Tenstorrent cards one process serves, and --hma-mesh splits the model",
         "leave it out",
     ),
+    *NO_ADAPTERS,
 )
 
 NO_DRAFTS = "speculative_algorithm"
@@ -172,6 +177,8 @@ def rules(config: HmaConfig) -> list[tuple[str, Sequence[Rule]]]:
         found.append(("--hma-kv-format bfp8", WITH_BFP8))
         if config.role == "prefill":
             found.append(("--disaggregation-mode prefill", ON_PREFILL))
+        if config.offload_below:
+            found.append((f"--hma-offload-threshold {config.offload_below}", NO_ADAPTERS))
         if config.device != "cpu":
             found.append((f"--device {config.device}", ON_A_GPU))
     elif config.sends_early:
@@ -232,6 +239,11 @@ def check_arguments(config: HmaConfig, server_args: Any) -> None:
             "--disaggregation-decode-enable-radix-cache, with --hma-kv-format bfp8"
         )
     drafts = config.packs_kv and server_args.speculative_algorithm is not None
+    if drafts and (server_args.enable_lora or server_args.lora_paths):
+        raise Refusal(
+            f"--speculative-algorithm is {server_args.speculative_algorithm}, which was not tried "
+            "with adapters: leave it or the --lora flags out"
+        )
     compiler = os.environ.get("CXX", "c++")
     if drafts and shutil.which(compiler) is None:
         raise Refusal(
@@ -273,7 +285,8 @@ def resolve(config: HmaConfig, server_args: Any) -> None:
         server_args.tokenizer_path = server_args.model_path
     try:
         server_args.resolve_once()
-        server_args.check_server_args()
+        # SGLang's engine checks them again, and cannot where the first check has read --lora-paths.
+        copy.deepcopy(server_args).check_server_args()
     except (AssertionError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         raise Refusal(f"SGLang refuses its arguments: {one_line(error)}") from error
     check_resolved(config, server_args)

@@ -77,6 +77,11 @@ def draft_defaults(config: HmaConfig, algorithm: str | None) -> list[str]:
     ]
 
 
+def adapter_defaults(config: HmaConfig) -> list[str]:
+    """Where --enable-lora or --lora-paths is given: SGLang's own choice needs Triton on a GPU."""
+    return ["--lora-backend", "torch_native"] if config.device == "cpu" or config.torch_ops else []
+
+
 def size_pool(config: HmaConfig, server_args: Any, model: Any) -> None:
     """A KV cache for a CPU box: MODEST_TOKENS or one whole context, as far as they go into this
     server's part of CPU_KV_SHARE_OF_MEMORY."""
