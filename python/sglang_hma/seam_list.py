@@ -94,6 +94,14 @@ SEAMS = (
         "ttnn",
     ),
     Seam(
+        "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler._mha_host_inputs",
+        "the hierarchical cache's copies of BFP8 pages are their bytes; SGLang's host pools hold "
+        "rows",
+        _from("kvcache.host_pool", "mha_host_inputs"),
+        lambda config: config.packs_kv and config.role == "prefill" and not config.on_card,
+        "bfp8, prefill, without cards",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler_components.invariant_checker"
         ".SchedulerInvariantChecker._check_full_pool",
         "on prefill, pages that are freed and still on their way belong to nobody; elsewhere "

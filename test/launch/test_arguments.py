@@ -76,6 +76,12 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
         (["--pipeline-parallel-size", "2"], ["--pp-size 2", "use --pp-size 1"]),
         (["--attention-data-parallel-size", "2"], ["--attn-dp-size 2"]),
         (["--enable-dp-attention"], ["--enable-dp-attention does"]),
+        (["--enable-hierarchical-cache"], ["--enable-hierarchical-cache", "two formats"]),
+        (["--enable-hierarchical-cache", *DECODE], ["--disaggregation-mode decode"]),
+        (
+            ["--hicache-storage-backend", "file", *PREFILL],
+            ["--hicache-storage-backend file", "no storage"],
+        ),
         (["--enable-lora", "--speculative-algorithm", "NGRAM"], ["NGRAM", "--lora"]),
         (
             ["--lora-paths", "a", "b", "--hma-offload-threshold", "64", *PREFILL],

@@ -148,6 +148,7 @@ class HmaAttnBackend(AttentionBackend):
         if not save_kv_cache:
             raise NotImplementedError("prefill without writing the KV cache")
         loc = KVWriteLoc.for_batch(forward_batch)
+        self.pool.wait_for_layer(layer.layer_id)
         k, v = self.pool.write_prompt(layer.layer_id, loc, k, v)
         assert self.forward_metadata is not None and self.q_indptr is not None
         out = extend_attention(

@@ -88,7 +88,20 @@ WITH_BFP8 = (
         f"decode attention takes at most {MOST_DRAFT_TOKENS} tokens of a request",
         f"use {MOST_DRAFT_TOKENS} or fewer",
     ),
-    _off("enable_hierarchical_cache", OWN_LAYOUT),
+    _only("hicache_io_backend", "copies of BFP8 pages are plain bytes", "direct"),
+    _only("hicache_mem_layout", "copies of BFP8 pages are plain bytes", "layer_first"),
+    Rule(
+        "hicache_storage_backend",
+        (None,),
+        "BFP8 pages go to no storage behind the host's memory",
+        "leave it out",
+    ),
+    Rule(
+        "hicache_host_memory_mode",
+        ("cache",),
+        "BFP8 pages go to no storage behind the host's memory",
+        "leave it out",
+    ),
     _off("enable_lmcache", OWN_LAYOUT),
     _off("enable_flexkv", OWN_LAYOUT),
     _off("enable_unified_cache_external_linker", OWN_LAYOUT),
@@ -140,10 +153,13 @@ ON_CARDS = (
         "leave it out",
     ),
     *NO_ADAPTERS,
+    _off("enable_hierarchical_cache", "pages come from the card's own memory"),
 )
 
 NO_DRAFTS = "speculative_algorithm"
 ON_PREFILL = (_off(NO_DRAFTS, "drafts are verified where tokens are generated", None),)
+NO_HOST_CACHE = "enable_hierarchical_cache"
+WHERE_TOKENS_ARE_MADE = (_off(NO_HOST_CACHE, "pages of two formats are not copied to the host"),)
 ON_A_GPU = (_off(NO_DRAFTS, "verifying drafts over BFP8 pages was not tried on a GPU", None),)
 
 EARLY_WITHOUT_BFP8 = (
@@ -177,6 +193,9 @@ def rules(config: HmaConfig) -> list[tuple[str, Sequence[Rule]]]:
         found.append(("--hma-kv-format bfp8", WITH_BFP8))
         if config.role == "prefill":
             found.append(("--disaggregation-mode prefill", ON_PREFILL))
+        else:
+            asks = f"--disaggregation-mode {config.role}"
+            found.append((asks, WHERE_TOKENS_ARE_MADE))
         if config.offload_below:
             found.append((f"--hma-offload-threshold {config.offload_below}", NO_ADAPTERS))
         if config.device != "cpu":

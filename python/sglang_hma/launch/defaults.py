@@ -44,6 +44,7 @@ def defaults(config: HmaConfig) -> list[str]:
     if config.packs_kv:
         flags += ["--attention-backend", "hma", "--page-size", str(PAGE_TOKENS)]
         flags += ["--disable-hybrid-swa-memory"]  # layers with windows share the one pool
+        flags += ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
     else:
         if config.role != "null":
             flags += ["--page-size", str(PAGE_TOKENS)]
