@@ -60,6 +60,12 @@ for target, original in originals.items():
     setattr(owner, name, original)
     assert target in refusal(f"{target} was lost")
     setattr(owner, name, ours)
+if config.packs_kv:
+    from sglang.srt.arg_groups import resolution_hooks
+
+    ours = resolution_hooks._HOOKS.pop("handle_model_specific_adjustments")
+    assert "resolution_hooks" in refusal("the hook into a step of SGLang's arguments was lost")
+    resolution_hooks._HOOKS["handle_model_specific_adjustments"] = ours
 seams.verify(config)
 
 
@@ -106,8 +112,8 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 21),
-        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 14),
+        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 24),
+        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 17),
     ],
 )
 def test_losses_are_noticed(

@@ -30,6 +30,17 @@ class Truth:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
         return cls(model.eval(), experts=0)
 
+    def with_adapter(self, folder: Path) -> "Truth":
+        """With a LoRA adapter that peft has saved: its factors are as they are, beside weights with
+        and without our formats."""
+        from peft import PeftModel
+
+        other = copy.copy(self)
+        for name in ("model", "rounded"):
+            base = copy.deepcopy(getattr(self, name))
+            setattr(other, name, PeftModel.from_pretrained(base, folder).double().eval())
+        return other
+
     def native(self, prompt: list[int], tokens: list[int]) -> torch.Tensor:
         """Logprobs [len(prompt) + len(tokens) - 1, vocabulary] of what follows each token."""
         from transformers import DynamicCache
@@ -130,6 +141,11 @@ def _round_weights(model: Any, experts: int) -> None:
                 module.weight.data = _through(module.weight.data.T, "host").T.contiguous()
         else:
             for weight in module.parameters(recurse=False):
-                if weight.dim() == 3:  # [experts, out, in]
-                    rounded = [_through(one.T, "host").T for one in weight.data]
-                    weight.data = torch.stack(rounded)
+                if weight.dim() == 3:
+                    rounded = [_through(one, "host") for one in _as_in_out(module, weight.data)]
+                    weight.data = _as_in_out(module, torch.stack(rounded)).contiguous()
+
+
+def _as_in_out(module: torch.nn.Module, experts: torch.Tensor) -> torch.Tensor:
+    """Most of transformers' experts are [experts, out, in], gpt-oss's [experts, in, out]."""
+    return experts if type(module).__name__ == "GptOssExperts" else experts.transpose(1, 2)

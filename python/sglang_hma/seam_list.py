@@ -55,6 +55,12 @@ PLUGIN_POINTS = (
         "attention over both page formats",
     ),
     PluginPoint(
+        "`register_resolution_hook`: `handle_model_specific_adjustments`",
+        "`attention/listed.py`",
+        "gpt-oss and EXAONE 4 are started only with an attention backend of a list; ours computes "
+        "windows and sinks as well",
+    ),
+    PluginPoint(
         "`SGLANG_EXTERNAL_MODEL_PACKAGE`",
         "`served_model/`",
         "SGLang's own class of the served model, so that SGLang need not import all of its models",
@@ -88,6 +94,14 @@ SEAMS = (
         "ttnn",
     ),
     Seam(
+        "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler._mha_host_inputs",
+        "the hierarchical cache's copies of BFP8 pages are their bytes; SGLang's host pools hold "
+        "rows",
+        _from("kvcache.host_pool", "mha_host_inputs"),
+        lambda config: config.packs_kv and config.role == "prefill" and not config.on_card,
+        "bfp8, prefill, without cards",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler_components.invariant_checker"
         ".SchedulerInvariantChecker._check_full_pool",
         "on prefill, pages that are freed and still on their way belong to nobody; elsewhere "
@@ -118,6 +132,25 @@ SEAMS = (
         _from("cpu_ops", "gate_sigmoid_mul"),
         lambda config: config.device == "cpu" and not config.on_card,
         "on CPU, without cards",
+    ),
+    Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter",
+        "what SGLang leaves out of an adapter's config (rank-stabilized scaling, ranks by layer, "
+        "biases ...) is refused when it is loaded, and over rounded weights what was not tried: "
+        "experts, embeddings, the LM head",
+        _from("adapters", "validate_new_adapter"),
+        lambda _: True,
+        "always",
+    ),
+    *(
+        Seam(
+            f"sglang.srt.lora.lora_manager.LoRAManager.{method}",
+            "SGLang pins small tensors of adapters on the host, which fails without a driver",
+            _from("adapters", method),
+            lambda config: config.device == "cpu",
+            "on CPU",
+        )
+        for method in ("init_state", "prepare_lora_batch")
     ),
     Seam(
         "sglang.srt.distributed.parallel_state.init_distributed_environment",

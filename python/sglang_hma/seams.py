@@ -23,6 +23,7 @@ def register(config: HmaConfig) -> None:
 
     if config.packs_kv:
         _register_attention_backend()
+        _register_in_lists()
     if config.on_card:
         _register_models()
     for seam in SEAMS:
@@ -47,6 +48,8 @@ def verify(config: HmaConfig) -> None:
         lost.append("sglang.srt.platforms: platform 'hma'")
     if config.packs_kv and not _has_attention_backend():
         lost.append("sglang.srt.layers.attention.attention_registry: backend 'hma'")
+    if config.packs_kv and not _is_in_lists():
+        lost.append("sglang.srt.arg_groups.resolution_hooks: 'handle_model_specific_adjustments'")
     if config.on_card and not _has_models():
         lost.append("sglang.srt.models.registry.ModelRegistry.models")
     if torch_ops.applies(config) and not torch_ops.took_hold():
@@ -118,6 +121,22 @@ def _register_attention_backend() -> None:
         return HmaAttnBackend(runner)
 
     register_attention_backend(ATTENTION_BACKEND)(build)
+
+
+def _register_in_lists() -> None:
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    from sglang_hma.attention import listed
+
+    register_resolution_hook(listed.STEP)(listed.adjust)
+
+
+def _is_in_lists() -> bool:
+    from sglang.srt.arg_groups import resolution_hooks
+
+    from sglang_hma.attention import listed
+
+    return listed.adjust in resolution_hooks._HOOKS.get(listed.STEP, ())
 
 
 def _register_models() -> None:

@@ -3,13 +3,16 @@ else changes. In a pool that is too small, with clients that leave and writes th
 
 import asyncio
 import random
+import signal
 import statistics
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 
 from benchmark.models.truth import Conversation, Truth
@@ -22,6 +25,7 @@ from .client import (
     generate,
     greedy,
     output_ids,
+    payload,
     words,
 )
 from .conftest import COMMON, FAULTY_LINK, Faults
@@ -203,4 +207,37 @@ def test_clients_that_leave_and_writes_that_fail(
     faults.set()
     until(lambda: answered(asked, turns[0]), asked.prefill, asked.decode)
     assert [output_ids(asked.url, turn) for turn in turns] == expected
+    caching.drained()
+
+
+def test_prefill_is_killed(caching: Caching, pair: Pair, faults: Faults, seed: int) -> None:
+    """In the middle of a turn's transfer. Decode keeps what came before, and a new process sends
+    the rest."""
+    rng = random.Random(seed)
+    asked = caching.prompt
+    begun = [words(rng, rng.randrange(64, 200)) for _ in range(5)]
+    for prompt in begun:
+        output_ids(asked.url, prompt, 2)
+    *turns, later = [prompt + words(rng, 150) for prompt in begun]
+    expected = [greedy(pair.url, turn) for turn in turns]
+    faults.set(hold_after=rng.randrange(10))
+    with ThreadPoolExecutor(len(turns)) as pool:
+        asking = [
+            pool.submit(requests.post, f"{asked.url}/generate", json=payload(turn))
+            for turn in turns
+        ]
+        until(faults.held.exists, asked.prefill, asked.decode)
+        for process in asked.prefill.tree():
+            process.send_signal(signal.SIGKILL)
+        asked.prefill.popen.wait()
+        faults.set()
+        asked.prefill.start()
+        for each, tokens in zip(asking, expected, strict=True):
+            reply = each.result()
+            assert reply.status_code >= 500 or reply.json()["output_ids"] == tokens, reply.text
+    asked.prefill.wait_healthy()
+    until(lambda: answered(asked, turns[0]), asked.prefill, asked.decode)
+    assert [output_ids(asked.url, turn) for turn in turns] == expected
+    answer = next_turn(asked, later, 16, len(begun[-1]) // PAGE)
+    assert answer["output_ids"] == greedy(pair.url, later)
     caching.drained()

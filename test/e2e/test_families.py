@@ -24,7 +24,7 @@ FLAGS = (*COMMON, "--max-total-tokens", "2048", "--skip-tokenizer-init")
 NEW_TOKENS = 24
 
 
-@pytest.mark.parametrize("name", ["Gemma 3", "Qwen2-MoE"])
+@pytest.mark.parametrize("name", ["Gemma 3", "gpt-oss"])
 def test_a_family_serves(name: str, tmp_path: Path, seed: int) -> None:
     """Two servers, native and BFP8, beside transformers without and with the formats."""
     found = try_family(BY_NAME[name], tmp_path, seed)
@@ -32,7 +32,7 @@ def test_a_family_serves(name: str, tmp_path: Path, seed: int) -> None:
     assert found["verdict"] == "works", found["reason"]
 
 
-@pytest.fixture(scope="module", params=["Qwen3-MoE", "Mixtral"])
+@pytest.fixture(scope="module", params=["Qwen3-MoE", "gpt-oss"])
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, logs: Path
 ) -> Iterator[tuple[Pair, Server, Truth]]:

@@ -24,9 +24,12 @@ def test_one_rank_sends_to_two_and_two_to_one(
     pair: Pair, model: Path, logs: Path, seed: int
 ) -> None:
     flags = (*COMMON, "--max-total-tokens", "2048", "--tp-size", "2")
-    trace = {"prefill": ("--hma-trace", str(logs / "trace.json")), "decode": ()}
+    own = {
+        "prefill": ("--hma-trace", str(logs / "trace.json")),
+        "decode": ("--disaggregation-decode-enable-radix-cache", "--hma-decode-cache", "prompt"),
+    }
     wide = {
-        mode: launch(f"tp2-{mode}", model, logs, *flags, *trace[mode], mode=mode) for mode in ROLES
+        mode: launch(f"tp2-{mode}", model, logs, *flags, *own[mode], mode=mode) for mode in ROLES
     }
     routers = (
         launch_router(logs, pair.prefill, wide["decode"], "router-1-2"),
@@ -39,9 +42,14 @@ def test_one_rank_sends_to_two_and_two_to_one(
                 prompt = [rng.randrange(8, VOCAB - 8) for _ in range(length)]
                 got = output_ids(router.url, prompt, 12)
                 assert max(oracle.regrets(prompt, got)) < FLIPPED_ROUNDING, length
-            # The last prompt again, from prefill's radix cache.
+            # The last prompt again, from prefill's cache, and what follows it: decode with two
+            # ranks has its pages.
             again = output_ids(router.url, prompt, 12)
             assert max(oracle.regrets(prompt, again)) < FLIPPED_ROUNDING
+            turn = [*prompt, *again, *(rng.randrange(8, VOCAB - 8) for _ in range(60))]
+            got = output_ids(router.url, turn, 12)
+            assert max(oracle.regrets(turn, got)) < FLIPPED_ROUNDING
+        assert wide["decode"].metric("sglang:cached_tokens_total") > max(LENGTHS)
         assert_drained(wide["prefill"], wide["decode"])
         for server, peer in ((wide["decode"], pair.prefill), (pair.decode, wide["prefill"])):
             assert server.metric("sglang_hma:kv_verified_groups_total") > 0

@@ -76,7 +76,17 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
         (["--pipeline-parallel-size", "2"], ["--pp-size 2", "use --pp-size 1"]),
         (["--attention-data-parallel-size", "2"], ["--attn-dp-size 2"]),
         (["--enable-dp-attention"], ["--enable-dp-attention does"]),
-        (["--lora-paths", "a", "b"], ["--lora-paths a b", "rounded weights"]),
+        (["--enable-hierarchical-cache"], ["--enable-hierarchical-cache", "two formats"]),
+        (["--enable-hierarchical-cache", *DECODE], ["--disaggregation-mode decode"]),
+        (
+            ["--hicache-storage-backend", "file", *PREFILL],
+            ["--hicache-storage-backend file", "no storage"],
+        ),
+        (["--enable-lora", "--speculative-algorithm", "NGRAM"], ["NGRAM", "--lora"]),
+        (
+            ["--lora-paths", "a", "b", "--hma-offload-threshold", "64", *PREFILL],
+            ["--lora-paths a b", "--hma-offload-threshold 64"],
+        ),
         (["--disaggregation-transfer-backend", "nixl"], ["nixl", "mooncake"]),
         (["--chunked-prefill-size", "100"], ["--chunked-prefill-size 100", "multiple of 32"]),
         (["--disaggregation-decode-retraction-backup", "host_pool"], ["host_pool", "cpu_tensor"]),

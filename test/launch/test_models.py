@@ -72,6 +72,7 @@ MLA = {
     "v_head_dim": 32,
 }
 SSM = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
+TWO_POOLS = {"architectures": ["SomeForCausalLM"], "is_hybrid_swa": True}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,7 @@ SSM = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
         ({"head_dim": 80}, ["head_dim 80", "multiple of 32"]),
         (MLA, ["MLA", "MHA/GQA"]),
         (SSM, ["state-space", "MHA/GQA"]),
+        (TWO_POOLS, ["SomeForCausalLM mixes", "two KV pools", "--hma-kv-format native"]),
         (
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True},
             ["LlamaForCausalLM has mlp_bias", "leaves out"],

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from hma_kernels import reference
 from sglang_hma.config import HmaConfig, WeightFormats, WeightGroup
 from sglang_hma.prefill.reference import prepare_model
+from sglang_hma.prefill.weights import refuse_quantized
 
 GROUPS: dict[str, WeightGroup] = {
     "self_attn.qkv_proj.weight": "attention",
@@ -123,6 +124,16 @@ def test_experts_in_another_form_are_not_left_unrounded_in_silence(
                 prepare_model(model)
         else:
             prepare_model(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_quantized_experts_are_refused(dtype: torch.dtype) -> None:
+    model = small_model()
+    for name in ("w13_weight", "w2_weight"):
+        weight = getattr(model.block.experts, name).detach().to(dtype)
+        setattr(model.block.experts, name, Parameter(weight, requires_grad=False))
+    with pytest.raises(RuntimeError, match=r"quantized.*--hma-weight-format native"):
+        refuse_quantized(model)
 
 
 class Scorer(torch.nn.Module):

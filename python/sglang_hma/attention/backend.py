@@ -101,6 +101,7 @@ class HmaAttnBackend(AttentionBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         require_plain(layer, kwargs)
@@ -124,6 +125,7 @@ class HmaAttnBackend(AttentionBackend):
             layer.layer_id - self.pool.start_layer,
             scale=layer.scaling,
             logit_cap=layer.logit_cap,
+            sinks=sinks,
         )
         return out.reshape(q.shape[0], -1)
 
@@ -136,15 +138,17 @@ class HmaAttnBackend(AttentionBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         require_plain(layer, kwargs)
         if forward_batch.forward_mode.is_target_verify():
-            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, sinks)
         k, v = require_own_kv(layer, k, v)
         if not save_kv_cache:
             raise NotImplementedError("prefill without writing the KV cache")
         loc = KVWriteLoc.for_batch(forward_batch)
+        self.pool.wait_for_layer(layer.layer_id)
         k, v = self.pool.write_prompt(layer.layer_id, loc, k, v)
         assert self.forward_metadata is not None and self.q_indptr is not None
         out = extend_attention(
@@ -158,6 +162,7 @@ class HmaAttnBackend(AttentionBackend):
             scale=layer.scaling,
             logit_cap=layer.logit_cap,
             sliding_window=layer.sliding_window_size,
+            sinks=sinks,
         )
         return out.reshape(q.shape[0], -1)
 
@@ -165,8 +170,8 @@ class HmaAttnBackend(AttentionBackend):
 def require_plain(layer: Any, kwargs: dict[str, Any]) -> None:
     """Raise NotImplementedError for attention that would be computed as something else.
 
-    Models with plain attention pass no further arguments (SGLang's torch_native backend takes none
-    either), or None; each one that is set changes the result: sinks, rel_bias, score_mod, idx_q ...
+    Models with plain attention pass no further arguments, or None; each one that is set changes the
+    result: rel_bias, score_mod, idx_q ...
     """
     asked = [name for name, value in kwargs.items() if value is not None]
     if layer.logit_cap and layer.logit_capping_method != "tanh":

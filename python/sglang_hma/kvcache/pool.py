@@ -146,6 +146,12 @@ class Bfp8KVPool(GatedPool, MHATokenToKVPool):
     ) -> None:
         raise NotImplementedError("use --attention-backend hma: this pool holds BFP8 pages")
 
+    def wait_for_layer(self, layer_id: int) -> None:
+        """For what SGLang brings back from the host's memory into this layer's pages; on a GPU it
+        is the stream that waits."""
+        if self.layer_transfer_counter is not None:
+            self.layer_transfer_counter.wait_until(layer_id - self.start_layer)
+
     def write_prompt(
         self, layer_id: int, loc_info: Any, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from sglang_hma.config import HmaConfig, Role, WeightFormats
 from sglang_hma.launch.addresses import bind_address
 from sglang_hma.launch.cards import cards, prefill_runtime
 from sglang_hma.launch.checks import check_early, check_secret
-from sglang_hma.launch.defaults import defaults, draft_defaults
+from sglang_hma.launch.defaults import adapter_defaults, defaults, draft_defaults
 from sglang_hma.launch.flags import CONFIG, Parser, Refusal, parser_of, read
 
 if TYPE_CHECKING:
@@ -160,6 +160,8 @@ def parse(config: HmaConfig, argv: Sequence[str]) -> "ServerArgs":
 
     # Of two values the last one counts: a default stands before what the user gave.
     ours_first = [*defaults(config), *draft_defaults(config, given.speculative_algorithm)]
+    if given.enable_lora or given.lora_paths:
+        ours_first += adapter_defaults(config)
     return prepare_server_args([*ours_first, *theirs])
 
 

@@ -6,6 +6,7 @@ twice: at what the user asked for, and at what SGLang made of it for the model. 
 """
 
 import argparse
+import copy
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ HMA_READS = "only the hma backend reads BFP8 pages"
 OWN_LAYOUT = "it copies SGLang's own page layout"
 OTHER_POOL = "it replaces the KV pool"
 BOTH_PHASES = "prefill and decode use different weights and page formats"
-ADAPTERS = "adapters would be added to rounded weights"
+ADAPTERS = "adapters were not tried with it"
 SPLIT_PAGES = "pages would be split between ranks"
 
 WITH_BFP8 = (
@@ -87,7 +88,20 @@ WITH_BFP8 = (
         f"decode attention takes at most {MOST_DRAFT_TOKENS} tokens of a request",
         f"use {MOST_DRAFT_TOKENS} or fewer",
     ),
-    _off("enable_hierarchical_cache", OWN_LAYOUT),
+    _only("hicache_io_backend", "copies of BFP8 pages are plain bytes", "direct"),
+    _only("hicache_mem_layout", "copies of BFP8 pages are plain bytes", "layer_first"),
+    Rule(
+        "hicache_storage_backend",
+        (None,),
+        "BFP8 pages go to no storage behind the host's memory",
+        "leave it out",
+    ),
+    Rule(
+        "hicache_host_memory_mode",
+        ("cache",),
+        "BFP8 pages go to no storage behind the host's memory",
+        "leave it out",
+    ),
     _off("enable_lmcache", OWN_LAYOUT),
     _off("enable_flexkv", OWN_LAYOUT),
     _off("enable_unified_cache_external_linker", OWN_LAYOUT),
@@ -105,8 +119,6 @@ WITH_BFP8 = (
     _only("attn_dp_size", "not tried with BFP8 pages", 1),
     _off("enable_dp_attention", "not tried with BFP8 pages"),
     _off("enable_two_batch_overlap", "not tried with BFP8 pages"),
-    _off("enable_lora", ADAPTERS, False, None),
-    Rule("lora_paths", lambda value: not value, ADAPTERS, "leave it out"),
     _only(
         "disaggregation_transfer_backend",
         "BFP8 pages travel with mooncake or mooncake_tcp",
@@ -128,6 +140,11 @@ WITH_BFP8 = (
     ),
 )
 
+NO_ADAPTERS = (
+    _off("enable_lora", ADAPTERS, False, None),
+    Rule("lora_paths", lambda value: not value, ADAPTERS, "leave it out"),
+)
+
 ON_CARDS = (
     Rule(
         "tp_size",
@@ -135,10 +152,14 @@ ON_CARDS = (
         "on Tenstorrent cards one process serves, and --hma-mesh splits the model",
         "leave it out",
     ),
+    *NO_ADAPTERS,
+    _off("enable_hierarchical_cache", "pages come from the card's own memory"),
 )
 
 NO_DRAFTS = "speculative_algorithm"
 ON_PREFILL = (_off(NO_DRAFTS, "drafts are verified where tokens are generated", None),)
+NO_HOST_CACHE = "enable_hierarchical_cache"
+WHERE_TOKENS_ARE_MADE = (_off(NO_HOST_CACHE, "pages of two formats are not copied to the host"),)
 ON_A_GPU = (_off(NO_DRAFTS, "verifying drafts over BFP8 pages was not tried on a GPU", None),)
 
 EARLY_WITHOUT_BFP8 = (
@@ -172,6 +193,11 @@ def rules(config: HmaConfig) -> list[tuple[str, Sequence[Rule]]]:
         found.append(("--hma-kv-format bfp8", WITH_BFP8))
         if config.role == "prefill":
             found.append(("--disaggregation-mode prefill", ON_PREFILL))
+        else:
+            asks = f"--disaggregation-mode {config.role}"
+            found.append((asks, WHERE_TOKENS_ARE_MADE))
+        if config.offload_below:
+            found.append((f"--hma-offload-threshold {config.offload_below}", NO_ADAPTERS))
         if config.device != "cpu":
             found.append((f"--device {config.device}", ON_A_GPU))
     elif config.sends_early:
@@ -232,6 +258,11 @@ def check_arguments(config: HmaConfig, server_args: Any) -> None:
             "--disaggregation-decode-enable-radix-cache, with --hma-kv-format bfp8"
         )
     drafts = config.packs_kv and server_args.speculative_algorithm is not None
+    if drafts and (server_args.enable_lora or server_args.lora_paths):
+        raise Refusal(
+            f"--speculative-algorithm is {server_args.speculative_algorithm}, which was not tried "
+            "with adapters: leave it or the --lora flags out"
+        )
     compiler = os.environ.get("CXX", "c++")
     if drafts and shutil.which(compiler) is None:
         raise Refusal(
@@ -273,7 +304,8 @@ def resolve(config: HmaConfig, server_args: Any) -> None:
         server_args.tokenizer_path = server_args.model_path
     try:
         server_args.resolve_once()
-        server_args.check_server_args()
+        # SGLang's engine checks them again, and cannot where the first check has read --lora-paths.
+        copy.deepcopy(server_args).check_server_args()
     except (AssertionError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         raise Refusal(f"SGLang refuses its arguments: {one_line(error)}") from error
     check_resolved(config, server_args)

@@ -43,6 +43,8 @@ def defaults(config: HmaConfig) -> list[str]:
     on_cpu = config.device == "cpu"
     if config.packs_kv:
         flags += ["--attention-backend", "hma", "--page-size", str(PAGE_TOKENS)]
+        flags += ["--disable-hybrid-swa-memory"]  # layers with windows share the one pool
+        flags += ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
     else:
         if config.role != "null":
             flags += ["--page-size", str(PAGE_TOKENS)]
@@ -74,6 +76,11 @@ def draft_defaults(config: HmaConfig, algorithm: str | None) -> list[str]:
         *("--speculative-num-draft-tokens", str(MOST_DRAFT_TOKENS)),
         *("--speculative-ngram-max-bfs-breadth", "1"),
     ]
+
+
+def adapter_defaults(config: HmaConfig) -> list[str]:
+    """Where --enable-lora or --lora-paths is given: SGLang's own choice needs Triton on a GPU."""
+    return ["--lora-backend", "torch_native"] if config.device == "cpu" or config.torch_ops else []
 
 
 def size_pool(config: HmaConfig, server_args: Any, model: Any) -> None:

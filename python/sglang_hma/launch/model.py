@@ -7,11 +7,14 @@ from sglang_hma.launch.checks import one_line
 from sglang_hma.launch.flags import Refusal
 
 SOFTCAP = "attn_logit_softcapping"
+# Those of SGLang's models with two KV pools whose layers, but for windows and sinks, are alike:
+# one pool holds them, and layers with a window keep what lies behind it.
+ONE_POOL = ("GptOssForCausalLM",)
 
 
 def check_model(config: HmaConfig, server_args: Any) -> Any:
     """SGLang's ModelConfig. Raises Refusal."""
-    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+    from sglang.srt.configs.model_config import AttentionArch, ModelConfig, is_hybrid_swa_model
 
     try:
         model = ModelConfig.from_server_args(server_args)
@@ -39,7 +42,7 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
         raise Refusal(
             f"{name} has state-space layers, BFP8 pages need MHA/GQA in every layer: {remedy}"
         )
-    if getattr(model, "is_hybrid_swa", False):
+    if name not in ONE_POOL and is_hybrid_swa_model([name], model.hf_text_config):
         raise Refusal(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
     if config.on_card:
         _check_for_card(config, server_args, model.hf_config)

@@ -17,15 +17,21 @@ from hma_kernels import bfp8_round
 from sglang_hma.config import WeightGroup
 
 _EXPERT_WEIGHTS = ("w13_weight", "w2_weight")
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse_quantized(model: Module) -> None:
-    """Raise RuntimeError if a linear layer's weights are already in another format."""
+    """Raise RuntimeError if the weights of a linear layer or of experts are already in another
+    format."""
     for module in model.modules():
-        if isinstance(module, LinearBase) and not has_plain_weight(module):
+        linear = isinstance(module, LinearBase) and not has_plain_weight(module)
+        experts = holds_experts(module) and not all(
+            getattr(module, name).dtype in _PLAIN for name in _EXPERT_WEIGHTS
+        )
+        if linear or experts:
+            method = type(getattr(module, "quant_method", module)).__name__
             raise RuntimeError(
-                f"the checkpoint is quantized ({type(module.quant_method).__name__}): "
-                "serve it with --hma-weight-format native"
+                f"the checkpoint is quantized ({method}): serve it with --hma-weight-format native"
             )
 
 

@@ -1,0 +1,67 @@
+"""SGLang's hierarchical cache on prefill: prefixes that left its pages come back from the host's
+memory, byte for byte, and travel to decode as those that were computed."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .client import all_at_once, assert_drained, flush, generate, greedy, words
+from .conftest import COMMON
+from .harness import Pair, launch, launch_router, running
+
+PAGE, POOL_TOKENS = 32, 512
+NEW_TOKENS = 12
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def cached(pair: Pair, model: Path, logs: Path) -> Iterator[Pair]:
+    """A prefill server with a pool for two or three prompts and host memory for all, before the
+    decode server of `pair`."""
+    given = (*COMMON, "--max-total-tokens", str(POOL_TOKENS))
+    copies = ("--enable-hierarchical-cache", "--hicache-ratio", "16")
+    prefill = launch("host-cache", model, logs, *given, *copies, mode="prefill")
+    with running(prefill):
+        router = launch_router(logs, prefill, pair.decode, "host-cache-router")
+        with running(router):
+            yield Pair(prefill, pair.decode, router)
+
+
+def test_prefixes_come_back(cached: Pair, pair: Pair, seed: int) -> None:
+    rng = random.Random(seed)
+    prompts = [words(rng, rng.randrange(100, 300)) for _ in range(10)]
+    flush(cached.prefill)
+    for prompt in prompts:
+        assert generate(cached.url, prompt, 2)["meta_info"]["cached_tokens"] == 0
+    brought_back = 0
+    for prompt in prompts:
+        answer = generate(cached.url, prompt, NEW_TOKENS)
+        assert answer["output_ids"] == greedy(pair.url, prompt, NEW_TOKENS), len(prompt)
+        assert answer["meta_info"]["cached_tokens"] == (len(prompt) - 1) // PAGE * PAGE
+        brought_back += answer["meta_info"]["cached_tokens"]
+    # Not even half of that has ever been in the pool at once.
+    assert brought_back > 2 * POOL_TOKENS
+    # A prefix that goes on in another way.
+    prompt = [*prompts[0][:96], *words(rng, 50)]
+    answer = generate(cached.url, prompt, NEW_TOKENS)
+    assert answer["output_ids"] == greedy(pair.url, prompt, NEW_TOKENS)
+    assert answer["meta_info"]["cached_tokens"] == 96
+    assert_drained(cached.prefill, cached.decode)
+
+
+def test_many_at_once(cached: Pair, pair: Pair, seed: int) -> None:
+    """Pages are brought back while others are on their way, and are evicted again."""
+    rng = random.Random(seed)
+    stems = [words(rng, rng.randrange(64, 200)) for _ in range(6)]
+    prompts = [[*rng.choice(stems), *words(rng, rng.randrange(1, 100))] for _ in range(40)]
+    expected = [greedy(pair.url, prompt, NEW_TOKENS) for prompt in prompts]
+    for _ in range(2):
+        answers = asyncio.run(all_at_once(cached.url, [(each, NEW_TOKENS) for each in prompts]))
+        for prompt, tokens, (status, answer) in zip(prompts, expected, answers, strict=True):
+            assert status == 200, answer
+            assert answer["output_ids"] == tokens, len(prompt)
+    assert_drained(cached.prefill, cached.decode)
