@@ -94,6 +94,14 @@ SEAMS = (
         "ttnn",
     ),
     Seam(
+        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
+        "SGLang refuses what is longer than the pool, and admits only what leaves a page of it: "
+        "what lies between waits for ever, with everybody behind it",
+        _from("kvcache.budget", "get_worker_info"),
+        lambda config: config.packs_kv and config.role != "decode",
+        "bfp8, prefill or null",
+    ),
+    Seam(
         "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler._mha_host_inputs",
         "the hierarchical cache's copies of BFP8 pages are their bytes; SGLang's host pools hold "
         "rows",

@@ -104,7 +104,7 @@ def test_prefill_is_killed(cached: Pair, pair: Pair, faults: Faults, seed: int) 
     rng = random.Random(seed)
     prompts = [words(rng, rng.randrange(100, 300)) for _ in range(4)]
     expected = [greedy(pair.url, prompt, NEW_TOKENS) for prompt in prompts]
-    for prompt in [*prompts, words(rng, POOL_TOKENS - PAGE)]:
+    for prompt in [*prompts, words(rng, POOL_TOKENS - 2 * PAGE)]:
         generate(cached.url, prompt, 2)
     faults.set(hold_after=rng.randrange(6))
     with ThreadPoolExecutor(len(prompts)) as pool:

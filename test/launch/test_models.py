@@ -86,6 +86,10 @@ TWO_POOLS = {"architectures": ["SomeForCausalLM"], "is_hybrid_swa": True}
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True},
             ["LlamaForCausalLM has mlp_bias", "leaves out"],
         ),
+        (
+            {"architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "rope_theta": 1e4},
+            ["Exaone4ForCausalLM has rope_theta 10000", "takes 1e+06"],
+        ),
         ({"torch_dtype": "float16"}, ["float16", "--dtype bfloat16"]),
         ({"model_type": "nothing"}, ["--model-path is"]),
     ],

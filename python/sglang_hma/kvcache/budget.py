@@ -1,11 +1,12 @@
-"""How SGLang's scheduler counts what a prefill batch may take of a slab arena."""
+"""How SGLang's scheduler counts what a prefill batch may take of a pool."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from typing_extensions import override
 
 from hma_kernels.layout import PAGE
+from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.arena import PageFormat
 
 
@@ -50,3 +51,43 @@ class AdmittedBudget(PrefillBudget):
     @override
     def _available_and_evictable(self) -> int:
         return 1 << 40
+
+
+class WorkerInfo(NamedTuple):
+    """What SGLang's scheduler learns of its model worker, in its order; lengths in tokens."""
+
+    max_total_num_tokens: int
+    max_prefill_tokens: int
+    max_running_requests: int
+    max_queued_requests: int | None
+    max_req_len: int
+    max_req_input_len: int
+    random_seed: int
+    device: Any
+    forward_stream: Any
+    requests: int
+    max_context_len: int
+    pool_tokens: int
+
+
+def get_worker_info(original: Any, worker: Any) -> WorkerInfo:
+    """Around TpModelWorker.get_worker_info: a request is no longer than an empty pool admits.
+
+    SGLang refuses what is longer than the pool, but admits only what leaves a page of it. What lies
+    between waited for ever, and everybody behind it.
+    """
+    info = WorkerInfo(*original(worker))
+    most = longest_request(worker.model_runner.token_to_kv_pool_allocator)
+    if most >= info.max_req_len:
+        return info
+    reserved = info.max_req_len - info.max_req_input_len
+    return info._replace(max_req_len=most, max_req_input_len=most - reserved)
+
+
+def longest_request(allocator: Any) -> int:
+    """Tokens of the longest prompt with its answer that is admitted while nothing else is there."""
+    config = HmaConfig.require()
+    pool = int(allocator.size)
+    if config.mixes_page_formats:
+        pool = allocator.arena.any_format_when_empty_beside(1) * PAGE
+    return pool - PAGE

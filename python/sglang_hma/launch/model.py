@@ -11,6 +11,8 @@ SOFTCAP = "attn_logit_softcapping"
 # one pool holds them, and layers with a window keep what lies behind it.
 ONE_POOL = ("GptOssForCausalLM",)
 
+EXAONE_BASE = 1e6  # of its rotary embedding
+
 
 def check_model(config: HmaConfig, server_args: Any) -> Any:
     """SGLang's ModelConfig. Raises Refusal."""
@@ -63,6 +65,10 @@ def left_out(name: str, hf_config: Any) -> str:
     # By this size SGLang tells the 7B models, with rotary embeddings, from the 13B ones.
     if name == "BaichuanForCausalLM" and hf_config.hidden_size != 4096:
         return "ALiBi, and SGLang gives its slopes to attention on NPUs alone"
+    if name == "Exaone4ForCausalLM":
+        base = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_theta", EXAONE_BASE)
+        if base != EXAONE_BASE:
+            return f"rope_theta {base:g}, and SGLang takes {EXAONE_BASE:g} for every one"
     return ""
 
 
