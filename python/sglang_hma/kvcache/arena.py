@@ -71,6 +71,10 @@ class SlabArena:
         slabs = -(-bfp8 // BFP8_PAGES_PER_SLAB) - (-bf16 // BF16_PAGES_PER_SLAB)
         return slabs <= self.num_slabs
 
+    def any_format_when_empty(self, bf16: int) -> int:
+        """As `any_format_beside` if nothing were handed out."""
+        return SlabArena(self.num_slabs).any_format_beside(bf16)
+
     def free_in_bfp8_pages(self) -> int:
         """All free room, counted in BFP8 pages; a spare BF16 page is as large as 32/17 of one."""
         bf16 = self._spare[PageFormat.BF16] * BFP8_PAGES_PER_SLAB // BF16_PAGES_PER_SLAB
