@@ -70,6 +70,8 @@ class Truth:
     ) -> list[float]:
         """The same of one server with a prefix cache that has answered `turn`, (prompt, tokens),
         before: of that it has the first `kept` tokens of `prompt`."""
+        if not kept:
+            return self.regrets(prompt, tokens)
         cache = _stored_cache()
         _logprobs(self.rounded, turn[0], cache)
         cache.packs = False

@@ -8,7 +8,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from typing_extensions import override
 
-from hma_kernels import DecodePlan, describe, extend_attention
+from hma_kernels import DecodePlan, PageTable, describe, extend_attention
 from sglang_hma.attention.layers import layers_of
 from sglang_hma.kvcache.pool import Bfp8KVPool, MixedKVPool
 from sglang_hma.prefill import phase
@@ -34,6 +34,15 @@ class HmaAttnBackend(AttentionBackend):
         self.pool: Bfp8KVPool = self.parts[0].pool
         logger.info("Attention backend %s, %s", BACKEND_NAME, describe(self.pool.kv.device))
         self.q_indptr: torch.Tensor | None = None
+
+    @property
+    def forward_metadata(self) -> PageTable | None:
+        """SGLang keeps it beside a CUDA graph, and drops it where there is nothing to do."""
+        return self.parts[0].table
+
+    @forward_metadata.setter
+    def forward_metadata(self, table: PageTable | None) -> None:
+        self.parts[0].table = table
 
     @override
     def support_triton(self) -> bool:
