@@ -107,6 +107,11 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.packs_kv and self.role != "prefill"
 
     @property
+    def may_have_two_pools(self) -> bool:
+        """Whether layers with a window may have a pool of their own (launch/windows.py)."""
+        return self.packs_kv and self.role == "null" and self.device == "cpu"
+
+    @property
     def sends_early(self) -> bool:
         """Whether pages leave while later layers still compute."""
         return self.role == "prefill" and self.layers_per_send != "all"

@@ -69,7 +69,7 @@ class SlabArena:
         spare_bf16 = self._spare[PageFormat.BF16] + slabs * BF16_PAGES_PER_SLAB - bf16
         return bfp8 + spare_bf16 if bfp8 >= 0 else 0
 
-    def any_format_when_empty_beside(self, bf16: int) -> int:
+    def any_format_when_empty(self, bf16: int) -> int:
         """`any_format_beside` with nothing handed out."""
         slabs = -(-bf16 // BF16_PAGES_PER_SLAB)
         bfp8 = (self.num_slabs - slabs) * BFP8_PAGES_PER_SLAB

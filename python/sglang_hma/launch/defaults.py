@@ -43,7 +43,6 @@ def defaults(config: HmaConfig) -> list[str]:
     on_cpu = config.device == "cpu"
     if config.packs_kv:
         flags += ["--attention-backend", "hma", "--page-size", str(PAGE_TOKENS)]
-        flags += ["--disable-hybrid-swa-memory"]  # layers with windows share the one pool
         flags += ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
     else:
         if config.role != "null":

@@ -5,23 +5,18 @@ from typing import Any
 from sglang_hma.config import PAGE_TOKENS, HmaConfig
 from sglang_hma.launch.checks import one_line
 from sglang_hma.launch.flags import Refusal
+from sglang_hma.launch.windows import ALIKE, has_two_pools
 
 SOFTCAP = "attn_logit_softcapping"
-# Those of SGLang's models with two KV pools whose layers, but for windows and sinks, are alike:
-# one pool holds them, and layers with a window keep what lies behind it.
-ONE_POOL = ("GptOssForCausalLM",)
 
 EXAONE_BASE = 1e6  # of its rotary embedding
 
 
 def check_model(config: HmaConfig, server_args: Any) -> Any:
-    """SGLang's ModelConfig. Raises Refusal."""
-    from sglang.srt.configs.model_config import AttentionArch, ModelConfig, is_hybrid_swa_model
+    """SGLang's ModelConfig, of a model in one pool unless it is one for two. Raises Refusal."""
+    from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
 
-    try:
-        model = ModelConfig.from_server_args(server_args)
-    except Exception as error:  # whatever transformers makes of a broken config
-        raise Refusal(f"--model-path is {server_args.model_path}: {one_line(error)}") from error
+    model = model_config(server_args)
     name = (model.hf_config.architectures or ["model"])[0]
     # A card computes what it takes; the decode server, which cannot, refuses for both.
     if not config.on_card and (missing := left_out(name, model.hf_config)):
@@ -44,8 +39,11 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
         raise Refusal(
             f"{name} has state-space layers, BFP8 pages need MHA/GQA in every layer: {remedy}"
         )
-    if name not in ONE_POOL and is_hybrid_swa_model([name], model.hf_text_config):
+    if name not in ALIKE and is_hybrid_swa_model([name], model.hf_text_config):
         raise Refusal(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
+    if model.is_hybrid_swa and not has_two_pools(config, server_args, name):
+        server_args.disable_hybrid_swa_memory = True
+        model = model_config(server_args)
     if config.on_card:
         _check_for_card(config, server_args, model.hf_config)
     for label, dim in (("head_dim", model.head_dim), ("v_head_dim", model.v_head_dim)):
@@ -56,6 +54,16 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
     if str(model.dtype) == "torch.float16":
         raise Refusal(f"{name} is float16: add --dtype bfloat16, K and V are kept in BFP8 and BF16")
     return model
+
+
+def model_config(server_args: Any) -> Any:
+    """SGLang's. Raises Refusal."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    try:
+        return ModelConfig.from_server_args(server_args)
+    except Exception as error:  # whatever transformers makes of a broken config
+        raise Refusal(f"--model-path is {server_args.model_path}: {one_line(error)}") from error
 
 
 def left_out(name: str, hf_config: Any) -> str:
