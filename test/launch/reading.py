@@ -9,6 +9,10 @@ from sglang_hma.launch.flags import read
 CPU = ("--model-path", "m", "--device", "cpu")
 PREFILL = ("--disaggregation-mode", "prefill")
 DECODE = ("--disaggregation-mode", "decode")
+STANDALONE = (
+    *("--speculative-algorithm", "STANDALONE"),
+    *("--speculative-draft-model-path", "small"),
+)
 NATIVE = ("--hma-kv-format", "native")
 
 

@@ -16,7 +16,7 @@ from sglang_hma.config import CONFIG_ENV, MOST_DRAFT_TOKENS, HmaConfig, WeightFo
 from sglang_hma.launch import arguments, checks
 from sglang_hma.launch.flags import Refusal
 
-from .reading import CPU, DECODE, NATIVE, PREFILL, start
+from .reading import CPU, DECODE, NATIVE, PREFILL, STANDALONE, start
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,26 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
         (["--enable-mixed-chunk"], ["--enable-mixed-chunk does", "leave it out"]),
         (["--enable-mixed"], ["--enable-mixed-chunk does", "leave it out"]),
         (["--speculative-algorithm", "EAGLE"], ["--speculative-algorithm EAGLE"]),
-        (["--speculative-alg=EAGLE3"], ["--speculative-algorithm EAGLE3", "use NGRAM"]),
+        (
+            ["--speculative-alg=EAGLE3"],
+            ["--speculative-algorithm EAGLE3", "hidden states", "use NGRAM", "use STANDALONE"],
+        ),
+        (["--speculative-alg=STANDALONE"], ["add --speculative-draft-model-path"]),
+        (
+            [*STANDALONE, "--speculative-num-steps", "8"],
+            ["--speculative-num-steps is 8", "use 7 or fewer"],
+        ),
+        ([*STANDALONE, "--speculative-eagle-topk", "4"], ["--speculative-eagle-topk 4", "chains"]),
+        ([*STANDALONE, "--speculative-adaptive"], ["--speculative-adaptive", "leave it out"]),
+        (
+            [*STANDALONE, "--speculative-draft-attention-backend", "triton"],
+            ["--speculative-draft-attention-backend triton", "use"],
+        ),
+        (
+            [*STANDALONE, *PREFILL],
+            ["--speculative-algorithm STANDALONE", "where tokens are generated"],
+        ),
+        ([*STANDALONE, "--enable-lora"], ["STANDALONE", "--lora"]),
         (
             ["--speculative-alg=NGRAM", *PREFILL],
             ["--speculative-algorithm NGRAM", "where tokens are generated", "leave it out"],
@@ -328,11 +347,27 @@ def test_drafts_are_chains(role: list[str]) -> None:
     assert start(*CPU, *role)[1].speculative_num_draft_tokens is None
 
 
+@pytest.mark.parametrize("role", [DECODE, []])
+def test_a_draft_model_drafts_chains(role: list[str]) -> None:
+    def chain(*flags: str) -> tuple[int, int, int]:
+        _, given = start(*CPU, *role, *STANDALONE, *flags)
+        return (
+            given.speculative_num_steps,
+            given.speculative_num_draft_tokens,
+            given.speculative_eagle_topk,
+        )
+
+    assert chain() == (3, 4, 1)
+    assert chain("--speculative-num-steps", "6") == (6, 7, 1)
+    assert chain("--speculative-num-draft-tokens", "8") == (7, 8, 1)
+
+
 def test_drafts_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     start(*CPU, *DECODE)
     message = refusal(*CPU, *DECODE, "--speculative-algorithm", "NGRAM")
     assert "no no-such-compiler" in message and "name it in CXX" in message
+    start(*CPU, *DECODE, *STANDALONE)  # nothing to compile
 
 
 def test_defaults_give_way_however_a_flag_is_written(tmp_path: Path) -> None:
