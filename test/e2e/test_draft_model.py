@@ -17,6 +17,10 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmark.models.checkpoint import make_checkpoint
+from benchmark.models.families import CONTEXT, FAMILIES, VOCAB
+from benchmark.models.truth import Truth
+
 from .client import (
     FLIPPED_ROUNDING,
     Greedy,
@@ -30,7 +34,7 @@ from .client import (
 )
 from .conftest import COMMON
 from .harness import Pair, Server, launch, running, running_behind
-from .test_speculation import OPTIONS, steps
+from .test_speculation import NGRAM, OPTIONS, steps
 
 PAGE = 32
 SHORT = 40  # tokens of a prompt that decode computes itself
@@ -195,3 +199,47 @@ def test_both_roles_with_guesses_that_are_often_wrong(
         if answer["meta_info"].get("num_retractions", 0) == 0:
             assert answer["output_ids"] == expected
     assert_drained(both_roles)
+
+
+@pytest.mark.parametrize("drafter", ["itself", "another architecture"])
+def test_two_ranks_of_both_roles(
+    model: Path, logs: Path, tmp_path: Path, drafter: str, seed: int
+) -> None:
+    """Against transformers: pages of both models are cut by heads, of which the other architecture
+    has fewer, of another size. Prompts are computed with rounded weights, which no draft has."""
+    from sglang_hma.demo.random_model import make_random_model
+
+    other = {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 32}
+    small = model
+    if drafter != "itself":
+        small = make_random_model(tmp_path / "small", family="llama", **other)
+    flags = (*COMMON, "--max-total-tokens", "2048", "--tp-size", "2")
+    server = launch(f"dm-tp2-{len(drafter)}", model, logs, *flags, *standalone(small))
+    oracle, rng = Truth.of(model), random.Random(seed)
+    with running(server):
+        for length in (1, 64, 500):
+            prompt = words(rng, length)
+            answer = generate(server.url, prompt, 40)
+            assert max(oracle.regrets(prompt, answer["output_ids"])) < FLIPPED_ROUNDING, length
+            if drafter == "itself":
+                assert steps(answer) <= 40 / 2
+        assert_drained(server)
+
+
+def test_chains_over_the_end_of_the_context(tmp_path: Path, logs: Path, seed: int) -> None:
+    """GPT-2 has an embedding of each position, and none behind the last."""
+    (family,) = (each for each in FAMILIES if each.name == "GPT-2")
+    oracle = Truth(make_checkpoint(family, tmp_path / "gpt2", seed), family.experts)
+    flags = (*COMMON, "--max-total-tokens", "3072", "--skip-tokenizer-init")
+    rng = random.Random(seed)
+    prompt = [rng.randrange(2, VOCAB) for _ in range(CONTEXT - 30)]
+    kinds = {"ngram": NGRAM, "model": standalone(tmp_path / "gpt2")}
+    for name, drafts in kinds.items():
+        server = launch(f"dm-end-{name}", tmp_path / "gpt2", logs, *flags, *drafts)
+        with running(server):
+            for _ in range(2):
+                answer = generate(server.url, prompt, 30)
+                assert CONTEXT - 2 <= len(prompt) + len(answer["output_ids"]) <= CONTEXT
+                regrets = oracle.regrets(prompt, answer["output_ids"])
+                assert max(regrets) < FLIPPED_ROUNDING, name
+            assert_drained(server)

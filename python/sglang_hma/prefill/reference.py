@@ -4,9 +4,6 @@ Decode uses the checkpoint's weights; so does a server of either role whose form
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch.nn import Module
@@ -25,22 +22,11 @@ from sglang_hma.prefill.weights import (
 )
 
 logger = logging.getLogger(__name__)
-_as_stored = ContextVar("_as_stored", default=False)
-
-
-@contextmanager
-def weights_as_stored() -> Iterator[None]:
-    """`prepare_model` leaves models alone that are loaded meanwhile: those that only draft."""
-    token = _as_stored.set(True)
-    try:
-        yield
-    finally:
-        _as_stored.reset(token)
 
 
 def prepare_model(model: Module) -> None:
     """Apply the weight formats of this server's role to a freshly loaded model."""
-    if _as_stored.get():
+    if phase.as_stored.get():
         return
     config = HmaConfig.require()
     exact = config.packs_kv and config.device == "cpu"

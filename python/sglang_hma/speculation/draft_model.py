@@ -21,7 +21,7 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.runtime_context import get_parallel
 from typing_extensions import override
 
-from sglang_hma.prefill import reference
+from sglang_hma.prefill import phase
 from sglang_hma.speculation import sampling
 from sglang_hma.speculation.catching_up import PROMPT_TOKENS_A_STEP, shares, tokens_of
 from sglang_hma.speculation.worker import ChainWorker
@@ -42,7 +42,7 @@ class DraftModelWorker(ChainWorker):
     @override
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        with reference.weights_as_stored(), draft_model_build_scope():
+        with phase.weights_as_stored(), draft_model_build_scope():
             self._draft_worker = TpModelWorker(
                 server_args=given["server_args"],
                 gpu_id=given["gpu_id"],
@@ -195,7 +195,7 @@ class DraftModelWorker(ChainWorker):
             seq_lens_sum=int(lens_cpu.sum()),
             orig_seq_lens=seq_lens,
             out_cache_loc=slots,
-            positions=positions,
+            positions=positions.clamp(max=self._drafter.model_config.context_len - 1),
             spec_algorithm=self._drafter.spec_algorithm,
             capture_hidden_mode=CaptureHiddenMode.NULL,
             **extend,

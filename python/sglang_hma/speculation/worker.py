@@ -75,13 +75,18 @@ class ChainWorker(BaseSpecWorker):
         return result
 
     def _place(self, batch: Any, chain: torch.Tensor) -> torch.Tensor:
-        """Make of `batch` a forward over the chains; their positions int64 [requests * width]."""
+        """Make of `batch` a forward over the chains; their positions int64 [requests * width].
+
+        A chain may reach over the end of the context, where nothing is said any more and models
+        with an embedding of each position have none.
+        """
         ahead = torch.arange(self._width, device=self._device)
         positions = batch.seq_lens[:, None] + ahead
         table = batch.req_to_token_pool.req_to_token
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = chain.flatten()
         batch.out_cache_loc = table[batch.req_pool_indices[:, None], positions].flatten().long()
+        positions = positions.clamp(max=self._runner.model_config.context_len - 1)
         batch.spec_info = NgramVerifyInput(
             draft_token=batch.input_ids,
             custom_mask=torch.empty(0, dtype=torch.bool, device=self._device),
