@@ -50,7 +50,7 @@ the tiny one has not: SGLang's own limits hold.
   last bit that turned a rounding.
 
 As prefill/decode pairs, token for token: Qwen3, Qwen2 and Llama (`test/e2e/test_exact.py`),
-Qwen3-MoE and Mixtral (`test/e2e/test_families.py`).
+Qwen3-MoE and gpt-oss (`test/e2e/test_families.py`).
 
 ## Which do not
 

@@ -29,6 +29,7 @@ ARCHITECTURES_ENV = "SGLANG_HMA_ARCHITECTURES"
 MAX_OFFLOAD = 8192  # tokens that a decode server computes in one pass, at most
 PAGE_TOKENS = 32  # hma_kernels.layout.PAGE, for launchers that do not import torch
 MOST_DRAFT_TOKENS = 8  # hma_kernels.ops.MAX_QUERIES, likewise
+DRAFT_ALGORITHMS = ("NGRAM", "STANDALONE")  # --speculative-algorithm
 
 _PLATFORM_CLASSES = {
     "cpu": "sglang_hma.platforms.cpu:HmaCpuPlatform",

@@ -337,7 +337,8 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.build_disagg_draft_input",
-        "NGRAM has no first drafts on a decode server: SGLang's relay fails on the first request",
+        "NGRAM and STANDALONE have no first drafts on a decode server: SGLang's relay fails on the "
+        "first request",
         _from("speculation.handover", "build_disagg_draft_input"),
         lambda config: config.packs_kv and config.role == "decode",
         "bfp8, decode",

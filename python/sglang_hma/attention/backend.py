@@ -33,6 +33,8 @@ class HmaAttnBackend(AttentionBackend):
             ) from None
         self.pool: Bfp8KVPool = self.parts[0].pool
         logger.info("Attention backend %s, %s", BACKEND_NAME, describe(self.pool.kv.device))
+        # A draft model has one set of weights, and leaves the target's as they are.
+        self.weights = phase.PhaseWeights() if runner.is_draft_worker else phase.weights
         self.q_indptr: torch.Tensor | None = None
 
     @property
@@ -58,7 +60,7 @@ class HmaAttnBackend(AttentionBackend):
         if mode.is_idle():
             return
         generates = mode.is_decode() or mode.is_target_verify()
-        phase.weights.enter(prefill=not generates)
+        self.weights.enter(prefill=not generates)
         rows = forward_batch.req_pool_indices
         self.q_indptr, seq_lens = None, forward_batch.seq_lens
         if mode.is_target_verify():
@@ -87,7 +89,7 @@ class HmaAttnBackend(AttentionBackend):
     @override
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a CUDA graph is captured or replayed; plans of one batch size share its table."""
-        phase.weights.enter(prefill=False)
+        self.weights.enter(prefill=False)
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         (part,) = self.parts
         part.table, self.q_indptr = self.graph_tables.fill(rows, seq_lens), None

@@ -14,7 +14,6 @@ EXAONE_BASE = 1e6  # of its rotary embedding
 
 def check_model(config: HmaConfig, server_args: Any) -> Any:
     """SGLang's ModelConfig, of a model in one pool unless it is one for two. Raises Refusal."""
-    from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
 
     model = model_config(server_args)
     name = (model.hf_config.architectures or ["model"])[0]
@@ -28,7 +27,54 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
                 "with --hma-kv-format bfp8"
             )
         return model
-    remedy = "serve it with --hma-kv-format native"
+    _check_pages(name, model, "serve it with --hma-kv-format native")
+    if model.is_hybrid_swa and not has_two_pools(config, server_args, name):
+        server_args.disable_hybrid_swa_memory = True
+        model = model_config(server_args)
+    if config.on_card:
+        _check_for_card(config, server_args, model.hf_config)
+    return model
+
+
+def check_draft_model(server_args: Any, target: Any) -> Any:
+    """SGLang's ModelConfig of the model that drafts for `target`, or None. Raises Refusal."""
+    if server_args.speculative_algorithm != "STANDALONE":
+        return None
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.utils.hf_transformers_utils import get_context_length
+
+    server_args.disable_hybrid_swa_memory = True  # a draft's layers share the target's one table
+    given = f"--speculative-draft-model-path is {server_args.speculative_draft_model_path}"
+    try:
+        model = ModelConfig.from_server_args(
+            server_args,
+            model_path=server_args.speculative_draft_model_path,
+            model_revision=server_args.speculative_draft_model_revision,
+            is_draft_model=True,
+            context_length=1,  # the target's counts; how far it reads is looked at below
+        )
+    except Exception as error:
+        raise Refusal(f"{given}: {one_line(error)}") from error
+    name = (model.hf_config.architectures or ["model"])[0]
+    _check_pages(name, model, "draft with another model")
+    if model.vocab_size != target.vocab_size:
+        raise Refusal(
+            f"{given}: it has {model.vocab_size} tokens, the model that it drafts for "
+            f"{target.vocab_size}: draft with a model of the same vocabulary"
+        )
+    reads = get_context_length(model.hf_text_config)
+    if reads < target.context_len:
+        raise Refusal(
+            f"{given}: it reads {reads} tokens, the model that it drafts for "
+            f"{target.context_len}: add --context-length {reads}"
+        )
+    return model
+
+
+def _check_pages(name: str, model: Any, remedy: str) -> None:
+    """Refuse a model whose KV does not go into pages."""
+    from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
+
     if model.attention_arch != AttentionArch.MHA:
         raise Refusal(
             f"{name} uses {model.attention_arch.name} attention, BFP8 pages need MHA/GQA: {remedy}"
@@ -41,11 +87,6 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
         )
     if name not in ALIKE and is_hybrid_swa_model([name], model.hf_text_config):
         raise Refusal(f"{name} mixes sliding-window and full attention in two KV pools: {remedy}")
-    if model.is_hybrid_swa and not has_two_pools(config, server_args, name):
-        server_args.disable_hybrid_swa_memory = True
-        model = model_config(server_args)
-    if config.on_card:
-        _check_for_card(config, server_args, model.hf_config)
     for label, dim in (("head_dim", model.head_dim), ("v_head_dim", model.v_head_dim)):
         if dim % PAGE_TOKENS:
             raise Refusal(
@@ -53,7 +94,6 @@ def check_model(config: HmaConfig, server_args: Any) -> Any:
             )
     if str(model.dtype) == "torch.float16":
         raise Refusal(f"{name} is float16: add --dtype bfloat16, K and V are kept in BFP8 and BF16")
-    return model
 
 
 def model_config(server_args: Any) -> Any:
