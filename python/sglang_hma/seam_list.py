@@ -229,6 +229,28 @@ SEAMS = (
     ),
     *(
         Seam(
+            target,
+            "a request that only prefill refuses (too long for its pool, an adapter that it has "
+            "not): decode is told why at once, and does not wait until it counts as lost",
+            _from("transfer.refusals", name),
+            lambda config: config.role == "prefill",
+            "prefill",
+        )
+        for target, name in (
+            (
+                "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+                "._release_req_states_on_failure",
+                "release_states",
+            ),
+            ("sglang.srt.managers.scheduler.Scheduler.abort_request", "abort_request"),
+            (
+                "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+                "add_request_to_queue",
+            ),
+        )
+    ),
+    *(
+        Seam(
             f"sglang.srt.managers.tokenizer_manager.TokenizerManager.{method}",
             "answers at once, without a token, the half of a request whose short prompt decode "
             "computes",
@@ -293,6 +315,13 @@ SEAMS = (
         _from("transfer.classes", "get_pd_kv_layout"),
         lambda config: config.role != "null",
         "prefill, decode",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.decode.prepare_abort",
+        "what prefill has refused is answered with 400 and prefill's reason",
+        _from("transfer.refusals", "prepare_abort"),
+        lambda config: config.role == "decode",
+        "decode",
     ),
     Seam(
         "sglang.srt.disaggregation.decode.DecodePreallocQueue",

@@ -121,24 +121,26 @@ def test_adapters_come_and_go(adapted: Adapted, tmp_path: Path, model: Path, see
     def tell(route: str, *told: Server, **fields: Any) -> list[requests.Response]:
         return [requests.post(f"{each.url}/{route}", json=fields) for each in told or servers]
 
-    def ask() -> requests.Response:
-        return requests.post(f"{pair.url}/generate", json=payload(prompt, lora_path="later"))
+    def ask(name: str = "later") -> requests.Response:
+        return requests.post(f"{pair.url}/generate", json=payload(prompt, lora_path=name))
 
     assert ask().status_code == 400
     # Each server has its own list; what one of them lacks is refused, whichever it is.
-    for server in servers:
-        load = {"lora_name": "later", "lora_path": str(adapted.folders["later"])}
-        for reply in tell("load_lora_adapter", server, **load):
+    for name, (first, then) in {"later": servers, "last": servers[::-1]}.items():
+        load = {"lora_name": name, "lora_path": str(adapted.folders["later"])}
+        for reply in tell("load_lora_adapter", first, **load):
             assert reply.status_code == 200, reply.text
-        if server is servers[0]:
-            assert ask().status_code == 400
-    adapted.check("later", prompt, ask().json()["output_ids"])
+        refused = ask(name)
+        assert refused.status_code == 400 and name in refused.text, refused.text
+        for reply in tell("load_lora_adapter", then, **load):
+            assert reply.status_code == 200, reply.text
+        adapted.check("later", prompt, ask(name).json()["output_ids"])
     for reply in tell("unload_lora_adapter", lora_name="later"):
         assert reply.status_code == 200, reply.text
     # SGLang reads an adapter that it knows from its folder again.
     adapted.check("later", prompt, ask().json()["output_ids"])
     # An adapter in use is not let go: whoever left gave theirs back.
-    for name in ("wide", "thin", "later"):
+    for name in ("wide", "thin", "later", "last"):
         for reply in tell("unload_lora_adapter", lora_name=name):
             assert reply.status_code == 200, reply.text
     odd = make_adapter(model, tmp_path / "odd", 3, r=4, use_rslora=True)

@@ -69,6 +69,10 @@ def test_what_a_server_does_not_refuse_it_serves(
     asked = payload(prompt, 4) | (rooms if name == "prefill" else {})
     reply = requests.post(f"{server.url}/generate", json=asked)
     assert reply.status_code == 400 and str(refused_from) in reply.text, reply.text
+    if name == "prefill":  # decode, whose pool is larger, is told
+        reply = requests.post(f"{pair.url}/generate", json=payload(prompt, 4))
+        assert reply.status_code == 400 and str(refused_from) in reply.text, reply.text
+        assert "the prefill server refuses it" in reply.text
     assert_drained(server)
 
 
