@@ -125,8 +125,6 @@ def test_many_at_once_in_a_full_pool(drafting: Drafting, seed: int) -> None:
     assert not refused, (len(refused), refused[:2])
     assert [answer["output_ids"] for _, answer in answers] == expected
     assert "Retract requests" in drafting.drafts.decode.text()
-    said, taken = sum(more for _, more in jobs), sum(steps(answer) for _, answer in answers)
-    assert taken <= said / 2
     drafting.drained()
 
 
