@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,17 @@ async def all_at_once(url: str, jobs: list[tuple[list[int], int]]) -> list[tuple
                 return reply.status, await reply.json(content_type=None)
 
         return await asyncio.gather(*(one(*job) for job in jobs))
+
+
+async def clients_leave(
+    url: str, jobs: list[tuple[list[int], int]], when: Awaitable[object]
+) -> None:
+    """Each job is a client's own; all close their connections after `when`."""
+    clients = [asyncio.create_task(all_at_once(url, [job])) for job in jobs]
+    await when
+    for client in clients:
+        client.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
 
 
 def load(server: Server) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Nothing here gives up after a time of its own: pytest's timeout ends a hang, on 
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -111,6 +112,12 @@ class Process:
     def tree(self) -> list[psutil.Process]:
         root = psutil.Process(self.popen.pid)
         return [root, *root.children(recursive=True)]
+
+    def kill(self) -> None:
+        """kill -9 of all its processes."""
+        for process in self.tree():
+            process.send_signal(signal.SIGKILL)
+        self.popen.wait()
 
     def stop(self) -> None:
         """End exactly the processes that carry this run's mark."""

@@ -2,9 +2,7 @@
 
 import asyncio
 import random
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ import requests
 from benchmark.models.truth import Truth
 from test.adapters import make_adapter
 
-from .client import FLIPPED_ROUNDING, answered, assert_drained, generate, payload, words
+from .client import FLIPPED_ROUNDING, assert_drained, generate, payload, words
 from .conftest import COMMON, FAULTY_LINK, Faults
-from .harness import Pair, Server, running_pair, until
+from .harness import Pair, Server, running_pair
+from .killed import replies_of_a_killed_prefill
 
 NEW_TOKENS = 24
 POOL_TOKENS = 2048
@@ -154,26 +153,14 @@ def test_prefill_is_killed(adapted: Adapted, faults: Faults, seed: int) -> None:
     pair, rng = adapted.pair, random.Random(seed)
     jobs = [(name, words(rng, 150)) for name in (None, "wide", "thin")]
 
-    def ask(name: str | None, prompt: list[int]) -> requests.Response:
-        body = payload(prompt, NEW_TOKENS, lora_path=name)
-        return requests.post(f"{pair.url}/generate", json=body)
-
-    faults.set(hold_after=rng.randrange(6))
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        asking = [pool.submit(ask, *job) for job in jobs]
-        until(faults.held.exists, pair.prefill, pair.decode)
-        for process in pair.prefill.tree():
-            process.send_signal(signal.SIGKILL)
-        pair.prefill.popen.wait()
-        faults.set()
-        pair.prefill.start()
-        for (name, prompt), each in zip(jobs, asking, strict=True):
-            if (reply := each.result()).status_code < 500:
-                adapted.check(name, prompt, reply.json()["output_ids"])
-    pair.prefill.wait_healthy()
-    until(lambda: answered(pair, jobs[0][1]), pair.prefill, pair.decode)
-    for name, prompt in jobs:
-        adapted.check(name, prompt, ask(name, prompt).json()["output_ids"])
+    bodies = [payload(prompt, NEW_TOKENS, lora_path=name) for name, prompt in jobs]
+    replies = replies_of_a_killed_prefill(pair, faults, rng.randrange(6), bodies)
+    for (name, prompt), reply in zip(jobs, replies, strict=True):
+        if reply.status_code < 500:
+            adapted.check(name, prompt, reply.json()["output_ids"])
+    for (name, prompt), body in zip(jobs, bodies, strict=True):
+        reply = requests.post(f"{pair.url}/generate", json=body)
+        adapted.check(name, prompt, reply.json()["output_ids"])
     for name in ("wide", "thin"):
         reply = requests.post(f"{pair.decode.url}/unload_lora_adapter", json={"lora_name": name})
         assert reply.status_code == 200, reply.text

@@ -3,16 +3,13 @@ else changes. In a pool that is too small, with clients that leave and writes th
 
 import asyncio
 import random
-import signal
 import statistics
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 import torch
 
 from benchmark.models.truth import Conversation, Truth
@@ -22,6 +19,7 @@ from .client import (
     all_at_once,
     answered,
     assert_drained,
+    clients_leave,
     generate,
     greedy,
     output_ids,
@@ -30,6 +28,7 @@ from .client import (
 )
 from .conftest import COMMON, FAULTY_LINK, Faults
 from .harness import Pair, launch, running_behind, until
+from .killed import replies_of_a_killed_prefill
 
 PAGE = 32
 PAGE_BYTES = 4 * 4 * 64 * PAGE * 2 * 1.0625  # of K and V of all layers, in BFP8
@@ -192,14 +191,9 @@ def test_clients_that_leave_and_writes_that_fail(
     expected = [greedy(pair.url, prompt) for prompt in turns]
     faults.set(hold_after=rng.randrange(10))
 
-    async def leave() -> None:
-        jobs = [asyncio.create_task(all_at_once(asked.url, [(turn, 400)])) for turn in turns]
-        await asyncio.to_thread(until, faults.held.exists, asked.prefill, asked.decode)
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
-
-    asyncio.run(leave())
+    leaving = [(turn, 400) for turn in turns]
+    held = asyncio.to_thread(until, faults.held.exists, asked.prefill, asked.decode)
+    asyncio.run(clients_leave(asked.url, leaving, held))
     faults.set(flip=0.02, flip_rows=0.02)
     answers = asyncio.run(all_at_once(asked.url, [(turn, 16) for turn in turns]))
     for (status, body), tokens in zip(answers, expected, strict=True):
@@ -220,23 +214,10 @@ def test_prefill_is_killed(caching: Caching, pair: Pair, faults: Faults, seed: i
         output_ids(asked.url, prompt, 2)
     *turns, later = [prompt + words(rng, 60) for prompt in begun]
     expected = [greedy(pair.url, turn) for turn in turns]
-    faults.set(hold_after=rng.randrange(2))
-    with ThreadPoolExecutor(len(turns)) as pool:
-        asking = [
-            pool.submit(requests.post, f"{asked.url}/generate", json=payload(turn))
-            for turn in turns
-        ]
-        until(faults.held.exists, asked.prefill, asked.decode)
-        for process in asked.prefill.tree():
-            process.send_signal(signal.SIGKILL)
-        asked.prefill.popen.wait()
-        faults.set()
-        asked.prefill.start()
-        for each, tokens in zip(asking, expected, strict=True):
-            reply = each.result()
-            assert reply.status_code >= 500 or reply.json()["output_ids"] == tokens, reply.text
-    asked.prefill.wait_healthy()
-    until(lambda: answered(asked, turns[0]), asked.prefill, asked.decode)
+    bodies = [payload(turn) for turn in turns]
+    replies = replies_of_a_killed_prefill(asked, faults, rng.randrange(2), bodies)
+    for reply, tokens in zip(replies, expected, strict=True):
+        assert reply.status_code >= 500 or reply.json()["output_ids"] == tokens, reply.text
     assert [output_ids(asked.url, turn) for turn in turns] == expected
     answer = next_turn(asked, later, 16, len(begun[-1]) // PAGE)
     assert answer["output_ids"] == greedy(pair.url, later)

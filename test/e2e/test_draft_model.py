@@ -8,12 +8,9 @@ import asyncio
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -21,27 +18,23 @@ from benchmark.models.checkpoint import make_checkpoint
 from benchmark.models.families import CONTEXT, FAMILIES, VOCAB
 from benchmark.models.truth import Truth
 
-from .client import (
-    FLIPPED_ROUNDING,
-    Greedy,
-    all_at_once,
-    assert_drained,
-    generate,
-    greedy,
-    output_ids,
-    payload,
-    words,
-)
+from .client import FLIPPED_ROUNDING, all_at_once, assert_drained, generate, greedy, words
 from .conftest import COMMON
-from .harness import Pair, Server, launch, running, running_behind
-from .test_speculation import NGRAM, OPTIONS, steps
+from .drafting import (
+    NATIVE,
+    NGRAM,
+    OPTIONS,
+    PAGE,
+    POOL_TOKENS,
+    SHORT,
+    Drafting,
+    running_drafting,
+)
+from .harness import Server, launch, running
+from .test_speculation import steps
 
-PAGE = 32
-SHORT = 40  # tokens of a prompt that decode computes itself
-POOL_TOKENS = 3072
 A_STEP = 1024  # of a prompt's tokens, that the draft model computes before it guesses
 STEPS = 5  # so chains of six
-NATIVE = ("--hma-weight-format", "native")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults]
 
@@ -67,30 +60,10 @@ def noisy(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@dataclass(frozen=True)
-class Drafting:
-    """One prefill server, a pair with it whose decode drafts with the served model, and one that
-    does not draft."""
-
-    drafts: Pair
-    plain: Pair
-
-    def drained(self) -> None:
-        assert_drained(self.drafts.prefill, self.drafts.decode, self.plain.decode)
-
-
 @pytest.fixture(scope="module")
 def drafting(model: Path, logs: Path) -> Iterator[Drafting]:
-    short = ("--hma-offload-threshold", str(SHORT))
-    prefill = launch("dm-prefill", model, logs, *COMMON, *NATIVE, *short, mode="prefill")
-    small = ("--max-total-tokens", str(POOL_TOKENS), "--num-reserved-decode-tokens", "1")
-    kinds = {"plain": (), "drafts": (*small, *standalone(model))}
-    decodes = {
-        name: launch(f"dm-{name}", model, logs, *COMMON, *flags, mode="decode")
-        for name, flags in kinds.items()
-    }
-    with running_behind(prefill, decodes) as pairs:
-        yield Drafting(**pairs)
+    with running_drafting("dm", model, logs, *standalone(model)) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="module")
@@ -119,60 +92,16 @@ def test_many_at_once_in_a_full_pool(drafting: Drafting, seed: int) -> None:
     """Some are put aside, and get other pages: the draft model computes its KV of them again."""
     rng = random.Random(seed)
     jobs = [(words(rng, rng.randrange(1, 250)), rng.randrange(1, 150)) for _ in range(30)]
-    expected = [greedy(drafting.plain.url, *job) for job in jobs]
-    answers = asyncio.run(all_at_once(drafting.drafts.url, jobs))
-    refused = [(i, *answer) for i, answer in enumerate(answers) if answer[0] != 200]
-    assert not refused, (len(refused), refused[:2])
-    assert [answer["output_ids"] for _, answer in answers] == expected
-    assert "Retract requests" in drafting.drafts.decode.text()
-    drafting.drained()
+    drafting.many_at_once(jobs)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(drafting: Drafting, option: str, seed: int) -> None:
-    rng = random.Random(seed)
-    prompt = words(rng, rng.randrange(SHORT, 120))
-    body = payload(prompt, 40, return_logprob=True, top_logprobs_num=2)
-    body["sampling_params"] |= OPTIONS[option]
-    plain, drafted = (
-        requests.post(f"{url}/generate", json=body).json()
-        for url in (drafting.plain.url, drafting.drafts.url)
-    )
-    same_as_far_as_sure(plain, drafted)
-    drafting.drained()
-
-
-def same_as_far_as_sure(plain: dict[str, Any], drafted: dict[str, Any]) -> None:
-    """Behind a tie the two may say something else."""
-    expected, was = Greedy.of(plain), plain["meta_info"]
-    said, meta, sure = drafted["output_ids"], drafted["meta_info"], expected.sure
-    assert said[:sure] == expected.tokens[:sure]
-    if sure == len(expected.tokens):
-        assert len(said) == sure and meta["finish_reason"] == was["finish_reason"]
-    own, other = (
-        [value for value, *_ in each["output_token_logprobs"][:sure]] for each in (meta, was)
-    )
-    assert own == pytest.approx(other, abs=FLIPPED_ROUNDING)
+    drafting.option(option, seed, times=1)
 
 
 def test_clients_that_leave(drafting: Drafting, seed: int) -> None:
-    rng = random.Random(seed)
-    prompts = [words(rng, rng.randrange(1, 200)) for _ in range(8)]
-
-    async def leave() -> None:
-        jobs = [
-            asyncio.create_task(all_at_once(drafting.drafts.url, [(each, 400)])) for each in prompts
-        ]
-        await asyncio.sleep(rng.uniform(0, 2))
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
-
-    asyncio.run(leave())
-    drafting.drained()
-    expected = [greedy(drafting.plain.url, each) for each in prompts]
-    assert [output_ids(drafting.drafts.url, each) for each in prompts] == expected
-    drafting.drained()
+    drafting.some_leave(seed)
 
 
 def test_both_roles_with_guesses_that_are_often_wrong(

@@ -7,7 +7,6 @@ Each fault is caused HMA_SOAK times (default 1; `make repeat-faults` takes 50).
 import contextlib
 import os
 import random
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -238,9 +237,7 @@ def test_killed_server(faulty: Faulty, role: str, seed: int) -> None:
     other: Server = faulty.pair.decode if role == "prefill" else faulty.pair.prefill
     for _ in range(REPEATS):
         with faulty.load_in_flight(rng) as load:
-            for process in server.tree():
-                process.send_signal(signal.SIGKILL)
-            server.popen.wait()
+            server.kill()
         faulty.faults.set(slow_s=0.05)
         server.start()
         refused = load.check(may_fail=True)

@@ -4,18 +4,14 @@ memory, byte for byte, and travel to decode as those that were computed."""
 import asyncio
 import contextlib
 import random
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
 import pytest
-import requests
 
 from .client import (
     all_at_once,
-    answered,
     assert_drained,
     flush,
     generate,
@@ -24,7 +20,8 @@ from .client import (
     words,
 )
 from .conftest import COMMON, FAULTY_LINK, Faults
-from .harness import Pair, launch, launch_router, running, until
+from .harness import Pair, launch, launch_router, running
+from .killed import replies_of_a_killed_prefill
 
 PAGE, POOL_TOKENS = 32, 512
 NEW_TOKENS = 12
@@ -106,23 +103,10 @@ def test_prefill_is_killed(cached: Pair, pair: Pair, faults: Faults, seed: int) 
     expected = [greedy(pair.url, prompt, NEW_TOKENS) for prompt in prompts]
     for prompt in [*prompts, words(rng, POOL_TOKENS - 2 * PAGE)]:
         generate(cached.url, prompt, 2)
-    faults.set(hold_after=rng.randrange(6))
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        asking = [
-            pool.submit(requests.post, f"{cached.url}/generate", json=payload(each, NEW_TOKENS))
-            for each in prompts
-        ]
-        until(faults.held.exists, cached.prefill, cached.decode)
-        for process in cached.prefill.tree():
-            process.send_signal(signal.SIGKILL)
-        cached.prefill.popen.wait()
-        faults.set()
-        cached.prefill.start()
-        for each, tokens in zip(asking, expected, strict=True):
-            reply = each.result()
-            assert reply.status_code >= 500 or reply.json()["output_ids"] == tokens, reply.text
-    cached.prefill.wait_healthy()
-    until(lambda: answered(cached, prompts[0]), cached.prefill, cached.decode)
+    bodies = [payload(each, NEW_TOKENS) for each in prompts]
+    replies = replies_of_a_killed_prefill(cached, faults, rng.randrange(6), bodies)
+    for reply, tokens in zip(replies, expected, strict=True):
+        assert reply.status_code >= 500 or reply.json()["output_ids"] == tokens, reply.text
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert generate(cached.url, prompt, NEW_TOKENS)["output_ids"] == tokens, len(prompt)
     assert_drained(cached.prefill, cached.decode)

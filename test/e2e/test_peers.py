@@ -3,7 +3,6 @@ ends a server, gets what belongs to others, or leaves anybody waiting."""
 
 import contextlib
 import json
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -265,9 +264,7 @@ def test_a_prefill_server_restarted_between_two_heartbeats(
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(requests.post, f"{url}/generate", json=payload(PROMPT, 4))
         until(faults.held.exists, prefill)
-        for process in prefill.tree():
-            process.send_signal(signal.SIGKILL)
-        prefill.popen.wait()
+        prefill.kill()
         faults.set()
         prefill.start()
         prefill.wait_healthy()

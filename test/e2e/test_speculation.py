@@ -4,63 +4,26 @@ Two decode servers behind one prefill server, one of them with drafts. A corpus 
 has seen, so a question that is asked again is answered in few steps.
 """
 
-import asyncio
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from .client import (
-    FLIPPED_ROUNDING,
-    Greedy,
-    all_at_once,
-    answered,
-    assert_drained,
-    generate,
-    greedy,
-    output_ids,
-    payload,
-    words,
-)
-from .conftest import COMMON
-from .harness import Pair, launch, running_behind, until
-
-PAGE = 32
-SHORT = 40  # tokens of a prompt that decode computes itself
-POOL_TOKENS = 3072
-NGRAM = ("--speculative-algorithm", "NGRAM")
+from .client import answered, generate, greedy, output_ids, payload, words
+from .drafting import NGRAM, OPTIONS, PAGE, SHORT, Drafting, running_drafting
+from .harness import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults]
 
 
-@dataclass(frozen=True)
-class Drafting:
-    """One prefill server, a pair with it that drafts, and one that does not."""
-
-    drafts: Pair
-    plain: Pair
-
-    def drained(self) -> None:
-        assert_drained(self.drafts.prefill, self.drafts.decode, self.plain.decode)
-
-
 @pytest.fixture(scope="module")
 def drafting(model: Path, logs: Path) -> Iterator[Drafting]:
-    short = ("--hma-offload-threshold", str(SHORT), "--hma-weight-format", "native")
-    prefill = launch("ng-prefill", model, logs, *COMMON, *short, mode="prefill")
-    small = ("--max-total-tokens", str(POOL_TOKENS), "--num-reserved-decode-tokens", "1")
-    kinds = {"plain": (), "drafts": (*small, *NGRAM)}
-    decodes = {
-        name: launch(f"ng-{name}", model, logs, *COMMON, *flags, mode="decode")
-        for name, flags in kinds.items()
-    }
-    with running_behind(prefill, decodes) as pairs:
-        yield Drafting(**pairs)
+    with running_drafting("ng", model, logs, *NGRAM) as servers:
+        yield servers
 
 
 def steps(answer: dict[str, Any]) -> int:
@@ -87,52 +50,13 @@ def test_many_at_once_in_a_full_pool(drafting: Drafting, seed: int) -> None:
     rng = random.Random(seed)
     asked = [words(rng, rng.randrange(1, 250)) for _ in range(10)]
     jobs = [(rng.choice(asked), rng.randrange(1, 150)) for _ in range(40)]
-    expected = [greedy(drafting.plain.url, *job) for job in jobs]
-    answers = asyncio.run(all_at_once(drafting.drafts.url, jobs))
-    refused = [(i, *answer) for i, answer in enumerate(answers) if answer[0] != 200]
-    assert not refused, (len(refused), refused[:2])
-    assert [answer["output_ids"] for _, answer in answers] == expected
-    assert "Retract requests" in drafting.drafts.decode.text()
-    drafting.drained()
-
-
-OPTIONS = {
-    # Together they depend on the order in which SGLang applies them: that of a set, by process.
-    "penalties": {"frequency_penalty": 0.6, "presence_penalty": 0.3},
-    "repetition": {"repetition_penalty": 1.1},
-    "at least so many": {"min_new_tokens": 12, "ignore_eos": False},
-    "stops": {"stop_token_ids": [*range(8, 400)]},
-    "the best of one": {"temperature": 1.3, "top_k": 1},
-    "the best of few": {"temperature": 0.7, "top_p": 1e-6},
-    "grammar": {"regex": "[a-z]{4,30}", "ignore_eos": False},
-}
+    drafting.many_at_once(jobs)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(drafting: Drafting, option: str, seed: int) -> None:
-    """Alone, and beside requests without options, which go on in chains of eight."""
-    rng = random.Random(seed)
-    prompt = words(rng, rng.randrange(SHORT, 120))
-    body = payload(prompt, 40, return_logprob=True, top_logprobs_num=2)
-    body["sampling_params"] |= OPTIONS[option]
-    plain, *drafted = (
-        requests.post(f"{url}/generate", json=body).json()
-        for url in (drafting.plain.url, drafting.drafts.url, drafting.drafts.url)
-    )
-    expected, was = Greedy.of(plain), plain["meta_info"]
-    for answer in drafted:
-        said, meta = answer["output_ids"], answer["meta_info"]
-        # Behind a tie the two may say something else.
-        sure = expected.sure
-        assert said[:sure] == expected.tokens[:sure]
-        if sure == len(expected.tokens):
-            assert len(said) == sure and meta["finish_reason"] == was["finish_reason"]
-        assert len(meta["output_top_logprobs"]) == len(said)
-        own, other = (
-            [value for value, *_ in each["output_token_logprobs"][:sure]] for each in (meta, was)
-        )
-        assert own == pytest.approx(other, abs=FLIPPED_ROUNDING)
-    drafting.drained()
+    """Alone, and again, when whole chains are right."""
+    drafting.option(option, seed, times=2)
 
 
 def test_sampled_answers_are_drawn_as_often_as_they_should(drafting: Drafting, seed: int) -> None:
@@ -152,23 +76,7 @@ def test_sampled_answers_are_drawn_as_often_as_they_should(drafting: Drafting, s
 
 
 def test_clients_that_leave(drafting: Drafting, seed: int) -> None:
-    rng = random.Random(seed)
-    prompts = [words(rng, rng.randrange(1, 200)) for _ in range(8)]
-
-    async def leave() -> None:
-        jobs = [
-            asyncio.create_task(all_at_once(drafting.drafts.url, [(each, 400)])) for each in prompts
-        ]
-        await asyncio.sleep(rng.uniform(0, 2))
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
-
-    asyncio.run(leave())
-    drafting.drained()
-    expected = [greedy(drafting.plain.url, each) for each in prompts]
-    assert [output_ids(drafting.drafts.url, each) for each in prompts] == expected
-    drafting.drained()
+    drafting.some_leave(seed)
 
 
 def test_prefill_dies_and_returns(drafting: Drafting, seed: int) -> None:

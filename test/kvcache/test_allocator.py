@@ -205,7 +205,7 @@ def test_a_chunked_prompt_keeps_room_for_its_last_page(
     alloc = make(2)
     assert extend(alloc, [(0, (32 - spare_bfp8) * PAGE)], [-1]) is not None
     budget = alloc.create_prefill_budget(None)
-    assert budget._has_tail_room()
+    assert budget.has_tail_room()
     chunks = [(0, 128), (128, 256), (256, 264)]
     last = -1
     for start, end in chunks:

@@ -24,6 +24,7 @@ from hma_kernels.layout import PAGE, SLAB_TOKENS
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
 from sglang_hma.kvcache.budget import AdmittedBudget, MixedPrefillBudget
+from sglang_hma.kvcache.demand import PageDemand, page_counts, tail_to_come
 from sglang_hma.kvcache.held_pages import Fence, HeldPages, NoFence, StreamFence
 from sglang_hma.kvcache.pool import MixedKVPool
 from sglang_hma.kvcache.usage import Usage, pool_label, show_usage
@@ -31,7 +32,7 @@ from sglang_hma.kvcache.usage import Usage, pool_label, show_usage
 BFP8, BF16 = PageFormat.BFP8, PageFormat.BF16
 
 
-class SlabPageAllocator(PagedTokenToKVPoolAllocator):
+class SlabPageAllocator(PageDemand, PagedTokenToKVPoolAllocator):
     """Token slots in BFP8 and BF16 pages. All bookkeeping is on the host, and nothing waits for the
     device but an allocation that finds no page while returned ones are still in use there.
 
@@ -61,7 +62,7 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         self.landing: dict[int, int] = {}
         self.free_group = None
         self.free_page_ids_group: list[torch.Tensor] = []
-        self._extend_demand: tuple[int, ...] | None = None
+        self._extend_demand = None
         self._mirror_formats()
 
     def fence(self) -> Fence:
@@ -306,41 +307,8 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         self.evict_until(tree_cache, lambda: self.arena.available(BF16) > 0)
         return MixedPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
-    @override
-    def get_extend_allocation_demand(
-        self,
-        prefix_lens_cpu: torch.Tensor,
-        seq_lens_cpu: torch.Tensor,
-        *,
-        conservative_num_tokens: int,
-        shard_size: int,
-    ) -> int:
-        spans = list(zip(prefix_lens_cpu.tolist(), seq_lens_cpu.tolist(), strict=True))
-        counts = [page_counts(start, end, end) for start, end in spans]
-        full, tails = (sum(column) for column in zip(*counts, strict=True))
-        self._extend_demand = full, tails + tail_to_come(spans)
-        return (full + tails) * PAGE
-
-    @override
-    def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
-        """Before an extend it serves the page counts of `get_extend_allocation_demand`,
-        which SGLang calls right before; otherwise all tokens are generated ones."""
-        full, tails = self._extend_demand or (0, -(-num_tokens // PAGE))
-        self._extend_demand = None
-        return self.evict_until(
-            tree_cache,
-            lambda: (
-                self.arena.available_beside(tails) >= 0
-                and self.arena.any_format_beside(tails) >= full
-            ),
-        )
-
-    @override
-    def check_decode_capacity(
-        self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
-    ) -> bool:
-        pages = -(-num_tokens // PAGE)
-        return self.evict_until(tree_cache, lambda: self.arena.available(BF16) >= pages)
+    def make_room(self, tree_cache: Any, satisfied: Callable[[SlabArena], bool]) -> bool:
+        return self.evict_until(tree_cache, lambda: satisfied(self.arena))
 
     def evict_until(self, tree_cache: Any, satisfied: Callable[[], bool]) -> bool:
         """Evict unlocked prefixes until `satisfied()` or nothing is left to evict."""
@@ -366,24 +334,6 @@ def has_other_ranks() -> bool:
 def usage_of(fmt: PageFormat, allocator: SlabPageAllocator) -> Usage:
     used = allocator.arena.used(fmt)
     return used, used + allocator.arena.available(fmt)
-
-
-def page_counts(start: int, prompt_end: int, end: int) -> tuple[int, int]:
-    """(BFP8, BF16) pages that positions start..end of a request open."""
-    first = -(-start // PAGE)
-    opened = max(0, -(-end // PAGE) - first)
-    full = min(max(0, prompt_end // PAGE - first), opened)
-    return full, opened - full
-
-
-def tail_to_come(spans: list[tuple[int, int]]) -> int:
-    """BF16 pages to keep free while these spans are placed: 1 if one may be a chunk, else 0.
-
-    A chunk ends on a page's edge, and its prompt was admitted with room for its
-    part-full last page. BFP8 pages must not take the last slab that could hold it.
-    Only one prompt at a time is in chunks.
-    """
-    return int(any(end % PAGE == 0 for _, end in spans))
 
 
 def slots_of(pages: list[int], start: int, end: int, last_slot: int) -> npt.NDArray[np.int64]:

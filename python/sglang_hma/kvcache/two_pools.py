@@ -17,11 +17,13 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from typing_extensions import override
 
 from hma_kernels.layout import PAGE, SLAB_TOKENS
-from sglang_hma.kvcache.allocator import SlabPageAllocator, page_counts, tail_to_come
+from sglang_hma.kvcache.allocator import SlabPageAllocator
+from sglang_hma.kvcache.arena import SlabArena
 from sglang_hma.kvcache.budget import TwoPoolBudget
+from sglang_hma.kvcache.demand import PageDemand
 
 
-class TwoPoolAllocator(SWATokenToKVPoolAllocator):
+class TwoPoolAllocator(PageDemand, SWATokenToKVPoolAllocator):
     """Slots of both pools, or of neither: where one pool is too full, nothing is taken.
 
     `full_to_swa_index_mapping`: int64, of each slot of the full layers' pool the slot in the window
@@ -40,7 +42,6 @@ class TwoPoolAllocator(SWATokenToKVPoolAllocator):
         mapping[-1] = -1
         self.full_to_swa_index_mapping = mapping
         self._kvcache.register_mapping(mapping)
-        self._extend_demand: tuple[int, int] | None = None
 
     @property
     def pools(self) -> tuple[SlabPageAllocator, SlabPageAllocator]:
@@ -86,41 +87,8 @@ class TwoPoolAllocator(SWATokenToKVPoolAllocator):
         self.evict_until(tree_cache, lambda pool: pool.fits_generated(1))
         return TwoPoolBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
-    @override
-    def get_extend_allocation_demand(
-        self,
-        prefix_lens_cpu: torch.Tensor,
-        seq_lens_cpu: torch.Tensor,
-        *,
-        conservative_num_tokens: int,
-        shard_size: int,
-    ) -> int:
-        spans = list(zip(prefix_lens_cpu.tolist(), seq_lens_cpu.tolist(), strict=True))
-        counts = [page_counts(start, end, end) for start, end in spans]
-        full, tails = (sum(column) for column in zip(*counts, strict=True))
-        self._extend_demand = full, tails + tail_to_come(spans)
-        return (full + tails) * PAGE
-
-    @override
-    def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
-        """Before an extend it serves the page counts of `get_extend_allocation_demand`,
-        which SGLang calls right before; otherwise all tokens are generated ones."""
-        full, tails = self._extend_demand or (0, -(-num_tokens // PAGE))
-        self._extend_demand = None
-        return self.evict_until(
-            tree_cache,
-            lambda pool: (
-                pool.arena.available_beside(tails) >= 0
-                and pool.arena.any_format_beside(tails) >= full
-            ),
-        )
-
-    @override
-    def check_decode_capacity(
-        self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None
-    ) -> bool:
-        pages = -(-num_tokens // PAGE)
-        return self.evict_until(tree_cache, lambda pool: pool.fits_generated(pages))
+    def make_room(self, tree_cache: Any, satisfied: Callable[[SlabArena], bool]) -> bool:
+        return self.evict_until(tree_cache, lambda pool: satisfied(pool.arena))
 
     def evict_until(self, tree_cache: Any, satisfied: Callable[[SlabPageAllocator], bool]) -> bool:
         """Evict unlocked prefixes, of the pool that lacks room, until both are `satisfied` or
