@@ -91,7 +91,7 @@ def valid() -> list[tuple[int, Frames]]:
         messages.Resend(7, 1, "10.0.0.2:15001", 0, 1, 0, 2, 1),
         messages.Verified(7, 1, "10.0.0.2:15001"),
     )
-    introduction = messages.Introduction(str(LAYOUT), 16, 8).frame()
+    introduction = messages.Introduction(str(LAYOUT), [16], 8).frame()
     numbers = (b"0", b"1", b"8704")
     registration = [b"None", host, b"5000", session, words, words[:16], b"", *numbers]
     registration += [b""] * 6 + [b"1", b"0", b"", struct.pack("4Q", *[8704] * 4), introduction]

@@ -17,12 +17,12 @@ START = 1 << 40
 
 def handshake() -> Handshake:
     """Of a prefill server with attention TP 1."""
-    memory = OwnMemory((PAGE_BYTES,) * 4, PAGES, (64,), ROWS)
+    memory = OwnMemory(((PAGE_BYTES,) * 4,), (PAGES,), (64,), ROWS)
     return Handshake(str(OURS), memory, role="prefill", attn_tp=1, stock_allowed=False, plain=True)
 
 
 def introduction(layout: object = OURS, pages: int = PAGES) -> bytes:
-    return Introduction(str(layout), pages, ROWS).frame()
+    return Introduction(str(layout), [pages], ROWS).frame()
 
 
 def registration(
@@ -61,9 +61,9 @@ def refusal(message: list[bytes]) -> str | None:
         ([introduction()], 3, ["registered 3 KV buffers", "4"]),
         ([b"HMA-KV" + str(OURS).encode()], 4, ["does not say which protocol it speaks"]),
         (
-            [introduction().replace(b"/2 ", b"/3 ", 1)],
+            [introduction().replace(b"/3 ", b"/4 ", 1)],
             4,
-            ["10.0.0.2", "version 3", "this server version 2", "the same sglang-hma"],
+            ["10.0.0.2", "version 4", "this server version 3", "the same sglang-hma"],
         ),
         ([introduction()[:-1]], 4, ["10.0.0.2"]),
     ],
