@@ -32,11 +32,15 @@ RATIOS = {side: ("--swa-full-tokens-ratio", str(tokens / FULL)) for side, tokens
 LENGTHS = (1, PAGE, WINDOW - 9, WINDOW, WINDOW + 1, CHUNK, 3 * PAGE, 333, WINDOW_POOL + 200)
 
 
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
+def made_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
     (family,) = (each for each in FAMILIES if each.name == "gpt-oss")
     folder = tmp_path_factory.mktemp("models") / "windows"
     return folder, Truth(make_checkpoint(family, folder, seed=20261128), family.experts)
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
+    return made_model(tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=["radix", "no-radix"])

@@ -123,6 +123,33 @@ def test_ranges_outside_the_request_are_refused(
         decode.verifier.compare(messages.Landed(9, 5, 0, *span, [0] * digests, 0), "s")
 
 
+def test_each_kind_of_pages_has_its_own_list() -> None:
+    """Of layers with a window fewer layers and pages: what is in order for one kind is not for the
+    other, and a request is complete with both."""
+    decode, window = Decode(1), np.random.default_rng(2).integers(0, 256, (2, 4, SIZE), np.uint8)
+    full = decode.verifier.buffers[0]
+    addresses = tuple(int(buffer.ctypes.data) for buffer in window)
+    verifier = Verifier([full, Buffers(addresses, (SIZE,) * 2)], HostMemory())
+    pages, seen = np.array([7, 3, 5], dtype=np.int32), np.array([2], dtype=np.int32)
+    verifier.expect(9, 5, [pages, seen], 1)
+    whole = decode.landed(5, pages, 0, 3, slice(0, LAYERS))
+    assert verifier.compare(whole, "s") is None and not verifier.complete(9)
+    found = [expected_digest(window[kv, seen]) for kv in (0, 1)]
+    wrong = messages.Landed(9, 5, 0, 0, 1, 0, 1, found[::-1], 0, kind=1)
+    asked = verifier.compare(wrong, "s")
+    assert asked is not None and (asked.kind, asked.layers, asked.pages) == (1, 1, 1)
+    assert not verifier.complete(9)
+    for span in ((0, 2, 0, 1), (0, 1, 0, 2), (1, 1, 0, 1)):
+        with pytest.raises(CorruptPages, match="the request has 1 layers and 1 pages"):
+            verifier.compare(messages.Landed(9, 5, 0, *span, [0] * 2 * span[1], 0, kind=1), "s")
+    right = messages.Landed(9, 5, 0, 0, 1, 0, 1, found, 1, kind=1)
+    assert verifier.compare(right, "s") is None and verifier.complete(9)
+    one_pool = Verifier([full], HostMemory())
+    one_pool.expect(9, 5, [pages], 1)
+    with pytest.raises(CorruptPages, match="pages of a window, and there is one pool"):
+        one_pool.compare(right, "s")
+
+
 @given(st.integers(2, 4), st.integers(0, 2**32 - 1))
 def test_slices_of_pages_from_several_ranks(ranks: int, seed: int) -> None:
     decode = Decode(seed)
