@@ -29,6 +29,7 @@ pytestmark = pytest.mark.e2e
 FLAGS = (*COMMON, "--skip-tokenizer-init", "--max-total-tokens", str(FULL))
 POOLS = {"prefill": WINDOW_POOL, "decode": 2 * WINDOW_POOL}  # of the layers with a window
 RATIOS = {side: ("--swa-full-tokens-ratio", str(tokens / FULL)) for side, tokens in POOLS.items()}
+HEADS, DIM = 2, 32  # of K and V
 LENGTHS = (1, PAGE, WINDOW - 9, WINDOW, WINDOW + 1, CHUNK, 3 * PAGE, 333, WINDOW_POOL + 200)
 
 
@@ -81,6 +82,22 @@ def test_prompts_and_answers_of_any_length(
             said = output_ids(pair.url, asked, 100)
             assert max(truth[1].regrets(asked, said)) < FLIPPED_ROUNDING, length
     assert_drained(pair.prefill, pair.decode)
+
+
+def sent_bytes(pair: Pair) -> float:
+    return pair.prefill.metric("sglang:kv_transfer_total_mb_sum") * 2**20
+
+
+def test_of_layers_with_a_window_the_last_one_is_sent(pair: Pair, seed: int) -> None:
+    """One layer of each kind; a token at the end sees itself and the window's other tokens."""
+    page_bytes, seen = HEADS * DIM * PAGE * 2 * 17 // 16, WINDOW - 1
+    for length in LENGTHS:
+        before = sent_bytes(pair)
+        generate(pair.url, prompt(random.Random(seed), length), 2)
+        pages = -(-length // PAGE)
+        window = pages - max(0, length - seen) // PAGE
+        assert sent_bytes(pair) - before == pytest.approx((pages + window) * page_bytes, abs=0.5)
+        print(f"{length} tokens: {1 - (pages + window) / (2 * pages):.0%} fewer bytes than in one")
 
 
 def test_requests_that_compete_for_pages(pair: Pair, truth: tuple[Path, Truth], seed: int) -> None:

@@ -123,6 +123,26 @@ def test_decode_needs_a_slab_of_either_format(monkeypatch: pytest.MonkeyPatch) -
         sizes(2048, 0.9, 127)
 
 
+@pytest.mark.parametrize(("ratio", "more"), [(0.8, 1.1), (0.25, 1.6), (0.1, 1.8)])
+def test_the_same_bytes_hold_more_tokens(
+    ratio: float, more: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of gpt-oss's layers have a window. Of the layers that see all of a prompt a decode
+    server has room for so many times the tokens that one pool would hold."""
+    monkeypatch.setenv("SGLANG_HMA_CONFIG", '{"role":"decode"}')
+    layer_bytes = 2 * 8 * 64 * 17 // 16
+    memory = 12 << 30
+    made = TwoPoolConfigurator.__new__(TwoPoolConfigurator)
+    made._swa_full_tokens_ratio, made._sliding_window_size = ratio, 127
+    made._enable_unified_memory = False
+    made._cell_size = 12 * layer_bytes * (1 + ratio)
+    two = made.calculate_pool_sizes(memory, 32)
+    one = memory // (24 * layer_bytes)
+    assert two.full_max_total_num_tokens / one == pytest.approx(more, abs=0.03)
+    used = 12 * layer_bytes * (two.full_max_total_num_tokens + two.swa_max_total_num_tokens)
+    assert used <= memory
+
+
 def test_bytes_of_a_token() -> None:
     """17 sixteenths of a byte an element, whatever the model's dtype."""
     from sglang_hma.kvcache.sizing import packed_bytes

@@ -285,7 +285,10 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
     def count_quarantined(self) -> int:
         """Pages of failed requests. From any thread."""
         failed = [entry[0].req for entry in list(self._deferred_releases)]
-        tokens = (len(req.origin_input_ids) - req.kv.cache_protected_len for req in failed)
+        tokens = [len(req.origin_input_ids) - req.kv.cache_protected_len for req in failed]
+        allocator = self.scheduler.token_to_kv_pool_allocator
+        if isinstance(allocator, TwoPoolAllocator):
+            tokens += [each - allocator.window_start(each) for each in tokens]
         return sum(-(-each // PAGE) for each in tokens)
 
     @override
