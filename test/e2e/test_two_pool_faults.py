@@ -4,16 +4,18 @@ refused in words, and all pages of all pools return."""
 import random
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
 
 from benchmark.models.families import WINDOW
+from hma_kernels import PAGE
 
-from .client import assert_drained, greedy, payload
+from .client import assert_drained, greedy, output_ids, payload
 from .conftest import CHUNK, FAULTY_LINK, Faults
-from .harness import Server, running_pair, until
+from .harness import Server, launch, launch_router, running, running_pair, until
 from .test_faults import FLIPPED, Faulty, Load, flipped_and_resent
 from .test_two_pool_pair import FLAGS, RATIOS, made_model
 from .test_two_pools import STRICT, prompt, used
@@ -43,6 +45,22 @@ def made(tmp_path_factory: pytest.TempPathFactory, logs: Path) -> Iterator[Fault
         env=STRICT | {"PYTHONPATH": str(FAULTY_LINK), "HMA_TEST_FAULTS": str(faults.file)},
     ) as pair:
         yield Faulty(pair, faults, jobs, [greedy(pair.url, *job) for job in jobs])
+
+
+def test_one_pool_and_two_refuse_each_other(made: Faulty, logs: Path) -> None:
+    """In words that the client sees, and both servers go on."""
+    one_pool = ("--disable-hybrid-swa-memory", *FLAGS)
+    model, prefill = Path(made.pair.prefill.info()["model_path"]), made.pair.prefill
+    decode = launch("two-pools-one-pool", model, logs, *one_pool, mode="decode")
+    with running(decode):
+        router = launch_router(logs, prefill, decode, "two-pools-one-pool-router")
+        with running(router):
+            reply = requests.post(f"{router.url}/generate", json=payload(*made.jobs[0]))
+        assert reply.status_code == 400, reply.text
+        assert "window: 0/47; windowed: 0/1" in reply.text, reply.text
+        assert "--disable-hybrid-swa-memory on both or on none" in reply.text, reply.text
+        decode.check_alive()
+    made.works_again()
 
 
 @pytest.fixture
@@ -90,6 +108,25 @@ def test_clients_that_leave(faulty: Faulty, seed: int) -> None:
             requests.post(url, json=payload(prompt(rng, 1500), 4), timeout=patience)
         faulty.faults.set(slow_s=0.01)
     assert load.check(may_fail=False) == 0
+
+
+def test_pages_are_not_reused_while_they_travel(faulty: Faulty, seed: int) -> None:
+    """Prompts whose last pages prefill's cache has already, in one pool or in both: the others'
+    windows have pushed some out of the smaller one."""
+    rng, url = random.Random(seed), faulty.pair.url
+    cached = [prompt(rng, PAGE * rng.randrange(2, 6)) for _ in range(8)]
+    alone = [greedy(url, each, 6) for each in cached]
+    for _ in range(3):
+        for each in cached:
+            output_ids(url, each, 1)
+        others = [prompt(rng, 6 * PAGE) for _ in range(8)]
+        faulty.faults.set(slow_s=0.03)
+        with ThreadPoolExecutor(24) as pool:
+            asked = [pool.submit(output_ids, url, each, 6) for each in (*cached, *cached)]
+            for each in others:
+                pool.submit(output_ids, url, each, 2)
+            assert [answer.result() for answer in asked] == alone + alone
+        faulty.faults.set()
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
