@@ -14,7 +14,6 @@ from sglang.srt.disaggregation.common.conn import ABORT_ACK_TAG, ABORT_TAG
 from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo
 
 from sglang_hma.config import PAGE_TOKENS
-from sglang_hma.kvcache.format import WINDOW
 from sglang_hma.transfer import messages, sglang_messages
 from sglang_hma.transfer.handshake import Handshake, introduction_of
 from sglang_hma.transfer.limited_log import LimitedLog, one_line, shown
@@ -179,8 +178,12 @@ class PrefillIntake(MessageIntake):
                     f"and {self.handshake.attn_tp} here"
                 )
         if not self.handshake.stock_allowed:
-            if new.has_device_pages or len(new.state) != len(self.handshake.memory.pages[WINDOW:]):
-                raise ValueError("state and device pages do not go with BFP8 pages")
+            kinds = len(self.handshake.memory.pages)
+            if new.has_device_pages or 1 + len(new.state) != kinds:
+                raise ValueError(
+                    f"{len(new.state)} lists of state, or device pages, do not go with {kinds} "
+                    "kinds of BFP8 pages"
+                )
             for window in new.state:
                 self._check_window(window)
             if new.prefix and (new.prefix % PAGE_TOKENS or not len(new.pages)):
