@@ -60,7 +60,7 @@ def decode_process(namespace: str, pages: int, pipe: Connection) -> None:
     """Compares each range that has landed; answers True once a round's pages are all there."""
     engine, data = engine_and_pages(namespace, DECODE_IP, pages, 1)
     pipe.send((f"{DECODE_IP}:{engine.get_rpc_port()}", buffers(data).addresses))
-    verifier = Verifier(buffers(data), HostMemory())
+    verifier = Verifier([buffers(data)], HostMemory())
     while (message := pipe.recv()) is not None:
         if isinstance(message, Landed):
             if verifier.compare(message, "") is not None:
@@ -70,7 +70,7 @@ def decode_process(namespace: str, pages: int, pipe: Connection) -> None:
         elif message == "plain":
             pipe.send(True)
         else:
-            verifier.expect(ROOM, message, np.arange(pages, dtype=np.int32), 1)
+            verifier.expect(ROOM, message, [np.arange(pages, dtype=np.int32)], 1)
 
 
 class Sender:

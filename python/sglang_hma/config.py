@@ -110,7 +110,7 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def may_have_two_pools(self) -> bool:
         """Whether layers with a window may have a pool of their own (launch/windows.py)."""
-        return self.packs_kv and self.role == "null" and self.device == "cpu"
+        return self.packs_kv and self.device == "cpu" and not self.on_card
 
     @property
     def sends_early(self) -> bool:

@@ -91,23 +91,23 @@ SEAMS = (
         "the same for the two pools of a model that mixes layers with and without a window",
         _from("kvcache.sizing", "create_configurator"),
         lambda config: config.may_have_two_pools,
-        "bfp8, null, on CPU",
+        "bfp8, on CPU",
     ),
     Seam(
         "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator",
         "slots of both pools or of neither, and room counted by format in each; SGLang would count "
         "tokens, and fail where they are enough but no page of the right format is left",
         _from("kvcache.two_pools", "TwoPoolAllocator"),
-        lambda config: config.may_have_two_pools,
-        "bfp8, null, on CPU",
+        lambda config: config.may_have_two_pools and config.mixes_page_formats,
+        "bfp8, decode or null, on CPU",
     ),
     Seam(
         "sglang.srt.managers.scheduler_components.invariant_checker"
         ".SchedulerInvariantChecker._check_swa_pool",
         "the leak check of the window layers' pool, in pages as well",
         _from("kvcache.leak_check", "check_window_pool"),
-        lambda config: config.may_have_two_pools,
-        "bfp8, null, on CPU",
+        lambda config: config.may_have_two_pools and config.mixes_page_formats,
+        "bfp8, decode or null, on CPU",
     ),
     Seam(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator",

@@ -20,7 +20,9 @@ from .harness import Pair, Server, launch, running, running_pair
 pytestmark = pytest.mark.e2e
 
 BY_NAME = {family.name: family for family in FAMILIES}
-FLAGS = (*COMMON, "--max-total-tokens", "2048", "--skip-tokenizer-init")
+# On decode a window's pages take two slabs at least.
+POOLS = ("--max-total-tokens", "2048", "--swa-full-tokens-ratio", "1")
+FLAGS = (*COMMON, *POOLS, "--skip-tokenizer-init")
 NEW_TOKENS = 24
 
 

@@ -50,9 +50,9 @@ def test_peer_text_never_raises_in_mismatch(text: str) -> None:
     "text",
     [
         "",
-        "hma-kv/2 name=bfp8_b",
         "hma-kv/1 name=bfp8_b",
-        "hma-kv/1 " + " ".join(f"x{i}=1" for i in range(200)),
+        "hma-kv/2 name=bfp8_b",
+        "hma-kv/2 " + " ".join(f"x{i}=1" for i in range(200)),
         str(KVFormat.bfp8(kv_heads=1, head_dim=32, v_head_dim=32, layers=1)) + " more=1",
         str(KVFormat.bfp8(kv_heads=1, head_dim=32, v_head_dim=32, layers=1)).replace(
             "kv_heads=1", "kv_heads=-1"

@@ -131,7 +131,9 @@ class TwoPoolMachine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         if not self.requests:
             return
-        request = data.draw(st.sampled_from(self.requests))
+        self.give_back(data.draw(st.sampled_from(self.requests)))
+
+    def give_back(self, request: Request) -> None:
         self.requests.remove(request)
         self.alloc.free_group_begin()
         free_kv_row_segments(self.alloc, [(request.row(), 0)], swa_evicted_seqlen=request.dead)

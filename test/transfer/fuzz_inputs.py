@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import atheris
 import msgspec
 import psutil
+from sglang.srt.disaggregation.common.utils import pack_int_lists
 
 from sglang_hma.kvcache import format as kv_format
 from sglang_hma.kvcache.format import KVFormat
@@ -89,19 +90,28 @@ def valid() -> list[tuple[int, Frames]]:
         messages.Landed(7, 1, 0, 0, 1, 0, 2, [1, 2], 0),
         messages.Metadata(7, 1, 0, 2, 3),
         messages.Resend(7, 1, "10.0.0.2:15001", 0, 1, 0, 2, 1),
+        messages.Landed(7, 1, 0, 0, 1, 0, 2, [1, 2], 0, kind=1),
+        messages.Resend(7, 1, "10.0.0.2:15001", 0, 1, 0, 2, 1, kind=1),
         messages.Verified(7, 1, "10.0.0.2:15001"),
     )
-    introduction = messages.Introduction(str(LAYOUT), 16, 8).frame()
+    introduction = messages.Introduction(str(LAYOUT), [16], 8).frame()
     numbers = (b"0", b"1", b"8704")
     registration = [b"None", host, b"5000", session, words, words[:16], b"", *numbers]
     registration += [b""] * 6 + [b"1", b"0", b"", struct.pack("4Q", *[8704] * 4), introduction]
     pages = [b"7", host, b"5000", session, struct.pack("2i", 1, 2), b"0", b"", b"1", b"0", b""]
+    # With a second pool, of layers with a window.
+    windowed = [*registration]
+    windowed[6] = pack_int_lists([[5 << 40, 6 << 40]], "Q")
+    windowed[10] = pack_int_lists([[8704, 8704]], "I")
+    window = [*pages[:6], pack_int_lists([[3, 4]], "i"), *pages[7:]]
     return [
         *((0, messages.frames(message)) for message in ours),
         (1, [introduction]),
         (2, [str(LAYOUT).encode()]),
         (3, registration),
+        (3, windowed),
         (4, [*pages, b"5"]),
+        (4, [*window, b"5"]),
         (5, [b"ABORT", b"7", host, b"5000", b"1"]),
         (6, [b"BOOTSTRAP", b"7", host, b"5000"]),
         (7, [b"ABORT_ACK", b"7", b"0", b"1"]),

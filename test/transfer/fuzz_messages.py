@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 
 import psutil
+from sglang.srt.disaggregation.common.utils import pack_int_lists
 
 from sglang_hma.transfer import messages
 
@@ -46,6 +47,13 @@ def valid(pair: Pair, rng: random.Random) -> list[bytes]:
             messages.frames(messages.Renewal([room], host, port)),
             messages.frames(messages.Landed(room, 1, 0, 0, 1, 0, 2, [1, 2], 0)),
             messages.frames(messages.Resend(room, 1, session, 0, 1, 0, 2, 1)),
+            messages.frames(messages.Landed(room, 1, 0, 0, 1, 0, 2, [1, 2], 0, kind=1)),
+            messages.frames(messages.Resend(room, 1, session, 0, 1, 0, 2, 1, kind=1)),
+            [  # with pages of a window, which goes with a second pool
+                *(name, host.encode(), str(port).encode(), session.encode()),
+                *(struct.pack(f"{len(pages)}i", *pages), b"0", pack_int_lists([pages], "i")),
+                *(b"1", b"0", b"", b"7"),
+            ],
             messages.frames(messages.Verified(room, 1, session)),
         )
     )

@@ -24,6 +24,7 @@ from .protocol_world import (
     World,
     Write,
 )
+from .real_managers import PAGES
 
 STARTING, TRANSFERRING, RUNNING = "starting", "transferring", "running"
 
@@ -49,6 +50,7 @@ class Queue(HmaDecodeTransferQueue):
             tp_size=1,
             running_batch=SimpleNamespace(is_empty=lambda: True),
             disagg_decode_prealloc_queue=SimpleNamespace(kv_manager=server.manager),
+            token_to_kv_pool_allocator=None,
         )
 
     def _poll_with_metadata_gate(self) -> list[int]:
@@ -127,7 +129,7 @@ class Decode(Server):
         for write in self.world.writes:
             if write.to is self:
                 pages, touched = self.touched(write)
-                mine = set(half.pages) if pages else {half.row}
+                mine = set(half.all_pages) if pages else {half.row}
                 self.world.check(
                     not touched & mine,
                     f"room {half.request.room} lets go of {touched & mine} while a write is "
@@ -138,6 +140,7 @@ class Decode(Server):
         """The scheduler reads the pages from now on."""
         request = half.request
         assert np.array_equal(self.memory.pages.numpy()[:, half.pages], request.sent)
+        assert np.array_equal(self.memory.window.numpy()[:, half.window], request.sent_window)
         assert np.array_equal(self.memory.rows.numpy()[:, half.row], request.sent_rows)
         self.assert_untouched(half)
         half.state = RUNNING
@@ -147,14 +150,16 @@ class Decode(Server):
     def finish(self, half: "DecodeHalf") -> None:
         """A request has generated all its tokens."""
         assert np.array_equal(self.memory.pages.numpy()[:, half.pages], half.request.sent)
+        assert np.array_equal(self.memory.window.numpy()[:, half.window], half.request.sent_window)
         self.running.remove(half)
         self.release(half)
 
     def release(self, half: "DecodeHalf") -> None:
         self.assert_untouched(half)
-        for page in half.pages:
+        for page in half.all_pages:
             del self.owners[page]
         self.free_pages += half.pages
+        self.free_windows += half.window
 
     def free_row(self, row: int) -> None:
         self.free_rows.append(row)
@@ -188,6 +193,7 @@ class DecodeHalf:
         self.server, self.request = server, request
         self.end = HmaKVReceiver(server.manager, BOOTSTRAP, request.room)
         self.state, self.pages, self.row = STARTING, list[int](), -1
+        self.window: list[int] = []
         self.told = False
         self.since_s = server.world.clock.now_s
 
@@ -209,15 +215,25 @@ class DecodeHalf:
         elif poll == KVPoll.WaitingForInput:
             self.reserve()
 
+    @property
+    def all_pages(self) -> list[int]:
+        """As Server.touched numbers them."""
+        return self.pages + [PAGES + page for page in self.window]
+
     def reserve(self) -> None:
         server = self.server
+        seen = self.request.seen * server.memory.windowed
         if len(server.free_pages) < self.request.pages or not server.free_rows:
             return
+        if len(server.free_windows) < seen:
+            return
         self.pages = [server.free_pages.pop(0) for _ in range(self.request.pages)]
+        self.window = [server.free_windows.pop(0) for _ in range(seen)]
         self.row, self.state = server.free_rows.pop(0), TRANSFERRING
-        server.owners |= dict.fromkeys(self.pages, self)
+        server.owners |= dict.fromkeys(self.all_pages, self)
         server.waiting.remove(self)
-        self.end.send_metadata(np.array(self.pages, dtype=np.int32), self.row)
+        kinds = [np.array(self.window, dtype=np.int32)] if server.memory.windowed else []
+        self.end.send_metadata(np.array(self.pages, dtype=np.int32), self.row, kinds)
         req = SimpleNamespace(
             half=self,
             rid=str(self.request.room),

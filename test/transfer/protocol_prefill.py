@@ -21,7 +21,6 @@ from .protocol_world import (
     Later,
     World,
 )
-from .real_managers import FORMAT
 
 
 class Prefill(Server):
@@ -50,7 +49,7 @@ class Prefill(Server):
             "page_size": 32,
             "kv_cache_dtype": "auto",
             "follow_bootstrap_room": True,
-            "kv_layout": str(FORMAT),
+            "kv_layout": str(self.memory.format),
         }
         return routes.Answer(route, self.boot)
 
@@ -96,6 +95,7 @@ class PrefillHalf:
         self.server, self.request = server, request
         self.end = HmaKVSender(server.manager, BOOTSTRAP, request.room)
         self.pages: list[int] = []
+        self.window: list[int] = []
         self.row = -1
         self.passes: list[slice] = []  # to come, the last one first
         self.gate: LayerGate | None = None
@@ -120,9 +120,13 @@ class PrefillHalf:
 
     def begin(self) -> None:
         wanted, server = self.request.pages, self.server
+        seen = self.request.seen * self.server.memory.windowed
         if len(server.free_pages) < wanted or not server.free_rows:
             return
+        if len(server.free_windows) < seen:
+            return
         self.pages = [server.free_pages.pop(0) for _ in range(wanted)]
+        self.window = [server.free_windows.pop(0) for _ in range(seen)]
         self.row, self.begun = server.free_rows.pop(0), True
         self.end.init(wanted, self.row)
         cut = min(self.request.chunk, wanted)
@@ -163,8 +167,14 @@ class PrefillHalf:
             rows[:, self.row] = np.random.default_rng().integers(0, 256, rows[:, 0].shape)
             self.request.sent = pages[:, self.pages].copy()
             self.request.sent_rows = rows[:, self.row].copy()
+            window = self.server.memory.window.numpy()
+            window[:, self.window] = np.random.default_rng().integers(
+                0, 256, window[:, self.window].shape, dtype=np.uint8
+            )
+            self.request.sent_window = window[:, self.window].copy()
             tail = self.pages[-1:] if self.request.part_full else []
-            self.end.send(np.array(tail, dtype=np.int32))
+            kinds = [np.array(self.window)] if self.server.memory.windowed else []
+            self.end.send(np.array(tail, dtype=np.int32), kinds)
             self.computed = True
 
     def fail_forward(self) -> None:
@@ -182,6 +192,7 @@ class PrefillHalf:
     def conclude(self, outcome: str) -> None:
         self.server.halves.remove(self)
         self.server.free(self.pages)
+        self.server.free_windows += self.window
         if self.row >= 0:
             self.server.free_rows.append(self.row)
         self.request.end("prefill", outcome)

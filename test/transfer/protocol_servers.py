@@ -25,24 +25,31 @@ from .protocol_world import (
     World,
     Write,
 )
-from .real_managers import FORMAT, PAGES, ROWS, Memory
+from .real_managers import FORMAT, PAGES, ROWS, WINDOW_PAGES, Memory
 
 LAYERS = FORMAT.layers
 
 
 @dataclass(eq=False)
 class Request:
-    """`sent` is what prefill computed: [buffers, pages, bytes], and its metadata rows. An outcome
-    is None as long as there is none, and on a side that has died or never got its half."""
+    """`sent` is what prefill computed: [buffers, pages, bytes], of its last window as well, and its
+    metadata rows. An outcome is None as long as there is none, and on a side that has died or never
+    got its half."""
 
     room: int
     pages: int
     chunk: int  # pages of the first forward pass
     part_full: bool  # whether the last page waits for the last send
     sent: Any = None
+    sent_window: Any = None
     sent_rows: Any = None
     waits: set[str] = field(default_factory=set)
     outcomes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> int:
+        """Pages of its last window."""
+        return min(self.pages, 2)
 
     def end(self, side: str, outcome: str) -> None:
         assert side not in self.outcomes, f"room {self.room} ended twice on {side}"
@@ -58,7 +65,8 @@ class Server:
     kind: type[Any]
 
     def __init__(self, world: World) -> None:
-        self.world, self.alive, self.memory = world, True, Memory()
+        self.world, self.alive = world, True
+        self.memory = Memory(windowed=world.windowed)
         self.registration_lost = False
         number = next(world.numbers)
         self.address, self.rpc_port = (self.ip, 5000 + number), 15000 + number
@@ -80,6 +88,7 @@ class Server:
             vars(self.manager)["outbox"] = self
         self.receive_loop = self.manager._worker_threads[0].target
         self.free_pages, self.free_rows = list(range(PAGES)), list(range(ROWS))
+        self.free_windows = list(range(1, WINDOW_PAGES))
         world.servers[self.address] = world.by_session[self.session] = self
 
     @property
@@ -121,7 +130,7 @@ class Server:
 
     def place(self, address: int) -> tuple[Any, int, int]:
         """The array that an address lies in, which of its buffers, and which page or row."""
-        for tensor in (self.memory.pages, self.memory.rows):
+        for tensor in (self.memory.pages, self.memory.window, self.memory.rows):
             data = tensor.numpy()
             at = address - tensor.data_ptr()
             if 0 <= at < data.nbytes:
@@ -135,9 +144,12 @@ class Server:
         return data.reshape(-1)[start : start + length]
 
     def touched(self, write: Write) -> tuple[bool, set[int]]:
-        """Whether a write is to pages (or to metadata rows), and to which."""
+        """Whether a write is to pages (or to metadata rows), and to which; those of the window come
+        behind the others."""
         data, _, first = self.place(write.target)
-        return data.shape[1] == PAGES, set(range(first, first + write.length // data[0, 0].nbytes))
+        first += PAGES * (data.shape[1] == WINDOW_PAGES)
+        touched = set(range(first, first + write.length // data[0, 0].nbytes))
+        return data.shape[1] in (PAGES, WINDOW_PAGES), touched
 
 
 def _none(_: object) -> int:

@@ -7,7 +7,7 @@ from sglang_hma.transfer.message_intake import MessageIntake
 from .protocol_decode import Decode
 from .protocol_prefill import Prefill
 from .protocol_servers import Server
-from .real_managers import PAGES, ROWS
+from .real_managers import PAGES, ROWS, WINDOW_PAGES
 
 
 def left_over(server: Server) -> dict[str, Any]:
@@ -66,5 +66,6 @@ def left_over(server: Server) -> dict[str, Any]:
     sides = {
         "free pages": PAGES - len(server.free_pages),
         "free rows": ROWS - len(server.free_rows),
+        "free windows": WINDOW_PAGES - 1 - len(server.free_windows),
     }
     return {name: kept for name, kept in (found | sides).items() if kept}

@@ -147,6 +147,7 @@ class World:
     parked: list[ParkedThread] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)  # what did not hold; SGLang may swallow errors
     cut: bool = False
+    windowed: bool = False  # whether both servers have a second pool, of a layer with a window
     next_flips: bool = False
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 40)))
 
@@ -290,9 +291,9 @@ class World:
 
 
 @contextmanager
-def simulated() -> Iterator[World]:
+def simulated(*, windowed: bool) -> Iterator[World]:
     """A world, and every module's time, threads, sockets and tables taken from it."""
-    world = World(Clock())
+    world = World(Clock(), windowed=windowed)
     thread = type("Thread", (ParkedThread,), {"parked": world.parked})
     threads = SimpleNamespace(**{**vars(threading), "Thread": thread})
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import zmq
-from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.base.conn import KVPoll, StateType
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.distributed.device_communicators import mooncake_transfer_engine
 from sglang.srt.runtime_context import get_context, get_parallel
@@ -29,27 +29,34 @@ from sglang_hma.transfer.messages import Claim, frames
 from sglang_hma.transfer.prefill.manager import HmaPrefillManager
 
 FORMAT = KVFormat.bfp8(kv_heads=4, head_dim=64, v_head_dim=64, layers=2)
+WINDOWED = replace(FORMAT, layers=3, window=33, windowed="4")  # a third layer, with a window
 PAGES, ROWS, PAGE_BYTES, ROW_BYTES = 16, 8, 4 * 2 * 1088, 64
+WINDOW_PAGES = 9
 HOST = "127.0.0.1"
 
 
 class Memory:
-    """One server's pages [buffers, pages, bytes] and metadata rows; SGLang's KVArgs of them."""
+    """One server's pages [buffers, pages, bytes] and metadata rows; SGLang's KVArgs of them.
+    `window` are the pages of a layer with a window, which only a `windowed` server has."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, windowed: bool = False) -> None:
+        self.windowed = windowed
+        self.format = WINDOWED if windowed else FORMAT
         buffers = 2 * FORMAT.layers
         self.pages = torch.randint(0, 256, (buffers, PAGES, PAGE_BYTES), dtype=torch.uint8)
+        self.window = torch.randint(0, 256, (2, WINDOW_PAGES, PAGE_BYTES), dtype=torch.uint8)
         self.rows = torch.randint(0, 256, (2, ROWS, ROW_BYTES), dtype=torch.uint8)
 
     def kv_args(self) -> Any:
         nothing: list[Any] = []
+        windows = [self.window] if self.windowed else []
         return SimpleNamespace(
             engine_rank=0,
             pp_rank=0,
             system_dp_rank=0,
             rust_http_port=None,
             kv_cache_dtype_str="auto",
-            kv_layout=str(FORMAT),
+            kv_layout=str(self.format),
             kv_data_ptrs=[one.data_ptr() for one in self.pages],
             kv_data_lens=[one.nbytes for one in self.pages],
             kv_item_lens=[PAGE_BYTES] * len(self.pages),
@@ -63,12 +70,12 @@ class Memory:
             aux_item_lens=[ROW_BYTES] * len(self.rows),
             ib_device=None,
             gpu_id=0,
-            state_types=nothing,
-            state_data_ptrs=nothing,
-            state_data_lens=nothing,
-            state_item_lens=nothing,
-            state_dim_per_tensor=nothing,
-            state_layer_ids=nothing,
+            state_types=[StateType.SWA for _ in windows],
+            state_data_ptrs=[[one.data_ptr() for one in kind] for kind in windows],
+            state_data_lens=[[one.nbytes for one in kind] for kind in windows],
+            state_item_lens=[[PAGE_BYTES] * len(kind) for kind in windows],
+            state_dim_per_tensor=[[] for _ in windows],
+            state_layer_ids=[[] for _ in windows],
         )
 
 

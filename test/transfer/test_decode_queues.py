@@ -77,7 +77,8 @@ def test_a_rank_that_let_go_and_then_died_counts_once(
     queue = object.__new__(HmaDecodeTransferQueue)
     queue._liveness, queue.gloo_group = Liveness(), None  # type: ignore[assignment]
     queue.scheduler = SimpleNamespace(
-        disagg_decode_prealloc_queue=SimpleNamespace(kv_manager=manager)
+        disagg_decode_prealloc_queue=SimpleNamespace(kv_manager=manager),
+        token_to_kv_pool_allocator=None,
     )
     released = []
     queue._do_release = lambda request, row: released.append(row)

@@ -1,9 +1,11 @@
 """Decode servers that a prefill server refuses, by what they say of themselves."""
 
+import dataclasses
 import struct
 from typing import Any
 
 import pytest
+from sglang.srt.disaggregation.common.utils import pack_int_lists
 
 from sglang_hma.kvcache.format import KVFormat
 from sglang_hma.transfer import sglang_messages
@@ -17,12 +19,42 @@ START = 1 << 40
 
 def handshake() -> Handshake:
     """Of a prefill server with attention TP 1."""
-    memory = OwnMemory((PAGE_BYTES,) * 4, PAGES, (64,), ROWS)
+    memory = OwnMemory(((PAGE_BYTES,) * 4,), (PAGES,), (64,), ROWS)
     return Handshake(str(OURS), memory, role="prefill", attn_tp=1, stock_allowed=False, plain=True)
 
 
+WINDOWED = dataclasses.replace(OURS, layers=3, window=63, windowed="5")
+WINDOW_PAGES = 20  # in each of the buffers of one layer
+
+
+def windowed_handshake() -> Handshake:
+    """Of a prefill server with a second pool, for one layer with a window."""
+    sizes = (PAGE_BYTES,) * 4, (PAGE_BYTES,) * 2
+    memory = OwnMemory(sizes, (PAGES, WINDOW_PAGES), (64,), ROWS)
+    options = {"role": "prefill", "attn_tp": 1, "stock_allowed": False, "plain": True}
+    return Handshake(str(WINDOWED), memory, **options)
+
+
+def windowed_registration(
+    *,
+    start: int = START + 4 * PAGES * PAGE_BYTES,
+    step: int = WINDOW_PAGES * PAGE_BYTES,
+    buffers: int = 2,
+    page: int = PAGE_BYTES,
+    kinds: int = 1,
+    layout: object = WINDOWED,
+    pages: tuple[int, ...] = (PAGES, WINDOW_PAGES),
+) -> list[bytes]:
+    """As `registration`, with the second pool's buffers as SGLang's state."""
+    message = registration(Introduction(str(layout), list(pages), ROWS).frame())
+    starts = [start + step * i for i in range(buffers)]
+    message[6] = pack_int_lists([starts] * kinds, "Q")
+    message[10] = pack_int_lists([[page] * buffers] * kinds, "I")
+    return message
+
+
 def introduction(layout: object = OURS, pages: int = PAGES) -> bytes:
-    return Introduction(str(layout), pages, ROWS).frame()
+    return Introduction(str(layout), [pages], ROWS).frame()
 
 
 def registration(
@@ -45,9 +77,9 @@ def registration(
     return [*head, b"", b"", b"", b"", b"", b"", b"1", b"0", b"", sizes, *extra]
 
 
-def refusal(message: list[bytes]) -> str | None:
+def refusal(message: list[bytes], ours: Handshake | None = None) -> str | None:
     try:
-        return handshake().refuse_decode(sglang_messages.registration(message))
+        return (ours or handshake()).refuse_decode(sglang_messages.registration(message))
     except ValueError as error:
         return str(error)
 
@@ -61,9 +93,9 @@ def refusal(message: list[bytes]) -> str | None:
         ([introduction()], 3, ["registered 3 KV buffers", "4"]),
         ([b"HMA-KV" + str(OURS).encode()], 4, ["does not say which protocol it speaks"]),
         (
-            [introduction().replace(b"/2 ", b"/3 ", 1)],
+            [introduction().replace(b"/3 ", b"/4 ", 1)],
             4,
-            ["10.0.0.2", "version 3", "this server version 2", "the same sglang-hma"],
+            ["10.0.0.2", "version 4", "this server version 3", "the same sglang-hma"],
         ),
         ([introduction()[:-1]], 4, ["10.0.0.2"]),
     ],
@@ -96,3 +128,36 @@ def test_foreign_decode_servers_are_refused(
 def test_peers_memory_and_ranks(peer: dict[str, Any], words: str | None) -> None:
     reason = refusal(registration(introduction(), **peer))
     assert reason is None if words is None else reason is not None and words in reason, reason
+
+
+@pytest.mark.parametrize(
+    ("peer", "words"),
+    [
+        ({}, None),
+        ({"buffers": 4}, "registered (4,) buffers of state, this one has (2,)"),
+        ({"kinds": 2}, "registered (2, 2) buffers of state"),
+        ({"kinds": 0}, "registered () buffers of state"),
+        ({"page": 8192}, "have 8192 bytes"),
+        ({"pages": (PAGES,)}, "has 1 kinds of pages, this one 2"),
+        ({"pages": (PAGES, WINDOW_PAGES + 1)}, "buffers of 100 and 21 pages overlap"),
+        ({"start": START}, "overlap"),
+        ({"start": 0}, "do not lie in"),
+        ({"start": 1 << 60}, "pointer is not below 2^57"),
+        ({"layout": OURS}, "window: 63/0; windowed: 5/0"),
+        ({"layout": dataclasses.replace(WINDOWED, window=127)}, "window: 63/127"),
+        ({"layout": dataclasses.replace(WINDOWED, windowed="2")}, "windowed: 5/2"),
+    ],
+)
+def test_memory_of_layers_with_a_window(peer: dict[str, Any], words: str | None) -> None:
+    reason = refusal(windowed_registration(**peer), windowed_handshake())
+    assert reason is None if words is None else reason is not None and words in reason, reason
+
+
+def test_one_pool_and_two_refuse_each_other() -> None:
+    reason = refusal(registration(introduction()), windowed_handshake())
+    assert reason is not None and "--disable-hybrid-swa-memory on both or on none" in reason
+    reason = refusal(windowed_registration())
+    assert reason is not None and "--disable-hybrid-swa-memory on both or on none" in reason
+    # One that says that it has one pool, and registers two.
+    reason = refusal(windowed_registration(layout=OURS, pages=(PAGES,)))
+    assert reason is not None and "buffers of state" in reason

@@ -36,7 +36,7 @@ class Decode:
         rng = np.random.default_rng(seed)
         self.data = rng.integers(0, 256, (2 * LAYERS, PAGES, SIZE), dtype=np.uint8)
         addresses = tuple(int(buffer.ctypes.data) for buffer in self.data)
-        self.verifier = Verifier(Buffers(addresses, (SIZE,) * (2 * LAYERS)), HostMemory())
+        self.verifier = Verifier([Buffers(addresses, (SIZE,) * (2 * LAYERS))], HostMemory())
 
     def landed(
         self, generation: int, pages: np.ndarray, first: int, count: int, layers: slice
@@ -57,7 +57,7 @@ def test_complete_only_when_all_was_compared(seed: int) -> None:
     rng = random.Random(seed)
     decode = Decode(seed)
     pages = np.array(rng.sample(range(PAGES), rng.randrange(1, PAGES)), dtype=np.int32)
-    decode.verifier.expect(9, 5, pages, 1)
+    decode.verifier.expect(9, 5, [pages], 1)
     ranges = []
     cut = rng.randrange(len(pages) + 1)
     for first, count in ((0, cut), (cut, len(pages) - cut)):
@@ -81,7 +81,7 @@ def test_any_flipped_byte_is_found_and_the_range_asked_for_again(seed: int) -> N
     rng = random.Random(seed)
     decode = Decode(seed)
     pages = np.arange(3, 9, dtype=np.int32)
-    decode.verifier.expect(9, 5, pages, 1)
+    decode.verifier.expect(9, 5, [pages], 1)
     landed = decode.landed(5, pages, 1, 5, slice(1, 3))
     kv, layer = rng.randrange(2), rng.randrange(1, 3)
     page, byte = rng.randrange(4, 9), rng.randrange(SIZE)
@@ -104,7 +104,7 @@ def test_any_flipped_byte_is_found_and_the_range_asked_for_again(seed: int) -> N
 def test_other_generations_and_rooms_say_nothing() -> None:
     decode = Decode(1)
     pages = np.arange(2, dtype=np.int32)
-    decode.verifier.expect(9, 5, pages, 1)
+    decode.verifier.expect(9, 5, [pages], 1)
     late = decode.landed(4, pages, 0, 2, slice(0, LAYERS))
     assert decode.verifier.compare(late, "s") is None and not decode.verifier.complete(9)
 
@@ -117,10 +117,37 @@ def test_ranges_outside_the_request_are_refused(
     first: int, count: int, layers: slice, digests: int
 ) -> None:
     decode = Decode(1)
-    decode.verifier.expect(9, 5, np.arange(2, dtype=np.int32), 1)
+    decode.verifier.expect(9, 5, [np.arange(2, dtype=np.int32)], 1)
     span = layers.start, layers.stop - layers.start, first, count
     with pytest.raises(CorruptPages, match="announced layers"):
         decode.verifier.compare(messages.Landed(9, 5, 0, *span, [0] * digests, 0), "s")
+
+
+def test_each_kind_of_pages_has_its_own_list() -> None:
+    """Of layers with a window fewer layers and pages: what is in order for one kind is not for the
+    other, and a request is complete with both."""
+    decode, window = Decode(1), np.random.default_rng(2).integers(0, 256, (2, 4, SIZE), np.uint8)
+    full = decode.verifier.buffers[0]
+    addresses = tuple(int(buffer.ctypes.data) for buffer in window)
+    verifier = Verifier([full, Buffers(addresses, (SIZE,) * 2)], HostMemory())
+    pages, seen = np.array([7, 3, 5], dtype=np.int32), np.array([2], dtype=np.int32)
+    verifier.expect(9, 5, [pages, seen], 1)
+    whole = decode.landed(5, pages, 0, 3, slice(0, LAYERS))
+    assert verifier.compare(whole, "s") is None and not verifier.complete(9)
+    found = [expected_digest(window[kv, seen]) for kv in (0, 1)]
+    wrong = messages.Landed(9, 5, 0, 0, 1, 0, 1, found[::-1], 0, kind=1)
+    asked = verifier.compare(wrong, "s")
+    assert asked is not None and (asked.kind, asked.layers, asked.pages) == (1, 1, 1)
+    assert not verifier.complete(9)
+    for span in ((0, 2, 0, 1), (0, 1, 0, 2), (1, 1, 0, 1)):
+        with pytest.raises(CorruptPages, match="the request has 1 layers and 1 pages"):
+            verifier.compare(messages.Landed(9, 5, 0, *span, [0] * 2 * span[1], 0, kind=1), "s")
+    right = messages.Landed(9, 5, 0, 0, 1, 0, 1, found, 1, kind=1)
+    assert verifier.compare(right, "s") is None and verifier.complete(9)
+    one_pool = Verifier([full], HostMemory())
+    one_pool.expect(9, 5, [pages], 1)
+    with pytest.raises(CorruptPages, match="pages of a window, and there is one pool"):
+        one_pool.compare(right, "s")
 
 
 @given(st.integers(2, 4), st.integers(0, 2**32 - 1))
@@ -128,7 +155,7 @@ def test_slices_of_pages_from_several_ranks(ranks: int, seed: int) -> None:
     decode = Decode(seed)
     size = SIZE // ranks
     pages = np.array([4, 2, 3], dtype=np.int32)
-    decode.verifier.expect(9, 5, pages, ranks)
+    decode.verifier.expect(9, 5, [pages], ranks)
     for rank in range(ranks):
         assert not decode.verifier.complete(9)
         found = [
@@ -147,7 +174,7 @@ def test_metadata_of_several_ranks_is_what_the_last_of_them_wrote() -> None:
     made = Verifier(
         Decode(1).verifier.buffers, HostMemory(), [PageSlice.part(int(rows.ctypes.data), 16)]
     )
-    made.expect(9, 5, np.empty(0, dtype=np.int32), 2, row=2)
+    made.expect(9, 5, [np.empty(0, dtype=np.int32)], 2, row=2)
     right = xxhash.xxh3_64_intdigest(rows[2].tobytes())
     made.note_metadata(messages.Metadata(9, 4, 0, 1, right))
     made.note_metadata(messages.Metadata(9, 5, 0, 1, right))
@@ -160,7 +187,7 @@ def test_metadata_of_several_ranks_is_what_the_last_of_them_wrote() -> None:
         change()
         with pytest.raises(CorruptPages, match="first token"):
             made.check_metadata(9)
-    made.expect(9, 6, np.empty(0, dtype=np.int32), 1, row=2)
+    made.expect(9, 6, [np.empty(0, dtype=np.int32)], 1, row=2)
     made.note_metadata(messages.Metadata(9, 6, 0, 2, right))
     with pytest.raises(CorruptPages, match="first token"):
         made.check_metadata(9)

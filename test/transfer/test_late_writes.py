@@ -134,7 +134,7 @@ def cut_and_reuse(road: Link, cut_s: float, seed: int) -> None:
     sender = PrefillSender(
         *(manager, MooncakeLink(engines[road.prefill]), HostMemory(), GroupSizer()),
         Trace(None, ""),
-        layers=1,
+        layers=[1],
         rank=0,
     )
     manager.sender = sender
@@ -142,8 +142,8 @@ def cut_and_reuse(road: Link, cut_s: float, seed: int) -> None:
         session=f"{DECODE_IP}:{engines[road.decode].get_rpc_port()}",
         address=(DECODE_IP, 1),
         generation=None,
-        pages=rng.permutation(PAGES).astype(np.int32),
-        slices=slice_pairs(Buffers(ours, sizes), theirs, prefill=(0, 1), decode=(0, 1)),
+        pages=[rng.permutation(PAGES).astype(np.int32)],
+        slices=[slice_pairs(Buffers(ours, sizes), theirs, prefill=(0, 1), decode=(0, 1))],
         metadata=(),
         row=0,
     )
@@ -157,7 +157,7 @@ def cut_and_reuse(road: Link, cut_s: float, seed: int) -> None:
         time.sleep(cut_s)
         road.set_up(True)
         until(lambda: manager.succeeded or manager.failed)
-        assert np.array_equal(target[:, to.pages], source) and not manager.failed
+        assert np.array_equal(target[:, to.pages[0]], source) and not manager.failed
         return
     kept = Quarantine(ports, lambda: ())
     healed = False
@@ -173,7 +173,7 @@ def cut_and_reuse(road: Link, cut_s: float, seed: int) -> None:
 
     until(safe)
     waited = time.monotonic() - cut
-    landed = int((target == source[:, np.argsort(to.pages)]).all(axis=2).sum())
+    landed = int((target == source[:, np.argsort(to.pages[0])]).all(axis=2).sum())
     assert manager.reason.endswith("failed") and not manager.succeeded and landed < 2 * PAGES
     target[:] = FILL
     until(lambda: safe() and healed)

@@ -6,13 +6,21 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.disaggregation.common.utils import pack_int_lists
 from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, TransferInfo
 
 from sglang_hma.transfer import messages, registrations
 from sglang_hma.transfer.message_intake import DecodeIntake, PrefillIntake
 from sglang_hma.transfer.rooms import Rooms
 
-from .test_handshake import handshake, introduction, registration
+from .test_handshake import (
+    WINDOW_PAGES,
+    handshake,
+    introduction,
+    registration,
+    windowed_handshake,
+    windowed_registration,
+)
 
 PAGES = struct.pack("2i", 5, 6)
 SESSION = "10.0.0.2:15001"
@@ -84,6 +92,52 @@ def test_a_prefix_that_decode_has(prefix: str, pages: int, taken: bool) -> None:
 def test_pages_that_do_not_exist(pages: Sequence[int], taken: bool) -> None:
     message = request(struct.pack(f"{len(pages)}i", *pages))
     assert intake().screen(message) == (message if taken else None)
+
+
+def windowed_request(*windows: list[int]) -> list[bytes]:
+    message = request()
+    message[6] = pack_int_lists(list(windows), "i")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("windows", "words"),
+    [
+        (([1, 2, 3],), None),
+        (([WINDOW_PAGES - 1],), None),
+        (([WINDOW_PAGES],), "page 20 of 20"),
+        (([1, -2],), "a state index is negative"),
+        (([1, 1],), "one of them twice"),
+        (([1, 2, 3, 4],), "a window of 4 pages: there may be 1 to 3"),
+        (([],), "a window of 0 pages"),
+        ((), "do not go with"),
+        (([1], [2]), "do not go with"),
+    ],
+)
+def test_pages_of_a_window(
+    windows: tuple[list[int], ...], words: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A window of 63 tokens is in three pages at most."""
+    made = PrefillIntake(windowed_handshake(), Rooms())
+    assert made.screen(windowed_registration()) is not None
+    message = windowed_request(*windows)
+    assert made.screen(message) == (message if words is None else None)
+    assert words is None or words in caplog.text
+
+
+def test_no_window_for_a_server_with_one_pool(caplog: pytest.LogCaptureFixture) -> None:
+    assert intake().screen(windowed_request([1])) is None and "do not go with" in caplog.text
+
+
+@given(st.binary(max_size=60))
+def test_broken_windows_are_dropped_or_parsed(junk: bytes) -> None:
+    made = PrefillIntake(windowed_handshake(), Rooms())
+    assert made.screen(windowed_registration()) is not None
+    message = request()
+    message[6] = junk
+    if made.screen(message) is not None:
+        (window,) = TransferInfo.from_zmq(message).dst_state_indices
+        assert len(set(window)) == len(window) and all(0 <= page < WINDOW_PAGES for page in window)
 
 
 def test_pages_are_for_a_server_that_has_registered_from_there() -> None:
@@ -211,6 +265,6 @@ def test_what_decode_takes() -> None:
 
 def test_other_protocol_versions_are_named(caplog: pytest.LogCaptureFixture) -> None:
     tag, _, body = messages.frames(messages.Claim(77, "10.0.0.2", 5000))
-    for version, words in ((b"3", "version 3"), (b"\xff", "version unknown")):
+    for version, words in ((b"4", "version 4"), (b"\xff", "version unknown")):
         assert intake().screen([tag, version, body]) is None
-        assert words in caplog.text and "this server version 2" in caplog.text
+        assert words in caplog.text and "this server version 3" in caplog.text

@@ -33,10 +33,14 @@ HEALED_S = 1200.0  # after this everything has ended
 
 
 class Protocol(RuleBasedStateMachine):
+    """`windowed`: both servers have a second pool, of which a prompt's last window is sent."""
+
+    windowed = False
+
     def __init__(self) -> None:
         super().__init__()
         self.stack = ExitStack()
-        self.world = self.stack.enter_context(simulated())
+        self.world = self.stack.enter_context(simulated(windowed=self.windowed))
         self.prefill, self.decode = Prefill(self.world), Decode(self.world)
         self.requests: list[Request] = []
 
@@ -291,13 +295,18 @@ class Protocol(RuleBasedStateMachine):
         assert slow.outcomes == {"prefill": "succeeded", "decode": "succeeded"}
 
 
-def test_protocol(as_schedulers: None) -> None:
+class WindowedProtocol(Protocol):
+    windowed = True
+
+
+@pytest.mark.parametrize("kind", [Protocol, WindowedProtocol])
+def test_protocol(as_schedulers: None, kind: type[Protocol]) -> None:
     made = hypothesis_settings(
         max_examples=1000 if SOAK else 50,
         stateful_step_count=120 if SOAK else 50,
         report_multiple_bugs=False,
     )
-    run_state_machine_as_test(Protocol, settings=made)
+    run_state_machine_as_test(kind, settings=made)
 
 
 @contextmanager

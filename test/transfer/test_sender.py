@@ -18,7 +18,7 @@ from sglang_hma.transfer.prefill import sender
 from sglang_hma.transfer.prefill.jobs import EarlySend
 from sglang_hma.transfer.tcp_table import Connection
 
-from .two_servers import LAYERS, PAGES, ROWS, SESSION, Servers
+from .two_servers import LAYERS, PAGES, ROWS, SESSION, WINDOW_PAGES, Servers
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +30,19 @@ def config(monkeypatch: pytest.MonkeyPatch) -> None:
 class Request:
     """One request: its pages on both sides, and the events that send it."""
 
-    def __init__(self, servers: Servers, room: int, source: list[int], target: list[int]) -> None:
+    def __init__(
+        self,
+        servers: Servers,
+        room: int,
+        source: list[int],
+        target: list[int],
+        window: tuple[list[int], list[int]] | None = None,
+    ) -> None:
+        """`window`: pages of the last window, here and there."""
         self.servers, self.room = servers, room
         self.source, self.target = (np.array(ids, dtype=np.int32) for ids in (source, target))
-        self.destination = servers.start(room, source, target)
+        self.window = [np.array(ids, dtype=np.int32) for ids in window or ()]
+        self.destination = servers.start(room, target, window[1] if window else None)
         self.gate = LayerGate(LAYERS)
         self.row = room % ROWS
 
@@ -45,6 +54,7 @@ class Request:
             early=early,
             metadata_row=row,
             destinations=[self.destination],
+            window=self.window[0] if self.window and row is not None else None,
         )
 
     def events(self) -> list[Callable[[], None]]:
@@ -62,17 +72,25 @@ class Request:
     def landed(self) -> bool:
         prefill, decode = self.servers.prefill, self.servers.decode
         pages = np.array_equal(decode.pages[:, self.target], prefill.pages[:, self.source])
-        return pages and np.array_equal(decode.rows[self.destination.row], prefill.rows[self.row])
+        windows = not self.window or np.array_equal(
+            decode.window[:, self.window[1]], prefill.window[:, self.window[0]]
+        )
+        rows = np.array_equal(decode.rows[self.destination.row], prefill.rows[self.row])
+        return pages and windows and rows
 
 
 def requests(servers: Servers, rooms: int) -> list[Request]:
     """Of random length, with pages of their own."""
     ids = [servers.rng.sample(range(PAGES), PAGES) for _ in range(2)]
+    windows = [servers.rng.sample(range(1, WINDOW_PAGES), WINDOW_PAGES - 1) for _ in range(2)]
     made = []
     for room in range(rooms):
         pages = servers.rng.randrange(1, PAGES // rooms + 1)
         source, target = ([side.pop() for _ in range(pages)] for side in ids)
-        made.append(Request(servers, room, source, target))
+        seen = servers.rng.randrange(1, min(pages, (WINDOW_PAGES - 1) // rooms) + 1)
+        here, there = ([side.pop() for _ in range(seen)] for side in windows)
+        window = (here, there) if servers.kinds > 1 else None
+        made.append(Request(servers, room, source, target, window))
     return made
 
 
@@ -81,13 +99,13 @@ def assert_settled(servers: Servers) -> None:
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.booleans())
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.booleans(), st.integers(1, 2))
 def test_requests_arrive_whole_and_nothing_else_changes(
-    seed: int, rooms: int, checksums: bool
+    seed: int, rooms: int, checksums: bool, kinds: int
 ) -> None:
-    servers = Servers(seed, checksums=checksums)
+    servers = Servers(seed, checksums=checksums, kinds=kinds)
     made = requests(servers, rooms)
-    before = servers.decode.pages.copy()
+    before, before_window = servers.decode.pages.copy(), servers.decode.window.copy()
     queues = [one.events() for one in made]
     events = []
     while any(queues):
@@ -97,6 +115,11 @@ def test_requests_arrive_whole_and_nothing_else_changes(
     assert all(one.landed() for one in made)
     untouched = np.setdiff1d(np.arange(PAGES), np.concatenate([one.target for one in made]))
     assert np.array_equal(servers.decode.pages[:, untouched], before[:, untouched])
+    written = np.concatenate(
+        [np.empty(0, np.int32), *(one.window[-1] for one in made if one.window)]
+    )
+    untouched = np.setdiff1d(np.arange(WINDOW_PAGES), written)
+    assert np.array_equal(servers.decode.window[:, untouched], before_window[:, untouched])
     assert_settled(servers)
 
 
@@ -151,9 +174,10 @@ def test_a_range_is_sent_again_once_for_each_question(seed: int) -> None:
         assert servers.sends(0) == jobs
 
 
+@pytest.mark.parametrize("kinds", [1, 2])
 @pytest.mark.parametrize("lasting", [False, True])
-def test_wrong_bytes_are_sent_again_but_not_for_ever(seed: int, lasting: bool) -> None:
-    servers = Servers(seed)
+def test_wrong_bytes_are_sent_again_but_not_for_ever(seed: int, lasting: bool, kinds: int) -> None:
+    servers = Servers(seed, kinds=kinds)
     (one,) = requests(servers, 1)
     servers.link.flips = True
     compared = servers.receiver.verifier.compare
@@ -245,6 +269,40 @@ def test_too_few_reserved_pages_are_refused(seed: int) -> None:
     servers.run([lambda: one.add(slice(0, 3), None, 0)])
     servers.sender.on_tick()
     assert servers.reasons[0] == "decode reserved 2 pages, too few for the prompt"
+    assert_settled(servers)
+
+
+@pytest.mark.parametrize(
+    ("window", "words"),
+    [
+        (([4, 5], [1]), "decode reserved 1 pages for a window of 2"),
+        (([4], [1, 2]), "decode reserved 2 pages for a window of 1"),
+        (([4, 0], [1, 2]), "a page of the prompt's last window was freed before it was sent"),
+    ],
+)
+def test_another_window_than_decode_has_reserved_is_refused(
+    seed: int, window: tuple[list[int], list[int]], words: str
+) -> None:
+    servers = Servers(seed, kinds=2)
+    one = Request(servers, 0, [4, 5, 6], [1, 2, 3], window)
+    before = servers.decode.window.copy()
+    servers.run([lambda: one.add(slice(0, 3), None, 0)])
+    servers.sender.on_tick()
+    assert servers.reasons[0] == words and np.array_equal(servers.decode.window, before)
+    assert_settled(servers)
+
+
+@pytest.mark.parametrize(("kinds", "kind"), [(1, 1), (2, 1)])
+def test_decode_cannot_ask_for_windows_of_others(seed: int, kinds: int, kind: int) -> None:
+    """Where there is one pool, and before the window was sent."""
+    servers = Servers(seed, kinds=kinds)
+    one = Request(servers, 0, [4, 5, 6], [1, 2, 3], ([4], [1]))
+    one.add(slice(0, 2), EarlySend(one.gate, one.gate), None)
+    generation = one.destination.generation
+    servers.sender.on_message(messages.Resend(0, generation, SESSION, 0, 1, 0, 1, 1, kind))
+    servers.run([one.gate.finish])
+    assert servers.reasons[0].startswith("decode asked again for pages")
+    servers.sender.on_tick()
     assert_settled(servers)
 
 

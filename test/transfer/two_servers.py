@@ -23,23 +23,28 @@ from sglang_hma.transfer.prefill.sender import PrefillSender
 from sglang_hma.transfer.prefill.trace import Trace
 
 LAYERS, PAGES, PAGE_BYTES, ROWS = 3, 24, 96, 8
+WINDOW_LAYERS, WINDOW_PAGES = 2, 16
 PREFILL, DECODE, SESSION = ("10.0.0.1", 5001), ("10.0.0.2", 5002), "10.0.0.2:15001"
 
 
 class Memory:
-    """One server's pages [2 * layers, pages, bytes] and metadata rows."""
+    """One server's pages [2 * layers, pages, bytes], those of layers with a window, and metadata
+    rows."""
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.pages = rng.integers(0, 256, (2 * LAYERS, PAGES, PAGE_BYTES), dtype=np.uint8)
         self.rows = rng.integers(0, 256, (ROWS, 16), dtype=np.uint8)
-        self.buffers = Buffers(
-            tuple(int(buffer.ctypes.data) for buffer in self.pages), (PAGE_BYTES,) * 2 * LAYERS
-        )
+        window = (2 * WINDOW_LAYERS, WINDOW_PAGES, PAGE_BYTES)
+        self.window = rng.integers(0, 256, window, dtype=np.uint8)
+        self.buffers = [
+            Buffers(tuple(int(buffer.ctypes.data) for buffer in kind), (PAGE_BYTES,) * len(kind))
+            for kind in (self.pages, self.window)
+        ]
         self.metadata = PageSlice.part(int(self.rows.ctypes.data), 16)
 
     def at(self, address: int, length: int) -> np.ndarray:
-        for data in (self.pages, self.rows):
+        for data in (self.pages, self.window, self.rows):
             start = address - int(data.ctypes.data)
             if 0 <= start < data.nbytes:
                 return data.reshape(-1)[start : start + length]
@@ -85,9 +90,12 @@ class AtOnce(Executor):
 
 
 class Servers:
-    """Both managers: the status of every room on either side, and the messages between them."""
+    """Both managers: the status of every room on either side, and the messages between them.
 
-    def __init__(self, seed: int, *, checksums: bool = True) -> None:
+    `kinds` of pages: 2 where layers with a window have a pool of their own."""
+
+    def __init__(self, seed: int, *, checksums: bool = True, kinds: int = 1) -> None:
+        self.kinds = kinds
         self.rng = random.Random(seed)
         self.prefill, self.decode = Memory(seed), Memory(seed + 1)
         self.link = Link(self.prefill, self.decode, self.rng)
@@ -102,12 +110,14 @@ class Servers:
         sizer, trace = GroupSizer(), Trace(None, "")
         self.sender = PrefillSender(
             *(self, self.link, HostMemory(), sizer, trace),
-            layers=LAYERS,
+            layers=[LAYERS, WINDOW_LAYERS][:kinds],
             rank=0,
             hashing=AtOnce(),
         )
         rows = [self.decode.metadata]
-        self.receiver = DecodeReceiver(self, self.decode.buffers, HostMemory(), SESSION, rows)
+        self.receiver = DecodeReceiver(
+            self, self.decode.buffers[:kinds], HostMemory(), SESSION, rows
+        )
 
     # -- both protocols --
 
@@ -180,19 +190,23 @@ class Servers:
         if self.sent_status[room] == "sending":
             self.sent_status[room] = "failed"
 
-    def start(self, room: int, source: Sequence[int], target: Sequence[int]) -> Destination:
-        """Decode has reserved `target` for a request whose pages are `source` here."""
-        pages = np.array(target, dtype=np.int32)
+    def start(
+        self, room: int, target: Sequence[int], window: Sequence[int] | None = None
+    ) -> Destination:
+        """Decode has reserved `target` for a request, and `window` for its last window."""
+        pages = [np.array(ids, dtype=np.int32) for ids in (target, window or ())][: self.kinds]
         self.sent_status[room], self.got_status[room] = "sending", "waiting"
         if self.checksums:
             self.receiver.expect(room, pages, [PREFILL], (room + 3) % ROWS)
-        addresses = self.decode.buffers.addresses
         return Destination(
             session=SESSION,
             address=DECODE,
             generation=self.receiver.generation(room),
             pages=pages,
-            slices=slice_pairs(self.prefill.buffers, addresses, prefill=(0, 1), decode=(0, 1)),
+            slices=[
+                slice_pairs(ours, theirs.addresses, prefill=(0, 1), decode=(0, 1))
+                for ours, theirs in zip(self.prefill.buffers, self.decode.buffers, strict=True)
+            ][: self.kinds],
             metadata=[SlicePair(self.prefill.metadata, self.decode.metadata)],
             row=(room + 3) % ROWS,
         )

@@ -11,6 +11,7 @@ from typing_extensions import override
 from hma_kernels import DecodePlan, PageTable, describe, extend_attention
 from sglang_hma.attention.layers import layers_of
 from sglang_hma.kvcache.pool import Bfp8KVPool, MixedKVPool
+from sglang_hma.kvcache.two_pools import note_window
 from sglang_hma.prefill import phase
 
 BACKEND_NAME = "hma"
@@ -32,6 +33,8 @@ class HmaAttnBackend(AttentionBackend):
                 f"--attention-backend {BACKEND_NAME} reads BFP8 pages, but {error}"
             ) from None
         self.pool: Bfp8KVPool = self.parts[0].pool
+        if len(self.parts) > 1:
+            note_window(self.token_to_kv_pool, runner.sliding_window_size)
         logger.info("Attention backend %s, %s", BACKEND_NAME, describe(self.pool.kv.device))
         # A draft model has one set of weights, and leaves the target's as they are.
         self.weights = phase.PhaseWeights() if runner.is_draft_worker else phase.weights

@@ -24,8 +24,9 @@ from hma_kernels.layout import PAGE, SLAB_TOKENS
 from sglang_hma.config import HmaConfig
 from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
 from sglang_hma.kvcache.budget import AdmittedBudget, MixedPrefillBudget
-from sglang_hma.kvcache.demand import PageDemand, page_counts, tail_to_come
+from sglang_hma.kvcache.demand import PageDemand
 from sglang_hma.kvcache.held_pages import Fence, HeldPages, NoFence, StreamFence
+from sglang_hma.kvcache.opened import page_counts, slots_of, tail_to_come
 from sglang_hma.kvcache.pool import MixedKVPool
 from sglang_hma.kvcache.usage import Usage, pool_label, show_usage
 
@@ -64,6 +65,12 @@ class SlabPageAllocator(PageDemand, PagedTokenToKVPoolAllocator):
         self.free_page_ids_group: list[torch.Tensor] = []
         self._extend_demand = None
         self._mirror_formats()
+
+    @property
+    def pools(self) -> tuple["SlabPageAllocator", ...]:
+        """This one. Where layers with a window have a pool of their own, there are two
+        (kvcache/two_pools.py)."""
+        return (self,)
 
     def fence(self) -> Fence:
         """The present point in the device's work."""
@@ -187,21 +194,31 @@ class SlabPageAllocator(PageDemand, PagedTokenToKVPoolAllocator):
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def fits_landing(
-        self, prompt_len: int, end: int, start: int = 0, *, when_empty: bool = False
+        self,
+        prompt_len: int,
+        end: int,
+        start: int = 0,
+        *,
+        when_empty: bool = False,
+        beside: int = 0,
     ) -> bool:
-        """Whether `alloc_landing` would succeed and leave room for the first step."""
+        """Whether `alloc_landing` would succeed and leave room for the first step, and for `beside`
+        BF16 pages."""
         self._reclaim()
         num_bfp8, num_bf16 = page_counts(start, prompt_len, end + self.tokens_ahead)
         fits = self.arena.fits_when_empty if when_empty else self.arena.fits
-        return fits(bfp8=num_bfp8 + 1, bf16=num_bf16)
+        return fits(bfp8=num_bfp8 + 1, bf16=num_bf16 + beside)
 
-    def fits_again(self, in_bf16: torch.Tensor, end: int, *, when_empty: bool = False) -> bool:
-        """Whether `alloc_again` would succeed and leave room for the positions up to `end`."""
+    def fits_again(
+        self, in_bf16: torch.Tensor, end: int, *, when_empty: bool = False, beside: int = 0
+    ) -> bool:
+        """Whether `alloc_again` would succeed and leave room for the positions up to `end`, and for
+        `beside` BF16 pages."""
         self._reclaim()
         pages, num_bf16 = len(in_bf16), int(in_bf16.sum())
         more = max(0, -(-end // PAGE) - pages)
         fits = self.arena.fits_when_empty if when_empty else self.arena.fits
-        return fits(bfp8=pages - num_bf16, bf16=num_bf16 + more)
+        return fits(bfp8=pages - num_bf16, bf16=num_bf16 + more + beside)
 
     def fits_prompts(self, lengths: list[int]) -> bool:
         """Whether `alloc_extend` would succeed for whole prompts of these lengths together, and
@@ -259,6 +276,20 @@ class SlabPageAllocator(PageDemand, PagedTokenToKVPoolAllocator):
     def transfer_pages(self, pages: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """The pages that a peer writes to: a page with a landing page is reached there."""
         return np.asarray([self.landing.get(int(p), int(p)) for p in pages], dtype=np.int32)
+
+    def empty(self, slots: torch.Tensor) -> None:
+        """Zeros where a peer would write the pages of these slots, int [pages], one of each."""
+        pages = self.transfer_pages((slots // PAGE).cpu().numpy())
+        self._kvcache.empty_pages(pages)
+
+    def formats_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """What `alloc_again` needs to know of the pages of one request's slots, in order."""
+        return self._kvcache.formats_of(slots)
+
+    def saved_formats(self, saved: Any) -> torch.Tensor:
+        """The same of what was saved of a request (`get_cpu_copy`)."""
+        in_bf16: torch.Tensor = saved.in_bf16
+        return in_bf16
 
     def commit_landing(self, page: int) -> None:
         """Unpack the landed bytes into BF16 page `page` and free the landing page."""
@@ -334,11 +365,3 @@ def has_other_ranks() -> bool:
 def usage_of(fmt: PageFormat, allocator: SlabPageAllocator) -> Usage:
     used = allocator.arena.used(fmt)
     return used, used + allocator.arena.available(fmt)
-
-
-def slots_of(pages: list[int], start: int, end: int, last_slot: int) -> npt.NDArray[np.int64]:
-    """Token slots of positions start..end: the rest of the page of `last_slot`, then `pages`."""
-    head = min(-start % PAGE, end - start)
-    first = np.arange(last_slot + 1, last_slot + 1 + head, dtype=np.int64)
-    rest = (np.asarray(pages, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)).reshape(-1)
-    return np.concatenate([first, rest[: end - start - head]])

@@ -124,6 +124,6 @@ def longest_request(allocator: Any) -> int:
     """Tokens of the longest prompt with its answer that is admitted while nothing else is there."""
     config = HmaConfig.require()
     if not config.mixes_page_formats:
-        return int(allocator.size) - PAGE
+        return int(getattr(allocator, "size_full", allocator.size)) - PAGE
     arena: SlabArena = getattr(allocator, "full_attn_allocator", allocator).arena
     return (arena.any_format_when_empty(1) - 1) * PAGE

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from hma_kernels.layout import PAGE
 from sglang_hma.kvcache.arena import PageFormat, SlabArena
+from sglang_hma.kvcache.opened import page_counts, tail_to_come
 
 
 class PageDemand(BaseTokenToKVPoolAllocator):
@@ -59,21 +60,3 @@ class PageDemand(BaseTokenToKVPoolAllocator):
     ) -> bool:
         pages = -(-num_tokens // PAGE)
         return self.make_room(tree_cache, lambda arena: arena.available(PageFormat.BF16) >= pages)
-
-
-def page_counts(start: int, prompt_end: int, end: int) -> tuple[int, int]:
-    """(BFP8, BF16) pages that positions start..end of a request open."""
-    first = -(-start // PAGE)
-    opened = max(0, -(-end // PAGE) - first)
-    full = min(max(0, prompt_end // PAGE - first), opened)
-    return full, opened - full
-
-
-def tail_to_come(spans: list[tuple[int, int]]) -> int:
-    """BF16 pages to keep free while these spans are placed: 1 if one may be a chunk, else 0.
-
-    A chunk ends on a page's edge, and its prompt was admitted with room for its
-    part-full last page. BFP8 pages must not take the last slab that could hold it.
-    Only one prompt at a time is in chunks.
-    """
-    return int(any(end % PAGE == 0 for _, end in spans))

@@ -2,12 +2,17 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Self
 
 from hma_kernels import GROUP, PAGE, TILE
 
-VERSION = 1
+# Kinds of pages: of layers that see all of a prompt, and, where those have a pool of their own, of
+# layers that see a window of it. What there is of each kind is a sequence in this order.
+FULL, WINDOW = 0, 1
+
+VERSION = 2
 _PREFIX = f"hma-kv/{VERSION}"
 _TOKEN = re.compile(r"[a-z0-9_.,-]{1,32}")
 
@@ -18,8 +23,10 @@ class KVFormat:
 
     `kv_heads` counts the heads of all attention-TP ranks: how many ranks share
     them is no part of the format (transfer/page_slices.py). `block` is the
-    number of values that share an exponent. Two servers may exchange pages only
-    if every field is equal.
+    number of values that share an exponent. Layers with a window that have a pool
+    of their own are the bits of the hexadecimal number `windowed`, and `window` is
+    how many tokens they see before a new one; both are 0 where there is one pool.
+    Two servers may exchange pages only if every field is equal.
     """
 
     name: str
@@ -32,9 +39,23 @@ class KVFormat:
     tile: int = TILE
     order: str = "layer,head"
     packer: str = "device"
+    window: int = 0
+    windowed: str = "0"
+
+    @property
+    def most_window_pages(self) -> int:
+        """Pages of a prompt that layers with a window need, at most; 0 where there is one pool."""
+        return -(-self.window // self.page) + 1 if self.window else 0
 
     @classmethod
-    def bfp8(cls, *, kv_heads: int, head_dim: int, v_head_dim: int, layers: int) -> Self:
+    def bfp8(
+        cls,
+        *,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        layers: int,
+    ) -> Self:
         """Tiles as the vendor's device packer writes them.
 
         Raises ValueError if a head dim is no multiple of 32: a tile could then
@@ -76,8 +97,13 @@ class KVFormat:
             packer="none",
         )
 
+    @staticmethod
+    def layer_mask(layers: Iterable[int]) -> str:
+        """`windowed` of these layers."""
+        return f"{sum(1 << layer for layer in layers):x}"
+
     def canonical(self) -> str:
-        """The one spelling of this format, e.g. `hma-kv/1 name=bfp8_b kv_heads=8 ...`."""
+        """The one spelling of this format, e.g. `hma-kv/2 name=bfp8_b kv_heads=8 ...`."""
         return " ".join([_PREFIX, *(f"{f.name}={getattr(self, f.name)}" for f in fields(self))])
 
     __str__ = canonical
@@ -134,5 +160,6 @@ def mismatch(ours: str, theirs: str | None, *, our_role: str, their_role: str) -
     return (
         f"KV format mismatch: this {our_role} server has [{ours}], "
         f"the {their_role} server has [{shown}].{detail} "
-        "Start both with the same model, --hma-kv-format and --page-size."
+        "Start both with the same model, --hma-kv-format and --page-size, and with "
+        "--disable-hybrid-swa-memory on both or on none."
     )

@@ -11,6 +11,10 @@ So nothing is promised that is not there:
   unlocks it in the same call that ends the hold.
 - A held page that is freed is parked: it counts as used until the hold ends.
 - Tensor-parallel ranks, which must decide alike, count the same pages.
+
+Where layers with a window have a pool of their own, its pages are not held: those of a prompt's
+last window leave when it has been computed, and until the request ends it owns them, or locks them
+in the cache.
 """
 
 from collections.abc import Callable
@@ -25,7 +29,7 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from typing_extensions import override
 
 from sglang_hma.kvcache.pool import Bfp8KVPool
-from sglang_hma.kvcache.usage import Usage, show_usage
+from sglang_hma.kvcache.usage import Usage, pool_label, show_usage
 
 PageIds = npt.NDArray[np.integer[Any]]
 
@@ -40,7 +44,7 @@ class HoldingAllocator(PagedTokenToKVPoolAllocator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         packs = isinstance(self._kvcache, Bfp8KVPool)
-        show_usage(self, "bfp8" if packs else "native", usage_of)
+        show_usage(self, ("bfp8" if packs else "native") + pool_label(self._kvcache), usage_of)
 
     def hold(self, pages: PageIds) -> Callable[[], None]:
         """Keep these pages from being handed out again until the result is called.

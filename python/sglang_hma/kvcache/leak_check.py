@@ -13,8 +13,9 @@ def check_full_pool(
 ) -> tuple[bool, str]:
     """(leak, message): tokens that owners hold against tokens of live pages."""
     allocator = checker.token_to_kv_pool_allocator
-    if isinstance(allocator, HoldingAllocator):
-        return original(checker, ps, uncached + allocator.parked_tokens)
+    full = getattr(allocator, "full_attn_allocator", allocator)
+    if isinstance(full, HoldingAllocator):
+        return original(checker, ps, uncached + full.parked_tokens)
     if isinstance(allocator, TwoPoolAllocator):
         pool, protected = allocator.full_attn_allocator, checker.tree_cache.full_protected_size()
     elif isinstance(allocator, SlabPageAllocator):

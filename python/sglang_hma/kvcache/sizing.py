@@ -58,8 +58,9 @@ def packed_bytes(size: int, kvc: Any) -> int:
 
 
 class TwoPoolConfigurator(HybridSWAPoolConfigurator):
-    """Both pools of a model that mixes layers with and without a window, each in whole slabs, one
-    more for padded tokens; --swa-full-tokens-ratio relates them, as SGLang's."""
+    """Both pools of a model that mixes layers with and without a window; --swa-full-tokens-ratio
+    relates them, as SGLang's. Pools that mix page formats are whole slabs, one more for padded
+    tokens."""
 
     _full_per_token: int
     _swa_per_token: int
@@ -73,31 +74,37 @@ class TwoPoolConfigurator(HybridSWAPoolConfigurator):
 
     @override
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
-        return self._in_slabs(int(available_bytes // self._cell_size), reserved=1)
+        return self._whole(int(available_bytes // self._cell_size), reserved=1)
 
     @override
     def calculate_pool_sizes_from_max_tokens(
         self, max_total_num_tokens: int, page_size: int
     ) -> MemoryPoolConfig:
-        return self._in_slabs(max_total_num_tokens, reserved=0)
+        return self._whole(max_total_num_tokens, reserved=0)
 
-    def _in_slabs(self, tokens: int, *, reserved: int) -> MemoryPoolConfig:
+    def _whole(self, tokens: int, *, reserved: int) -> MemoryPoolConfig:
         """`tokens`: of the full layers, `reserved` slabs of either pool among them."""
-        full = tokens // SLAB_TOKENS - reserved
-        window = int(tokens * self._swa_full_tokens_ratio) // SLAB_TOKENS - reserved
+        config = HmaConfig.require()
+        mixes = config.mixes_page_formats
+        unit, reserved = (SLAB_TOKENS, reserved) if mixes else (PAGE, 0)
+        full = tokens // unit - reserved
+        window = int(tokens * self._swa_full_tokens_ratio) // unit - reserved
         # A window that is locked, one that is computed, and a page at either end of both. One slab
         # may have to be for BF16 pages, of which one is a prompt's last.
         least = 2 * -(-self._sliding_window_size // PAGE) + 4
-        usable = window * BFP8_PAGES_PER_SLAB - (BFP8_PAGES_PER_SLAB - BF16_PAGES_PER_SLAB + 1)
-        if full < 1 or window < 1 or usable < least:
+        lost = BFP8_PAGES_PER_SLAB - BF16_PAGES_PER_SLAB + 1
+        usable = window * BFP8_PAGES_PER_SLAB - lost if mixes else window
+        # On decode a prompt's last page lies in a BF16 page and, before that, in a BFP8 page.
+        slabs = 2 if config.role == "decode" else 1
+        if full < slabs or window < slabs or usable < least:
             raise RuntimeError(
                 f"Room for {tokens} KV tokens of full layers and {self._swa_full_tokens_ratio:g} "
                 f"times as many of layers with a window of {self._sliding_window_size}, which need "
-                f"{least} pages at least, in slabs of {SLAB_TOKENS} tokens: raise "
+                f"{least} pages at least, and {slabs} times {unit} tokens in either pool: raise "
                 "--max-total-tokens, --mem-fraction-static or --swa-full-tokens-ratio, or keep all "
                 "layers in one pool with --disable-hybrid-swa-memory."
             )
-        return self._make_pool_config(full * SLAB_TOKENS, window * SLAB_TOKENS)
+        return self._make_pool_config(full * unit, window * unit)
 
 
 def create_configurator(original: Callable[[Any], Any], kvc: Any) -> Any:

@@ -41,10 +41,13 @@ def get_pd_kv_layout(original: Callable[..., Any], token_to_kv_pool: Any) -> str
     from sglang.srt.runtime_context import get_parallel
 
     from sglang_hma.kvcache.pool import Bfp8KVPool
+    from sglang_hma.kvcache.two_pools import wire_format
 
     pool = token_to_kv_pool
     if isinstance(pool, Bfp8KVPool):
         return pool.hma_format.canonical()
+    if (of_two := wire_format(pool)) is not None:
+        return of_two.canonical()
     head_num = getattr(pool, "head_num", None)  # None: latent pages, the same on every rank
     heads = head_num * get_parallel().attn_tp_size if head_num is not None else 1
     return KVFormat.native(

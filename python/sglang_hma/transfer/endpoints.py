@@ -192,13 +192,19 @@ class HmaKVReceiver(MooncakeKVReceiver):
 
     @override
     def send_metadata(
-        self, kv_indices: Pages, aux_index: int | None = None, *args: Any, **kwargs: Any
+        self,
+        kv_indices: Pages,
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         self.kv_mgr.rooms.publish(self.bootstrap_room)
         if getattr(self, "bootstrap_infos", None):
             place = self.bootstrap_room, self.bootstrap_addr
-            self.kv_mgr.expect(*place, kv_indices, self.bootstrap_infos, aux_index)
-        super().send_metadata(kv_indices, aux_index, *args, **kwargs)
+            pages = [kv_indices, *(state_indices or ())]
+            self.kv_mgr.expect(*place, pages, self.bootstrap_infos, aux_index)
+        super().send_metadata(kv_indices, aux_index, state_indices, *args, **kwargs)
 
     @override
     def _clear(self) -> None:

@@ -6,10 +6,11 @@ registration message, so that a stock SGLang server, which checks nothing, is re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from sglang_hma.kvcache.format import KVFormat, mismatch
+from sglang_hma.kvcache.format import FULL, WINDOW, KVFormat, mismatch
 from sglang_hma.transfer.messages import Introduction
 from sglang_hma.transfer.page_slices import check_page_bytes, unsupported
 from sglang_hma.transfer.sglang_messages import ADDRESS_END, Registration
@@ -17,20 +18,26 @@ from sglang_hma.transfer.sglang_messages import ADDRESS_END, Registration
 
 @dataclass(frozen=True)
 class OwnMemory:
-    """What this server has registered: `page_bytes` of each KV buffer, `pages` in each, `row_bytes`
-    of each metadata buffer, `rows` in each."""
+    """What this server has registered: of each kind of pages `page_bytes` of each KV buffer and
+    `pages` in each, `row_bytes` of each metadata buffer, `rows` in each."""
 
-    page_bytes: tuple[int, ...]
-    pages: int
+    page_bytes: tuple[tuple[int, ...], ...]
+    pages: tuple[int, ...]
     row_bytes: tuple[int, ...]
     rows: int
 
     @classmethod
-    def of(cls, kv_args: Any) -> "OwnMemory":
+    def of(cls, kv_args: Any, kinds: int) -> "OwnMemory":
         """From SGLang's KVArgs."""
-        page_bytes, row_bytes = tuple(kv_args.kv_item_lens), tuple(kv_args.aux_item_lens)
-        pages = _items(kv_args.kv_data_lens, page_bytes)
-        return cls(page_bytes, pages, row_bytes, _items(kv_args.aux_data_lens, row_bytes))
+        sizes = [kv_args.kv_item_lens, *kv_args.state_item_lens][:kinds]
+        lengths = [kv_args.kv_data_lens, *kv_args.state_data_lens][:kinds]
+        row_bytes = tuple(kv_args.aux_item_lens)
+        return cls(
+            tuple(map(tuple, sizes)),
+            tuple(map(_items, lengths, sizes)),
+            row_bytes,
+            _items(kv_args.aux_data_lens, row_bytes),
+        )
 
 
 def _items(sizes: Sequence[int], item_sizes: Sequence[int]) -> int:
@@ -63,9 +70,14 @@ class Handshake:
         self.stock_allowed = stock_allowed
         self.plain = plain
 
+    @cached_property
+    def format(self) -> KVFormat:
+        """Of this server, if its pages are ours."""
+        return KVFormat.parse(self.layout)
+
     def frame(self) -> bytes:
         """What a decode server appends to its registration message."""
-        return Introduction(self.layout, self.memory.pages, self.memory.rows).frame()
+        return Introduction(self.layout, list(self.memory.pages), self.memory.rows).frame()
 
     def refuse_prefill(self, route: dict[str, Any]) -> str | None:
         """Why this decode server refuses a prefill server, or None; `route` is from its bootstrap
@@ -88,45 +100,63 @@ class Handshake:
         if reason is not None:
             return reason
         ours = self.memory
-        if len(peer.buffers) != len(ours.page_bytes):
+        if len(peer.buffers) != len(ours.page_bytes[FULL]):
             return (
                 f"the decode server registered {len(peer.buffers)} KV buffers, "
-                f"this one has {len(ours.page_bytes)}"
+                f"this one has {len(ours.page_bytes[FULL])}"
             )
         if not self.plain:
             return None
+        kinds = len(ours.pages)
+        registered = [tuple(map(len, each)) for each in (peer.state, peer.state_bytes)]
+        expected = tuple(map(len, ours.page_bytes[WINDOW:]))
+        if any(found != expected for found in registered):
+            return (
+                f"the decode server registered {registered[0]} buffers of state, this one has "
+                f"{expected}"
+            )
+        if introduction is not None and len(introduction.pages) != kinds:
+            return (
+                f"the decode server has {len(introduction.pages)} kinds of pages, this one {kinds}"
+            )
         if introduction is not None and len(peer.metadata) != len(ours.row_bytes):
             return (
                 f"the decode server registered {len(peer.metadata)} metadata buffers, "
                 f"this one has {len(ours.row_bytes)}"
             )
+        theirs = peer.page_bytes, *peer.state_bytes
+        sizes = zip(ours.page_bytes, theirs, strict=True)
+        wrong = (check_page_bytes(*pair, self.attn_tp, peer.tp) for pair in sizes)
         return (
             self._refuse_tp(peer.tp)
-            or check_page_bytes(ours.page_bytes, peer.page_bytes, self.attn_tp, peer.tp)
+            or next(filter(None, wrong), None)
             or self._refuse_places(peer, introduction)
         )
 
     def _refuse_places(self, peer: Registration, introduction: Introduction | None) -> str | None:
         """Buffers that run into each other, or out of any address space. A stock SGLang server does
         not say how many pages it has."""
-        pages, rows = (introduction.pages, introduction.rows) if introduction else (1, 1)
-        buffers = zip(peer.buffers, peer.page_bytes, strict=True)
+        kinds, rows = (introduction.pages, introduction.rows) if introduction else ([1], 1)
+        starts, sizes = (peer.buffers, *peer.state), (peer.page_bytes, *peer.state_bytes)
+        spans = [
+            (start, start + pages * size)
+            for pages, of_kind, bytes_of_kind in zip(kinds, starts, sizes, strict=True)
+            for start, size in zip(of_kind, bytes_of_kind, strict=True)
+        ]
         metadata = zip(peer.metadata, self.memory.row_bytes, strict=False)
-        spans = sorted(
-            [(start, start + pages * size) for start, size in buffers]
-            + [(start, start + rows * size) for start, size in metadata]
-        )
+        spans = sorted([*spans, *((start, start + rows * size) for start, size in metadata)])
+        shown = " and ".join(map(str, kinds))
         if any(not 0 < start < end < ADDRESS_END for start, end in spans):
-            return f"the decode server's buffers of {pages} pages do not lie in 1..2^57-1"
+            return f"the decode server's buffers of {shown} pages do not lie in 1..2^57-1"
         if any(start < end for (_, end), (start, _) in pairwise(spans)):
-            return f"the decode server's buffers of {pages} pages overlap"
+            return f"the decode server's buffers of {shown} pages overlap"
         return None
 
     def _refuse_tp(self, theirs: Any) -> str | None:
         if not isinstance(theirs, int) or theirs < 1:
             return f"the peer says that its attention TP size is {theirs!r}"
         sizes = (self.attn_tp, theirs) if self.role == "prefill" else (theirs, self.attn_tp)
-        return unsupported(KVFormat.parse(self.layout), *sizes)
+        return unsupported(self.format, *sizes)
 
     def _mismatch(self, theirs: str | None, *, their_role: str) -> str | None:
         if theirs is None and self.stock_allowed:

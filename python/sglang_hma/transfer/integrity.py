@@ -24,6 +24,7 @@ from sglang_hma.transfer.page_slices import Addresses, Buffers, Pages, PageSlice
 MAX_RESENDS = 2
 
 Hashes = npt.NDArray[np.uint64]
+Range = tuple[int, int, int, int]
 
 
 def new_generation() -> int:
@@ -100,22 +101,24 @@ def row_digest(parts: Iterable[tuple[int, int]]) -> int:
 
 @dataclass
 class Arrival:
-    """One request's pages on decode while they arrive."""
+    """One request's pages on decode, by kind, while they arrive."""
 
     generation: int
-    pages: Pages
+    pages: Sequence[Pages]
     ranks: int  # prefill ranks that fill these pages, each an equal part of every page
     row: int | None = None  # of the metadata buffers; None: the metadata is not compared
-    # Both by (part, first layer, first page) of a range: pages compared, and times asked again.
-    verified: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    resends: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    # Both by (kind, part, first layer, first page) of a range: pages compared, times asked again.
+    verified: dict[Range, int] = field(default_factory=dict)
+    resends: dict[Range, int] = field(default_factory=dict)
     # By prefill rank: (buffers, digest) of the request's metadata, which each of them writes.
     metadata: dict[int, tuple[int, int]] = field(default_factory=dict)
 
-    def complete(self, layers: int) -> bool:
-        pages = sum(self.verified.values())
+    def complete(self, layers: Sequence[int]) -> bool:
+        """`layers`: of each kind."""
+        found = sum(self.verified.values())
         told = self.row is None or len(self.metadata) == self.ranks
-        return told and pages == layers * len(self.pages) * self.ranks
+        due = sum(count * len(pages) for count, pages in zip(layers, self.pages, strict=True))
+        return told and found == due * self.ranks
 
 
 class CorruptPages(Exception):
@@ -126,22 +129,30 @@ class CorruptPages(Exception):
 class Verifier:
     """Decode's side: compares the bytes that arrived with the digests that prefill sent.
 
-    `rows` are SGLang's metadata buffers, in this process's memory, with a row a request. All but
-    `expect` and `forget` is called by the one thread that receives a server's messages.
+    `buffers` are those of each kind of pages; `rows` are SGLang's metadata buffers, in this
+    process's memory, with a row a request. All but `expect` and `forget` is called by the one
+    thread that receives a server's messages.
     """
 
     def __init__(
-        self, buffers: Buffers, memory: HostMemory, rows: Sequence[PageSlice] = ()
+        self, buffers: Sequence[Buffers], memory: HostMemory, rows: Sequence[PageSlice] = ()
     ) -> None:
         self.buffers = buffers
+        self._layers = [each.layers for each in buffers]
         self.memory = memory
         self.rows = rows
         self.arrivals: dict[int, Arrival] = {}
 
     def expect(
-        self, room: int, generation: int, pages: Pages, ranks: int, row: int | None = None
+        self,
+        room: int,
+        generation: int,
+        pages: Sequence[Pages],
+        ranks: int,
+        row: int | None = None,
     ) -> None:
-        kept = np.array(pages, dtype=np.int32)
+        """`pages`: of each kind."""
+        kept = [np.array(each, dtype=np.int32) for each in pages]
         self.arrivals[room] = Arrival(generation, kept, ranks, row)
 
     def forget(self, room: int) -> None:
@@ -151,7 +162,7 @@ class Verifier:
         """Whether every page of every layer was verified and every rank has told the digest of its
         metadata; True for a room that asked for none."""
         arrival = self.arrivals.get(room)
-        return arrival is None or arrival.complete(self.buffers.layers)
+        return arrival is None or arrival.complete(self._layers)
 
     def note_metadata(self, told: Metadata) -> None:
         arrival = self.arrivals.get(told.room)
@@ -186,7 +197,7 @@ class Verifier:
             return None
         self._check(landed, arrival)
         part = landed.rank % arrival.ranks
-        key = (part, landed.first_layer, landed.first_page)
+        key = (landed.kind, part, landed.first_layer, landed.first_page)
         tries = arrival.resends.get(key, 0)
         if key in arrival.verified or landed.attempt != tries:
             return None
@@ -209,25 +220,32 @@ class Verifier:
             first_page=landed.first_page,
             pages=landed.pages,
             attempt=tries + 1,
+            kind=landed.kind,
         )
 
     def _check(self, landed: Landed, arrival: Arrival) -> None:
+        if landed.kind >= len(self.buffers):
+            raise CorruptPages(
+                "a prefill server announced pages of a window, and there is one pool"
+            )
+        layers, pages = self._layers[landed.kind], len(arrival.pages[landed.kind])
         if (
-            landed.first_layer + landed.layers > self.buffers.layers
-            or landed.first_page + landed.pages > len(arrival.pages)
+            landed.first_layer + landed.layers > layers
+            or landed.first_page + landed.pages > pages
             or len(landed.digests) != landed.layers * 2
         ):
             raise CorruptPages(
                 f"a prefill server announced layers {landed.first_layer}+{landed.layers}, pages "
                 f"{landed.first_page}+{landed.pages} with {len(landed.digests)} checksums; the "
-                f"request has {self.buffers.layers} layers and {len(arrival.pages)} pages"
+                f"request has {layers} layers and {pages} pages"
             )
 
     def _digests(self, landed: Landed, arrival: Arrival, part: int) -> list[int]:
         slices = [
             of_buffer
             for layer in range(landed.first_layer, landed.first_layer + landed.layers)
-            for of_buffer in self.buffers.slices(layer, part, arrival.ranks)
+            for of_buffer in self.buffers[landed.kind].slices(layer, part, arrival.ranks)
         ]
-        pages = arrival.pages[landed.first_page : landed.first_page + landed.pages]
+        end = landed.first_page + landed.pages
+        pages = arrival.pages[landed.kind][landed.first_page : end]
         return digests(self.memory, slices, pages)

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import zmq
+from sglang.srt.disaggregation.base.conn import StateType
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 from sglang.srt.utils.network import NetworkAddress
 from typing_extensions import override
@@ -38,13 +39,15 @@ class HmaKVManager(MooncakeKVManager):
     """SGLang's manager with a format handshake and our messages beside its own, whose threads never
     wait for a peer and get nothing from one that was not checked. When one ends, the server does.
 
-    `plain_pages`: the pool has K and V pages of heads. Latent and state buffers are left to
-    SGLang: there are no layers to send early and no checksums then."""
+    `plain_pages`: the pool has K and V pages of heads, or it is two of such pools, one of layers
+    with a window. Latent and state buffers are left to SGLang: there are no layers to send early
+    and no checksums then."""
 
     @override
     def __init__(self, args: Any, *rest: Any, **kwargs: Any) -> None:
         is_mla = bool(rest[2:3] and rest[2]) or bool(kwargs.get("is_mla_backend"))
-        self.plain_pages = not args.state_types and not is_mla
+        windowed = HmaConfig.require().packs_kv and args.state_types == [StateType.SWA]
+        self.plain_pages = not is_mla and (windowed or not args.state_types)
         self.authenticator: ThreadAuthenticator | None = None
         super().__init__(args, *rest, **kwargs)
         if self.server_socket.get(zmq.MAXMSGSIZE) != MAX_FRAME_BYTES:
@@ -89,9 +92,14 @@ class HmaKVManager(MooncakeKVManager):
         threads = [*self._worker_threads, self.outbox.thread]
         return threads + ([self.authenticator.thread] if self.authenticator is not None else [])
 
-    @property
-    def buffers(self) -> Buffers:
-        return Buffers(tuple(self.kv_args.kv_data_ptrs), tuple(self.kv_args.kv_item_lens))
+    @cached_property
+    def buffers(self) -> tuple[Buffers, ...]:
+        """Of each kind of pages."""
+        args = self.kv_args
+        starts, sizes = [args.kv_data_ptrs], [args.kv_item_lens]
+        if self.plain_pages:
+            starts, sizes = starts + args.state_data_ptrs, sizes + args.state_item_lens
+        return tuple(map(Buffers, map(tuple, starts), map(tuple, sizes)))
 
     # These are first used before SGLang starts the thread that receives messages.
 
@@ -99,7 +107,7 @@ class HmaKVManager(MooncakeKVManager):
     def handshake(self) -> Handshake:
         return Handshake(
             str(self.kv_layout),
-            OwnMemory.of(self.kv_args),
+            OwnMemory.of(self.kv_args, len(self.buffers)),
             role=str(self.disaggregation_mode.value),
             attn_tp=int(self.attn_tp_size),
             stock_allowed=not HmaConfig.require().packs_kv,

@@ -19,6 +19,7 @@ from sglang_hma.transfer.handshake import Handshake, introduction_of
 from sglang_hma.transfer.limited_log import LimitedLog, one_line, shown
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.page_lists import PageLists
+from sglang_hma.transfer.page_slices import Pages
 from sglang_hma.transfer.registrations import Registrations
 from sglang_hma.transfer.rooms import Rooms
 from sglang_hma.transfer.sglang_messages import PageList
@@ -177,19 +178,34 @@ class PrefillIntake(MessageIntake):
                     f"and {self.handshake.attn_tp} here"
                 )
         if not self.handshake.stock_allowed:
-            if new.has_more:
-                raise ValueError("state and device pages do not go with BFP8 pages")
+            kinds = len(self.handshake.memory.pages)
+            if new.has_device_pages or 1 + len(new.state) != kinds:
+                raise ValueError(
+                    f"{len(new.state)} lists of state, or device pages, do not go with {kinds} "
+                    "kinds of BFP8 pages"
+                )
+            for window in new.state:
+                self._check_window(window)
             if new.prefix and (new.prefix % PAGE_TOKENS or not len(new.pages)):
                 raise ValueError(
                     f"{len(new.pages)} pages behind a cached prefix of {new.prefix} tokens"
                 )
         memory = self._introductions.get(new.session)
         if memory is not None:
-            if len(new.pages) and new.pages.max() >= memory.pages:
-                raise ValueError(f"page {new.pages.max()} of {memory.pages}")
+            # A registration that is refused may say anything.
+            for pages, count in zip((new.pages, *new.state), memory.pages, strict=False):
+                if len(pages) and pages.max() >= count:
+                    raise ValueError(f"page {pages.max()} of {count}")
             if new.row >= memory.rows:
                 raise ValueError(f"metadata row {new.row} of {memory.rows}")
         return self.page_lists.add(new)
+
+    def _check_window(self, pages: Pages) -> None:
+        most = self.handshake.format.most_window_pages
+        if not 0 < len(pages) <= most:
+            raise ValueError(f"a window of {len(pages)} pages: there may be 1 to {most}")
+        if len(set(pages.tolist())) != len(pages):
+            raise ValueError(f"a window of pages {pages.tolist()}, one of them twice")
 
     def _check_registration(self, message: list[bytes]) -> bool:
         new = sglang_messages.registration(message)

@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 
 # Raised whenever a server of the version before would misread a message or a field.
-PROTOCOL = 2
+PROTOCOL = 3
 VERSION = str(PROTOCOL).encode()
 
 CLAIM_TAG = b"HMA-CLAIM"
@@ -33,6 +33,7 @@ _HOST = re.compile(r"[0-9A-Fa-f:.\[\]]{2,48}(%[0-9A-Za-z_.-]{1,15})?")
 
 Layer = Annotated[int, msgspec.Meta(ge=0, lt=MAX_LAYERS)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
+Kind = Annotated[int, msgspec.Meta(ge=0, le=1)]  # kvcache/format.py
 Page = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PAGES)]
 PageCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES)]
 Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
@@ -70,8 +71,9 @@ class Renewal(msgspec.Struct, frozen=True, array_like=True):
 class Landed(msgspec.Struct, frozen=True, array_like=True):
     """Prefill to decode: these pages of these layers have landed, and these are their digests.
 
-    `first_page` is an index into the request's page list. `digests` is [layers][K, V], flattened:
-    integrity.digests of those pages. `attempt` counts how often the range was sent before.
+    Layers and pages are counted within their kind: `first_page` is an index into the request's
+    list of such pages. `digests` is [layers][K, V], flattened: integrity.digests of those pages.
+    `attempt` counts how often the range was sent before.
     """
 
     room: Word
@@ -83,6 +85,7 @@ class Landed(msgspec.Struct, frozen=True, array_like=True):
     pages: PageCount
     digests: Annotated[list[Word], msgspec.Meta(max_length=2 * MAX_LAYERS)]
     attempt: Attempt
+    kind: Kind = 0
 
 
 class Metadata(msgspec.Struct, frozen=True, array_like=True):
@@ -107,6 +110,7 @@ class Resend(msgspec.Struct, frozen=True, array_like=True):
     first_page: Page
     pages: PageCount
     attempt: Attempt
+    kind: Kind = 0
 
 
 class Verified(msgspec.Struct, frozen=True, array_like=True):
@@ -125,12 +129,12 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
 class Introduction(msgspec.Struct, frozen=True, array_like=True):
     """Decode to prefill, with SGLang's registration: what the registered memory holds.
 
-    `layout` is the KVFormat of its pages, `pages` how many each KV buffer has, `rows` how many
-    requests each metadata buffer has room for.
+    `layout` is the KVFormat of its pages, `pages` how many each KV buffer of a kind has, `rows` how
+    many requests each metadata buffer has room for.
     """
 
     layout: Format
-    pages: Count
+    pages: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=2)]
     rows: Count
 
     def frame(self) -> bytes:

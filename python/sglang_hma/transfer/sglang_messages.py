@@ -34,7 +34,9 @@ ADDRESS_END = 1 << 57
 @dataclass(frozen=True, slots=True)
 class Registration:
     """A decode rank's memory. `rank` and `tp` are its attention-TP rank and size, `dcp` its
-    (rank, size) of decode context parallelism. `frames` is the whole message."""
+    (rank, size) of decode context parallelism. `state` and `state_bytes` are the addresses and item
+    sizes of each kind of state, to which SGLang counts the pages of layers with a window. `frames`
+    is the whole message."""
 
     frames: tuple[bytes, ...]
     address: Address
@@ -45,7 +47,8 @@ class Registration:
     rank: int
     tp: int
     dcp: tuple[int, int]
-    has_state: bool
+    state: tuple[tuple[int, ...], ...]
+    state_bytes: tuple[tuple[int, ...], ...]
 
     @property
     def extra(self) -> tuple[bytes, ...]:
@@ -57,8 +60,9 @@ class Registration:
 class PageList:
     """A decode rank's pages for one request. `row` is its metadata row; a dummy has neither.
     `of_rank` is how many decode ranks get pages from each prefill rank. `prefix`: tokens of the
-    prompt that decode has, for which it takes no pages. `has_more`: state or device pages, which do
-    not go with BFP8 pages."""
+    prompt that decode has, for which it takes no pages. `state`: indices of each kind of state, to
+    which SGLang counts pages of layers with a window. `has_device_pages`: those go with nothing
+    here."""
 
     frames: tuple[bytes, ...]
     room: int
@@ -69,7 +73,8 @@ class PageList:
     is_dummy: bool
     of_rank: int
     prefix: int
-    has_more: bool
+    state: tuple[Pages, ...]
+    has_device_pages: bool
 
     @property
     def extra(self) -> tuple[bytes, ...]:
@@ -113,7 +118,8 @@ def registration(message: Sequence[bytes]) -> Registration:
         rank=_number("rank", message[7], 0, MAX_RANK),
         tp=tp,
         dcp=(_number("dcp rank", message[17], 0, dcp_size - 1), dcp_size),
-        has_state=any(state) or any(state_bytes),
+        state=tuple(state),
+        state_bytes=tuple(state_bytes),
     )
 
 
@@ -135,7 +141,8 @@ def page_list(message: Sequence[bytes]) -> PageList:
         is_dummy=is_dummy,
         of_rank=_number("number of decode ranks", message[7], 1, MAX_RANK),
         prefix=prefix,
-        has_more=bool(state or len(device_pages)),
+        state=tuple(np.array(part, dtype=np.int32) for part in state),
+        has_device_pages=bool(len(device_pages)),
     )
 
 

@@ -228,12 +228,12 @@ class HmaDecodeManager(HmaKVManager):
         self,
         room: int,
         bootstrap_addr: str,
-        pages: Pages,
+        pages: Sequence[Pages],
         infos: Sequence[dict[str, Any]],
         row: int | None,
     ) -> None:
-        """Pages and a row for the metadata are about to be published: verify what arrives, if that
-        server makes checksums."""
+        """Pages of each kind and a row for the metadata are about to be published: verify what
+        arrives, if that server makes checksums."""
         if self.receiver is not None and self.is_hma_prefill(bootstrap_addr):
             self.receiver.expect(room, pages, control_ports(infos), row)
 

@@ -26,13 +26,14 @@ from sglang.srt.disaggregation.utils import (
     prepare_abort,
 )
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from typing_extensions import override
 
 from hma_kernels.layout import BF16_PAGES_PER_SLAB, BFP8_PAGES_PER_SLAB, PAGE
 from sglang_hma.addresses import canonical_host
 from sglang_hma.gauges import GAUGES
-from sglang_hma.kvcache.allocator import SlabPageAllocator
-from sglang_hma.kvcache.pool import SavedPages
+from sglang_hma.kvcache.format import WINDOW
+from sglang_hma.kvcache.two_pools import TwoPoolAllocator
 from sglang_hma.transfer.decode.local_prefill import ShortPrompts
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
@@ -49,7 +50,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     """Reserves pages by format; tells the peer the landing page, not the part-full last page; lets
     no request in that names a prefill server which is not one of this server's."""
 
-    token_to_kv_pool_allocator: SlabPageAllocator
+    token_to_kv_pool_allocator: Any  # SlabPageAllocator or TwoPoolAllocator
     num_reserved_decode_tokens: int
 
     @override
@@ -65,9 +66,12 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         self._peers = configured_peers()
         self.short = ShortPrompts(self)
         # A step on its way may still use pages that are returned meanwhile.
-        self.token_to_kv_pool_allocator.other_streams = lambda: (self.scheduler.forward_stream,)
-        if not self.scheduler.spec_algorithm.is_none():
-            self.token_to_kv_pool_allocator.tokens_ahead = get_alloc_reserve_per_decode()
+        for pool in self.token_to_kv_pool_allocator.pools:
+            pool.other_streams = lambda: (self.scheduler.forward_stream,)
+            if not self.scheduler.spec_algorithm.is_none():
+                pool.tokens_ahead = get_alloc_reserve_per_decode()
+        if isinstance(self.token_to_kv_pool_allocator, TwoPoolAllocator):
+            self.token_to_kv_pool_allocator.window = self.scheduler.sliding_window_size
 
     @override
     def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
@@ -119,7 +123,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
             return bool(super()._check_if_req_exceed_kv_capacity(req))
         message = (
             f"Request {req.rid} needs KV pages for {prompt} prompt tokens and one more; "
-            f"the whole pool holds {allocator.size} tokens. Raise --max-total-tokens."
+            f"the whole pool holds {allocator.pools[0].size} tokens. Raise --max-total-tokens."
         )
         prepare_abort(req, message, status_code=400)
         self.scheduler.output_streamer.stream_output([req], req.return_logprob)
@@ -169,10 +173,29 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     def _candidate_fits(self) -> bool:
         req, allocator = self._candidate, self.token_to_kv_pool_allocator
         fill_len = self._pre_alloc_fill_len(req)
-        end = fill_len + self._room_to_go_on
+        end, beside = fill_len + self._room_to_go_on, self._window_reserve()
         if saved := saved_pages(req):
-            return allocator.fits_again(saved.in_bf16, end + allocator.tokens_ahead)
-        return allocator.fits_landing(len(req.origin_input_ids), end, self._candidate_prefix)
+            formats = allocator.saved_formats(saved)
+            return allocator.fits_again(formats, end + allocator.tokens_ahead, beside=beside)
+        prompt, prefix = len(req.origin_input_ids), self._candidate_prefix
+        return bool(allocator.fits_landing(prompt, end, prefix, beside=beside))
+
+    def _window_reserve(self) -> int:
+        """BF16 pages to leave in the window layers' pool, if there is one: what those who have
+        pages may open before they free others, and no more than SGLang reserves."""
+        allocator = self.token_to_kv_pool_allocator
+        if not isinstance(allocator, TwoPoolAllocator):
+            return 0
+        active, window = self._active_req_count(), allocator.pools[WINDOW]
+        grown = active * (-(-allocator.window // PAGE) + 2)
+        reserved = active * -(-self.num_reserved_decode_tokens // PAGE)
+        return max(0, min(reserved, grown - window.live_tokens() // PAGE))
+
+    @override
+    def _swa_tail_allocatable_token_budget(self, *args: Any, **kwargs: Any) -> int:
+        """SGLang counts a request's whole answer, which the window leaves behind. `_candidate_fits`
+        counts pages."""
+        return 1 << 40
 
     @override
     def resume_retracted_reqs(self, rids_to_check: list[str] | None = None) -> list[Any]:
@@ -201,7 +224,7 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     @override
     def _alloc_for_decode_prealloc(
         self,
-        allocator: SlabPageAllocator,
+        allocator: Any,
         *,
         req: Any,
         fill_len: int,
@@ -213,11 +236,13 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         prompt = len(req.origin_input_ids)
         req.kv.kv_allocated_len = fill_len
         if saved := saved_pages(req):
-            slots = allocator.alloc_again(saved.in_bf16, fill_len)
+            slots = allocator.alloc_again(allocator.saved_formats(saved), fill_len)
         else:
             slots = allocator.alloc_landing(prompt, fill_len, prefix_len)
         if slots is None:
             return None
+        if isinstance(allocator, TwoPoolAllocator):
+            req.kv.set_evicted_seqlen(ComponentType.SWA, allocator.behind_window(slots))
         req.hma_last_prompt_page = int(slots[(prompt - 1) // PAGE * PAGE - prefix_len]) // PAGE
         return allocator.to_device(slots)
 
@@ -229,8 +254,8 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
         return self.token_to_kv_pool_allocator.transfer_pages(pages)
 
 
-def saved_pages(req: Any) -> SavedPages | None:
-    """What a request that was put aside had in its pages."""
+def saved_pages(req: Any) -> Any:
+    """What a request that was put aside had in its pages: what the pool's get_cpu_copy gave."""
     backup = req.kv.retraction_backup
     return backup.cpu_tensors if backup is not None else None
 
@@ -260,7 +285,10 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
     def count_quarantined(self) -> int:
         """Pages of failed requests. From any thread."""
         failed = [entry[0].req for entry in list(self._deferred_releases)]
-        tokens = (len(req.origin_input_ids) - req.kv.cache_protected_len for req in failed)
+        tokens = [len(req.origin_input_ids) - req.kv.cache_protected_len for req in failed]
+        allocator = self.scheduler.token_to_kv_pool_allocator
+        if isinstance(allocator, TwoPoolAllocator):
+            tokens += [each - allocator.window_start(each) for each in tokens]
         return sum(-(-each // PAGE) for each in tokens)
 
     @override
@@ -277,9 +305,7 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         """They still hold the bytes of whoever had them before. Cached ones are not its own."""
         own = slice(req.kv.cache_protected_len, len(req.origin_input_ids), PAGE)
         slots = self.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, own]
-        allocator = self.scheduler.token_to_kv_pool_allocator
-        pages = allocator.transfer_pages((slots // PAGE).cpu().numpy())
-        allocator.get_kvcache().empty_pages(pages)
+        self.scheduler.token_to_kv_pool_allocator.empty(slots)
 
     @override
     def pop_transferred(self, rids_to_check: list[str] | None = None) -> list[Any]:

@@ -31,7 +31,7 @@ class DecodeReceiver:
     def __init__(
         self,
         manager: DecodeManager,
-        buffers: Buffers,
+        buffers: Sequence[Buffers],
         memory: HostMemory,
         session: str,
         rows: Sequence[PageSlice] = (),
@@ -46,10 +46,14 @@ class DecodeReceiver:
     # -- the scheduler's thread --
 
     def expect(
-        self, room: int, pages: Pages, prefill_ranks: Sequence[Address], row: int | None
+        self,
+        room: int,
+        pages: Sequence[Pages],
+        prefill_ranks: Sequence[Address],
+        row: int | None,
     ) -> None:
-        """Called before prefill learns of the pages: what lands in them is compared from now on,
-        and what lands in `row` of the metadata buffers."""
+        """Called before prefill learns of the pages, those of each kind: what lands in them is
+        compared from now on, and what lands in `row` of the metadata buffers."""
         with self._lock:
             self.requests[room] = IncomingRequest(prefill_ranks)
             self.verifier.expect(room, new_generation(), pages, len(prefill_ranks), row)

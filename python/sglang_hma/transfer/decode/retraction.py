@@ -52,5 +52,5 @@ def _fits_alone(batch: Any, req: Any) -> bool:
     allocator = batch.token_to_kv_pool_allocator
     end = len(req.origin_input_ids) + len(req.output_ids)
     slots = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : end - 1]
-    formats = allocator.get_kvcache().formats_of(slots)
+    formats = allocator.formats_of(slots)
     return bool(allocator.fits_again(formats, end + allocator.tokens_ahead, when_empty=True))

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from sglang_hma.kvcache.format import FULL
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer.messages import Landed
 from sglang_hma.transfer.page_slices import Block, LayerSlices, PageRun, SlicePair
@@ -22,10 +23,10 @@ class EarlySend:
 
 @dataclass(eq=False)
 class Job:
-    """Some pages of one request for one peer, in layers next_layer..end_layer-1.
+    """Some pages of one request for one peer, in layers next_layer..end_layer-1 of their kind.
 
-    `first_page` is the index of the first page in the request's page list. `metadata` is written
-    with the last group.
+    `first_page` is the index of the first page in the request's list of such pages. `metadata` is
+    written with the last group.
     """
 
     room: int
@@ -41,6 +42,7 @@ class Job:
     end_layer: int = -1
     in_flight: int = 0  # groups
     dropped: bool = False
+    kind: int = FULL
 
     def __post_init__(self) -> None:
         if self.end_layer < 0:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, TransferInfo
 from typing_extensions import override
@@ -60,7 +61,7 @@ class HmaPrefillManager(HmaKVManager):
             memory_of(config.device),
             GroupSizer(fixed if isinstance(fixed, int) else None),
             Trace.from_config(f"prefill {self.get_session_id()}", self.attn_tp_rank),
-            layers=self.buffers.layers,
+            layers=[each.layers for each in self.buffers],
             rank=self._prefill_unique_rank(),
         )
 
@@ -192,7 +193,15 @@ class HmaPrefillManager(HmaKVManager):
             early=early,
             metadata_row=aux_index if is_last_chunk else None,
             destinations=(self._destination(i) for i in list(infos.values()) if not i.is_dummy),
+            window=self._window(state_indices) if is_last_chunk else None,
         )
+
+    def _window(self, state_indices: Any) -> Pages | None:
+        """Pages of the prompt's last window, where those have a pool of their own."""
+        if not self.kv_args.state_types:
+            return None
+        (pages,) = state_indices
+        return np.asarray(pages, dtype=np.int32)
 
     def _unreachable(self, session: str) -> str | None:
         with self.session_lock:
@@ -211,6 +220,7 @@ class HmaPrefillManager(HmaKVManager):
         return Destination.of(
             info,
             self.decode_kv_args_table[session],
+            self.buffers,
             self.kv_args,
             rank=(self.attn_tp_rank, self.attn_tp_size),
             generation=self.intake.generation(info.room, session),

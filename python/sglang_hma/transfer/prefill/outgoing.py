@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_hma.kvcache.format import FULL, WINDOW
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.messages import Resend
@@ -30,34 +31,45 @@ MAX_RESENDS_PER_ROOM = 64
 class Destination:
     """One decode rank that a request's pages go to.
 
-    `slices[layer]` are what this rank copies of each page. `metadata` are the buffers of SGLang's
-    per-request metadata (the first token and what belongs to it), one row a request; `row` is the
-    request's row there.
+    `pages` are those of each kind, `slices[kind][layer]` what this rank copies of each. `metadata`
+    are the buffers of SGLang's per-request metadata (the first token and what belongs to it), one
+    row a request; `row` is the request's row there.
     """
 
     session: str
     address: Address
     generation: int | None  # None: this peer wants no checksums
-    pages: Pages
-    slices: LayerSlices
+    pages: Sequence[Pages]
+    slices: Sequence[LayerSlices]
     metadata: Sequence[SlicePair]
     row: int
 
     @classmethod
     def of(
-        cls, info: Any, peer: Any, kv_args: Any, *, rank: tuple[int, int], generation: int | None
+        cls,
+        info: Any,
+        peer: Any,
+        buffers: Sequence[Buffers],
+        kv_args: Any,
+        *,
+        rank: tuple[int, int],
+        generation: int | None,
     ) -> "Destination":
-        """From SGLang's TransferInfo and KVArgsRegisterInfo of the peer and this server's KVArgs;
-        `rank` is this server's (attention-TP rank, size)."""
-        buffers = Buffers(tuple(kv_args.kv_data_ptrs), tuple(kv_args.kv_item_lens))
+        """From SGLang's TransferInfo and KVArgsRegisterInfo of the peer, and this server's buffers
+        of each kind and KVArgs; `rank` is this server's (attention-TP rank, size)."""
+        targets = [peer.dst_kv_ptrs, *peer.dst_state_data_ptrs][: len(buffers)]
+        windows = [np.array(each, dtype=np.int32) for each in info.dst_state_indices]
         theirs = peer.dst_tp_rank % peer.dst_attn_tp_size, peer.dst_attn_tp_size
         rows = zip(kv_args.aux_data_ptrs, peer.dst_aux_ptrs, kv_args.aux_item_lens, strict=False)
         return cls(
             session=info.mooncake_session_id,
             address=(info.endpoint, info.dst_port),
             generation=generation,
-            pages=info.dst_kv_indices,
-            slices=slice_pairs(buffers, peer.dst_kv_ptrs, prefill=rank, decode=theirs),
+            pages=[info.dst_kv_indices, *windows][: len(buffers)],
+            slices=[
+                slice_pairs(ours, target, prefill=rank, decode=theirs)
+                for ours, target in zip(buffers, targets, strict=True)
+            ],
             metadata=tuple(
                 SlicePair(PageSlice.part(source, size), PageSlice.part(target, size))
                 for source, target, size in rows
@@ -73,35 +85,42 @@ class Destination:
 
 @dataclass(eq=False)
 class OutgoingRequest:
-    """`source` are this server's page ids, -1 for pages that were not queued yet.
+    """`source` are this server's page ids of each kind, -1 for pages that were not queued yet;
+    `layers` are as many as each kind has.
 
     `submitted` lists (time.perf_counter(), bytes) of what was submitted, without what was resent.
     """
 
     room: int
     destinations: dict[str, Destination]
-    source: Pages
-    layers: int
+    source: Sequence[Pages]
+    layers: Sequence[int]
     sent: set[str] = field(default_factory=set)
     verified: set[str] = field(default_factory=set)
     all_sent_s: float | None = None
     resends: int = 0
-    # The last attempt that decode has asked for, by (session, first layer, first page).
-    attempts: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    # The last attempt that decode has asked for, by (session, kind, first layer, first page).
+    attempts: dict[tuple[str, int, int, int], int] = field(default_factory=dict)
     submitted: list[tuple[float, int]] = field(default_factory=list)
     forward: LayerGate | None = None
     last_send_s: float = 0.0
 
     @classmethod
-    def to(cls, room: int, destinations: Iterable[Destination], layers: int) -> "OutgoingRequest":
+    def to(
+        cls, room: int, destinations: Iterable[Destination], layers: Sequence[int]
+    ) -> "OutgoingRequest":
         by_session = {one.session: one for one in destinations}
-        pages = max((len(one.pages) for one in by_session.values()), default=0)
-        return cls(room, by_session, np.full(pages, -1, dtype=np.int32), layers)
+        source = [
+            np.full(
+                max((len(one.pages[kind]) for one in by_session.values()), default=0), -1, np.int32
+            )
+            for kind in range(len(layers))
+        ]
+        return cls(room, by_session, source, layers)
 
-    @property
-    def reserved_pages(self) -> int:
+    def reserved_pages(self, kind: int) -> int:
         """Pages that every decode rank has reserved."""
-        return min(len(one.pages) for one in self.destinations.values())
+        return min(len(one.pages[kind]) for one in self.destinations.values())
 
     def jobs(self, source: Pages, index: slice, gate: LayerGate, row: int | None) -> list[Job]:
         """One job a destination for pages `source`, which are pages `index` of the request.
@@ -109,19 +128,40 @@ class OutgoingRequest:
         `row` is the request's metadata row with the last send, else None. Raises ValueError if a
         decode rank has reserved too few pages.
         """
-        if self.destinations and self.reserved_pages < index.start + len(source):
-            raise ValueError(f"decode reserved {self.reserved_pages} pages, too few for the prompt")
-        self.source[index.start : index.start + len(source)] = source
+        if self.destinations and self.reserved_pages(FULL) < index.start + len(source):
+            raise ValueError(
+                f"decode reserved {self.reserved_pages(FULL)} pages, too few for the prompt"
+            )
+        return self._jobs(FULL, source, index.start, gate, row)
+
+    def window_jobs(self, source: Pages, row: int) -> list[Job]:
+        """One job a destination for the pages of the prompt's last window, which nobody writes any
+        more. They go with the last send. Raises ValueError if these are not the pages that decode
+        has reserved."""
+        if (source <= 0).any():
+            raise ValueError("a page of the prompt's last window was freed before it was sent")
+        if any(len(one.pages[WINDOW]) != len(source) for one in self.destinations.values()):
+            raise ValueError(
+                f"decode reserved {self.reserved_pages(WINDOW)} pages for a window of {len(source)}"
+            )
+        return self._jobs(WINDOW, source, 0, LayerGate.open(self.layers[WINDOW]), row)
+
+    def _jobs(
+        self, kind: int, source: Pages, first: int, gate: LayerGate, row: int | None
+    ) -> list[Job]:
+        end = first + len(source)
+        self.source[kind][first:end] = source
         return [
             Job(
                 self.room,
                 one.session,
-                index.start,
-                page_runs(source, one.pages[index][: len(source)]),
-                one.slices,
+                first,
+                page_runs(source, one.pages[kind][first:end]),
+                one.slices[kind],
                 gate,
                 metadata=one.metadata_blocks(row) if row is not None else (),
                 last=row is not None,
+                kind=kind,
             )
             for one in self.destinations.values()
         ]
@@ -129,16 +169,19 @@ class OutgoingRequest:
     def resend_job(self, resend: Resend) -> Job | None:
         """None for a question that came before: nobody would wait for the write that answers it.
         Raises ValueError unless decode may ask for this range."""
-        key = resend.session, resend.first_layer, resend.first_page
+        kind = resend.kind
+        if kind >= len(self.layers):
+            raise ValueError("decode asked again for pages of a window, and there is one pool")
+        key = resend.session, kind, resend.first_layer, resend.first_page
         if resend.attempt != self.attempts.get(key, 0) + 1:
             return None
         destination = self.destinations[resend.session]
         end_layer = resend.first_layer + resend.layers
         end_page = resend.first_page + resend.pages
-        source = self.source[resend.first_page : end_page]
+        source = self.source[kind][resend.first_page : end_page]
         self.resends += 1
         if (
-            end_layer > self.layers
+            end_layer > self.layers[kind]
             or len(source) != resend.pages
             or (source < 0).any()
             or self.resends > MAX_RESENDS_PER_ROOM
@@ -149,12 +192,13 @@ class OutgoingRequest:
             self.room,
             destination.session,
             resend.first_page,
-            page_runs(source, destination.pages[resend.first_page : end_page]),
-            destination.slices,
-            LayerGate.open(self.layers),
+            page_runs(source, destination.pages[kind][resend.first_page : end_page]),
+            destination.slices[kind],
+            LayerGate.open(self.layers[kind]),
             attempt=resend.attempt,
             next_layer=resend.first_layer,
             end_layer=end_layer,
+            kind=kind,
         )
 
     def note_submitted(self, layers: LayerRange) -> None:

@@ -27,6 +27,9 @@ def run_batch(
         return original(scheduler, batch, *args, **kwargs)
     sender = scheduler.disagg_prefill_bootstrap_queue.kv_manager.sender
     allocator = scheduler.token_to_kv_pool_allocator
+    # Of two pools that of the layers that see all of a prompt. Pages of its last window leave with
+    # the last send.
+    allocator = getattr(allocator, "full_attn_allocator", allocator)
     pool = allocator.get_kvcache()
     if sender is None or not isinstance(pool, GatedPool):
         return original(scheduler, batch, *args, **kwargs)

@@ -7,11 +7,12 @@ they are acknowledged. Until then its pages stay locked, so that a range can be 
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from operator import attrgetter
 
 from sglang_hma.config import HmaConfig
+from sglang_hma.kvcache.format import FULL
 from sglang_hma.kvcache.layer_gate import LayerGate
 from sglang_hma.transfer import messages
 from sglang_hma.transfer.base import PrefillManager
@@ -36,7 +37,7 @@ STRAYS_S = 5.0
 
 class PrefillSender:
     """The send thread's listener. `rank` is this prefill rank's number in messages to decode,
-    `layers` the number of layers of a request, `hashing` what makes checksums, else a thread."""
+    `layers` the number of layers of each kind, `hashing` what makes checksums, else a thread."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class PrefillSender:
         sizer: GroupSizer,
         trace: Trace,
         *,
-        layers: int,
+        layers: Sequence[int],
         rank: int,
         hashing: Executor | None = None,
     ) -> None:
@@ -75,10 +76,12 @@ class PrefillSender:
         early: EarlySend | None,
         metadata_row: int | None,
         destinations: Iterable[Destination],
+        window: Pages | None = None,
     ) -> None:
         """Queue pages `source`, which are pages `index` of the request, for every destination.
 
-        `metadata_row` is given with the last pages of the request. `destinations` is read at the
+        `metadata_row` is given with the last pages of the request, and with it `window`, the pages
+        of its last window, where those have a pool of their own. `destinations` is read at the
         first call for a room only.
         """
         with self._lock:
@@ -91,9 +94,15 @@ class PrefillSender:
                 self.trace.forward(early.forward)
             if metadata_row is not None:
                 request.last_send_s = time.perf_counter()
-            gate = early.gate if early is not None else LayerGate.open(self.layers)
+            gate = early.gate if early is not None else LayerGate.open(self.layers[FULL])
             try:
-                jobs = request.jobs(source, index, gate, metadata_row)
+                if window is None:
+                    jobs = request.jobs(source, index, gate, metadata_row)
+                else:
+                    # What is queued last says that all has been sent.
+                    assert metadata_row is not None
+                    jobs = request.jobs(source, index, gate, None)
+                    jobs += request.window_jobs(window, metadata_row)
             except ValueError as error:
                 jobs, reason = [], str(error)
             else:
@@ -162,7 +171,7 @@ class PrefillSender:
         destination = request.destinations.get(job.session)
         if destination is None or destination.generation is None or not job.runs:
             return None
-        pages = request.source[job.first_page : job.first_page + job.pages]
+        pages = request.source[job.kind][job.first_page : job.first_page + job.pages]
         return self._hashing.submit(self._announcement, layers, destination.generation, pages)
 
     def _announcement(self, layers: LayerRange, generation: int, pages: Pages) -> messages.Landed:
@@ -179,6 +188,7 @@ class PrefillSender:
             pages=layers.job.pages,
             digests=made,
             attempt=layers.job.attempt,
+            kind=layers.job.kind,
         )
 
     def on_group_done(self, group: Group, now_s: float) -> None:
