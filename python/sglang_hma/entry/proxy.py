@@ -1,0 +1,138 @@
+"""The entry: an ASGI application that hands requests to SGLang's router, and its answers back."""
+
+import asyncio
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import aiohttp
+
+from sglang_hma.entry.carrier import CARRIED, CONTENT_TYPE, ROUTE, STATUS, pack
+
+# Of one connection, not of a request (RFC 9110, 7.6.1), and what is written anew.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
+    b"transfer-encoding upgrade host content-length expect".split()
+)
+KEEP_ALIVE_S = 15.0
+Headers = list[tuple[bytes, bytes]]
+
+
+class Entry:
+    """`router`: its URL. `limit`: bytes of a request's body."""
+
+    def __init__(self, router: str, limit: int) -> None:
+        self._router, self._limit = router, limit
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1003})
+
+    async def _live(self, receive: Any, send: Any) -> None:
+        await receive()
+        # A request lasts as long as its answer does, and there are as many as clients have.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._session.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
+        body = await self._read(receive)
+        if body is None:
+            await refuse(send, 413, f"the body has more than {self._limit} bytes")
+            return
+        path, method = scope["path"], scope["method"]
+        headers = [(k, v) for k, v in scope["headers"] if k.lower() not in HOP_BY_HOP]
+        target = scope.get("raw_path", path.encode()).decode("latin-1")
+        if method == "POST" and path in CARRIED:
+            try:
+                body = pack(path, body)
+            except ValueError as error:
+                await refuse(send, 400, str(error))
+                return
+            target = ROUTE
+            headers = [(k, v) for k, v in headers if k.lower() != b"content-type"]
+            headers.append((b"content-type", b"application/json"))
+        query = scope.get("query_string", b"").decode("latin-1")
+        url = f"{self._router}{target}{'?' if query else ''}{query}"
+        answer = asyncio.ensure_future(self._forward(method, url, headers, body, send))
+        leaves = asyncio.ensure_future(left(receive))
+        try:
+            await asyncio.wait({answer, leaves}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
+        finally:
+            # Its connection to the router closes, and the router tells the servers.
+            for task in (answer, leaves):
+                task.cancel()
+            await asyncio.gather(answer, leaves, return_exceptions=True)
+
+    async def _read(self, receive: Any) -> bytes | None:
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return b""
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._limit:
+                return None
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+    async def _forward(
+        self, method: str, url: str, headers: Headers, body: bytes, send: Any
+    ) -> None:
+        assert self._session is not None
+        names = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in headers]
+        try:
+            reply = await self._session.request(
+                method, url, data=body or None, headers=names, allow_redirects=False
+            )
+        except aiohttp.ClientError as error:
+            await refuse(send, 503, f"the router does not answer: {error}")
+            return
+        async with reply:
+            status, sent = restored(reply.status, reply.raw_headers)
+            await send({"type": "http.response.start", "status": status, "headers": sent})
+            async for chunk in reply.content.iter_any():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body"})
+
+
+def restored(status: int, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, Headers]:
+    """An answer's status and headers as the server gave them."""
+    given = [(k, v) for k, v in headers if k.lower() not in HOP_BY_HOP - {b"content-length"}]
+    own = {name.lower(): value for name, value in given}
+    hidden, kind = own.get(STATUS.encode()), own.get(CONTENT_TYPE.encode())
+    ours = {STATUS.encode(), CONTENT_TYPE.encode()} | ({b"content-type"} if kind else set())
+    kept = [(k, v) for k, v in given if k.lower() not in ours]
+    if kind:
+        kept.append((b"content-type", kind))
+    return (int(hidden) if hidden else status), kept
+
+
+async def left(receive: Any) -> None:
+    """Until the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def refuse(send: Any, status: int, message: str) -> None:
+    """As SGLang refuses."""
+    error = {"object": "error", "message": message, "type": "BadRequestError", "code": status}
+    body = json.dumps(error).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
