@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
+from sglang_hma.transfer import samples
 from sglang_hma.transfer.request_fields import shown
 
 # Of one prompt. SGLang makes lists as long as a client says before it looks at anything else.
@@ -32,6 +33,9 @@ def normalize(original: Any, obj: Any) -> Any:
     for params in given if isinstance(given, list) else [given]:
         if params is not None and (reason := refuse_samples(params)):
             raise ValueError(reason)
+    count = samples.samples(obj)
+    if count > 1:
+        return samples.normalize(original, obj, count)
     return original(obj)
 
 
