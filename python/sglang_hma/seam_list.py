@@ -264,6 +264,29 @@ SEAMS = (
         "prefill, decode",
     ),
     Seam(
+        "sglang.srt.disaggregation.utils.MetadataBuffers.set_buf",
+        "a prompt's logprobs travel to decode, which answers with all of them; SGLang leaves them "
+        "in prefill's answer, and its router takes a part of them from there",
+        _from("transfer.prefill.prompt_logprobs", "set_buf"),
+        lambda config: config.role == "prefill",
+        "prefill",
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler_components.output_streamer"
+        "._GenerationStreamAccumulator.accept",
+        "SGLang's decode servers leave the logprobs of a prompt out of their answers",
+        _from("transfer.decode.prompt_answers", "accept"),
+        lambda config: config.role == "decode",
+        "decode",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.decode.DecodeTransferQueue._commit_transfer_to_req",
+        "the logprobs of a request's prompt have arrived before it is decoded",
+        _from("transfer.decode.prompt_answers", "commit_native"),
+        lambda config: config.role == "decode" and not config.packs_kv,
+        "native, decode",
+    ),
+    Seam(
         "sglang.srt.disaggregation.decode.DecodePreallocQueue",
         "reserves pages by format; tells the peer the landing page instead of the part-full last "
         "page",

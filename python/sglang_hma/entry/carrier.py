@@ -63,7 +63,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _with_fields(text: str, fields: dict[str, Any]) -> str:
-    """A JSON object with these fields behind its own, which they outweigh; what is none as it is."""
+    """A JSON object with these fields behind its own, which they outweigh. Other text as it is."""
     head = text.rstrip()
     if not fields or not head.endswith("}") or not _is_object(head):
         return text

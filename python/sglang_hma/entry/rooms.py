@@ -1,4 +1,4 @@
-"""How many answers a request asks for: each is a request of its own to a pair, with its own room."""
+"""How many answers a request asks for: each is a request of its own to a pair, with a room."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ def prompts_of_generate(asked: dict[str, Any]) -> int:
         return max(1, len(text)) if isinstance(text, list) else 1
     if isinstance(ids, list) and ids and isinstance(ids[0], list):
         return len(ids)
-    embeds = asked.get("input_embeds")
-    nested = isinstance(embeds, list) and embeds and isinstance(embeds[0], list)
-    if nested and embeds[0] and isinstance(embeds[0][0], list):
-        return len(embeds)
-    return 1
+    embeds: Any = asked.get("input_embeds")
+    depth, inside = 0, embeds
+    while isinstance(inside, list) and inside:
+        depth, inside = depth + 1, inside[0]
+    return len(embeds) if depth == 3 else 1
 
 
 def prompts_of_completion(prompt: Any) -> int:

@@ -56,7 +56,7 @@ async def serve(given: argparse.Namespace, router: str, child: subprocess.Popen[
         log_level="warning",
         access_log=False,
         lifespan="on",
-        timeout_keep_alive=620,  # longer than a client's own: the client closes first
+        timeout_keep_alive=620,  # a client closes its connection first
         timeout_graceful_shutdown=given.shutdown_grace_period_secs,
     )
     server = uvicorn.Server(config)

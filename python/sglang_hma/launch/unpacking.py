@@ -37,7 +37,7 @@ class Unpacking:
 
 async def read(receive: Any) -> tuple[bytes, Any]:
     """A request's body, and the message that came in its place if the client has left."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         message = await receive()
         if message["type"] != "http.request":

@@ -60,6 +60,5 @@ def _as_batch(obj: Any) -> None:
         obj.text = [obj.text]
     elif obj.text is None and obj.input_ids and isinstance(obj.input_ids[0], int):
         obj.input_ids = [obj.input_ids]
-    elif obj.text is None and obj.input_ids is None and obj.input_embeds:
-        if isinstance(obj.input_embeds[0][0], float):
-            obj.input_embeds = [obj.input_embeds]
+    elif obj.text is None and obj.input_ids is None and isinstance(obj.input_embeds[0][0], float):
+        obj.input_embeds = [obj.input_embeds]

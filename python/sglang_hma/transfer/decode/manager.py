@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.gauges import GAUGES
-from sglang_hma.transfer import messages
+from sglang_hma.transfer import messages, prompt_logprobs
 from sglang_hma.transfer.claims import ClaimRenewer
 from sglang_hma.transfer.decode import routes
 from sglang_hma.transfer.decode.news import News
@@ -26,6 +26,7 @@ from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
 from sglang_hma.transfer.metrics import STUCK_PEERS
 from sglang_hma.transfer.page_slices import Pages, PageSlice
+from sglang_hma.transfer.prompt_logprobs import Parts
 from sglang_hma.transfer.short_prompts import is_short
 from sglang_hma.transfer.tcp_table import addresses_of, own_ports
 
@@ -49,6 +50,7 @@ class HmaDecodeManager(HmaKVManager):
         self.rank_routes: dict[str, Mapping[routes.Place, dict[str, Any]]] = {}
         self.refused: dict[int, str] = {}  # rooms whose prefill server was refused, and why
         self.receiver: DecodeReceiver | None = None
+        self._prompt_logprobs: dict[int, Parts] = {}  # by room
         super().__init__(*args, **kwargs)
         config = HmaConfig.require()
         if config.prefill_peers is None:
@@ -61,7 +63,7 @@ class HmaDecodeManager(HmaKVManager):
             sizes = zip(self.kv_args.aux_data_ptrs, self.kv_args.aux_item_lens, strict=True)
             rows = [PageSlice.part(buffer, size) for buffer, size in sizes]
             self.receiver = DecodeReceiver(self, self.buffers, memory, session, rows)
-            self.intake.handler = self.receiver.on_message
+        self.intake.handler = self._on_message
         low, high = (int(os.environ.get(name, value)) for name, value in MOONCAKE_PORTS)
         ports = own_ports(low, high) - {int(self.rank_port)}
         GAUGES.gauge(
@@ -237,9 +239,31 @@ class HmaDecodeManager(HmaKVManager):
         if self.receiver is not None and self.is_hma_prefill(bootstrap_addr):
             self.receiver.expect(room, pages, control_ports(infos), row)
 
+    def _on_message(self, message: messages.Message) -> None:
+        if isinstance(message, messages.PromptLogprobs):
+            if self.rooms.is_published(message.room):
+                arrived = self._prompt_logprobs.setdefault(message.room, Parts())
+                arrived.add(message.part, message.parts, message.data)
+        elif self.receiver is not None:
+            self.receiver.on_message(message)
+
+    def take_logprobs(self, room: int, vocabulary: int) -> dict[str, list[Any]] | None:
+        """Of a request's prompt, as SGLang's ReqLogprob has them; None if prefill sent none, or
+        nonsense."""
+        arrived = self._prompt_logprobs.pop(room, None)
+        packed = arrived.whole() if arrived is not None else None
+        if packed is None:
+            return None
+        try:
+            return prompt_logprobs.unpack(packed, vocabulary)
+        except ValueError as error:
+            logger.error("Room %s: no logprobs of its prompt: %s", room, error)
+            return None
+
     def forget(self, room: int) -> None:
         super().forget(room)
         self.refused.pop(room, None)
+        self._prompt_logprobs.pop(room, None)
         self._claim_renewer.drop(room)
         if self.receiver is not None:
             self.receiver.forget(room)

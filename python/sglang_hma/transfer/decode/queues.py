@@ -33,6 +33,7 @@ from sglang_hma.addresses import canonical_host
 from sglang_hma.gauges import GAUGES
 from sglang_hma.kvcache.allocator import SlabPageAllocator
 from sglang_hma.kvcache.pool import SavedPages
+from sglang_hma.transfer.decode import prompt_answers
 from sglang_hma.transfer.decode.local_prefill import ShortPrompts
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
@@ -268,7 +269,7 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         req = decode_req.req
         if is_fake(req):
             self._empty_pages(req)
-        super()._commit_transfer_to_req(decode_req)
+        prompt_answers.commit(super()._commit_transfer_to_req, self, decode_req)
         if is_aborted(req) or len(req.origin_input_ids) % PAGE == 0:
             return
         self.scheduler.token_to_kv_pool_allocator.commit_landing(req.hma_last_prompt_page)

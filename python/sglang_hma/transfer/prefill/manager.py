@@ -12,12 +12,13 @@ from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, Transfer
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
-from sglang_hma.transfer import messages
+from sglang_hma.transfer import messages, prompt_logprobs
 from sglang_hma.transfer.bootstrap import registration
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
 from sglang_hma.transfer.message_intake import PrefillIntake
+from sglang_hma.transfer.messages import PromptLogprobs
 from sglang_hma.transfer.page_slices import Block, Pages
 from sglang_hma.transfer.prefill import gauges
 from sglang_hma.transfer.prefill.jobs import EarlySend
@@ -45,6 +46,7 @@ class HmaPrefillManager(HmaKVManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sender: PrefillSender | None = None
         self._strays = Strays()
+        self._prompt_logprobs: dict[int, list[bytes]] = {}  # parts, by room
         super().__init__(*args, **kwargs)
         if self.plain_pages:
             self.sender = self._make_sender(HmaConfig.require())
@@ -236,11 +238,13 @@ class HmaPrefillManager(HmaKVManager):
         """A request was aborted. SGLang may not speak of it again: what decode has said of it is
         then a stray's."""
         self.rooms.close(room)
+        self._prompt_logprobs.pop(room, None)
         if self.sender is not None:
             self.sender.claims.closed(room)
 
     def forget(self, room: int) -> None:
         super().forget(room)
+        self._prompt_logprobs.pop(room, None)
         if self.sender is not None:
             self.sender.claims.closed(room)
 
@@ -257,6 +261,34 @@ class HmaPrefillManager(HmaKVManager):
 
     def succeed(self, room: int) -> None:
         self.update_status(room, KVPoll.Success)
+
+    def keep_logprobs(self, room: int, packed: bytes) -> None:
+        """Of a request's prompt, for decode."""
+        self._prompt_logprobs[room] = prompt_logprobs.parts(packed)
+
+    @override
+    def send_kv_status_message(
+        self,
+        *,
+        targets: list[Address],
+        bootstrap_room: int,
+        status: KVPoll,
+        failure_reason: str | None = None,
+    ) -> None:
+        """As SGLang's; what decode must have when it hears of a success goes before it."""
+        if status == KVPoll.Success:
+            parts = self._prompt_logprobs.pop(bootstrap_room, [])
+            for index, data in enumerate(parts):
+                part = PromptLogprobs(bootstrap_room, index, len(parts), data)
+                if not all(self.tell_surely(target, part) for target in targets):
+                    self.fail(bootstrap_room, "decode takes no messages")
+                    return
+        super().send_kv_status_message(
+            targets=targets,
+            bootstrap_room=bootstrap_room,
+            status=status,
+            failure_reason=failure_reason,
+        )
 
     def report_sent(self, room: int) -> None:
         self.send_kv_status_message(
