@@ -11,7 +11,7 @@ import requests
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sglang_hma.launch.unpacking import Unpacking
@@ -35,7 +35,10 @@ class Told:
 
     async def answer(self, request: Request) -> Response:
         if request.method == "GET":
-            return JSONResponse({"model_path": "m", "data": [{"id": "m"}]})
+            if request.url.path == "/metrics":
+                return PlainTextResponse(f"# TYPE {self.role} gauge\n{self.role} 1\n")
+            found = {"model_path": "m", "data": [{"id": "m"}], "role": self.role}
+            return JSONResponse(found | {"path": str(request.url.path)})
         try:
             body = await request.json()
         except ValueError:
@@ -151,4 +154,27 @@ def test_what_is_no_request(behind: tuple[str, Told, Told]) -> None:
     refused = ask(behind, "/generate", b'{"text": "\xff"}')
     assert refused.status_code == 400 and "0xff" in refused.json()["message"]
     assert not behind[2].got
-    assert [each["id"] for each in requests.get(f"{behind[0]}/v1/models").json()["data"]] == ["m"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/get_model_info", "/get_server_info", "/get_load", "/v1/loads"]
+)
+def test_questions_are_answered_as_by_one_server(behind: tuple[str, Told, Told], path: str) -> None:
+    reply = requests.get(behind[0] + path)
+    assert reply.status_code == 200 and reply.headers["content-type"] == "application/json"
+    assert reply.json()["role"] == "decode" and reply.json()["path"] == path
+
+
+def test_metrics_of_all_servers(behind: tuple[str, Told, Told]) -> None:
+    found = requests.get(f"{behind[0]}/metrics").text
+    for told in behind[1:]:
+        assert f"{told.role}{{" in found and str(told.port) in found
+
+
+@pytest.mark.parametrize(
+    "path", ["/flush_cache", "/abort_request", "/update_weights_from_disk", "/release_memory"]
+)
+def test_what_changes_a_server_does_not_reach_it(behind: tuple[str, Told, Told], path: str) -> None:
+    reply = ask(behind, path, {})
+    assert path == "/flush_cache" or reply.status_code in (404, 405)
+    assert not [where for told in behind[1:] for where, *_ in told.got if where != "/flush_cache"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,16 @@ HOP_BY_HOP = frozenset(
     b"transfer-encoding upgrade host content-length expect".split()
 )
 KEEP_ALIVE_S = 15.0
+# What the router does not know or answers for itself, and a decode server as one server does: about
+# the model, its tokenizer and its load. Nothing that changes a server.
+OF_A_SERVER = (
+    *("/v1/models", "/get_model_info", "/model_info", "/get_server_info", "/server_info"),
+    *("/get_load", "/v1/loads", "/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"),
+    *("/v1/embeddings", "/v1/classify", "/v1/rerank", "/v1/score", "/encode", "/classify"),
+)
+# The metrics of all servers, each with its own label.
+METRICS, OF_ALL_SERVERS = "/metrics", "/engine_metrics"
+LOOK_AGAIN_S = 1.0
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -24,6 +35,7 @@ class Entry:
     def __init__(self, router: str, limit: int) -> None:
         self._router, self._limit = router, limit
         self._session: aiohttp.ClientSession | None = None
+        self._decode, self._looked = "", -LOOK_AGAIN_S
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -65,7 +77,12 @@ class Entry:
             headers = [(k, v) for k, v in headers if k.lower() != b"content-type"]
             headers.append((b"content-type", b"application/json"))
         query = scope.get("query_string", b"").decode("latin-1")
-        url = f"{self._router}{target}{'?' if query else ''}{query}"
+        base = self._router
+        if path in OF_A_SERVER:
+            base = await self._decode_server(headers) or base
+        elif path == METRICS:
+            target = OF_ALL_SERVERS
+        url = f"{base}{target}{'?' if query else ''}{query}"
         answer = asyncio.ensure_future(self._forward(method, url, headers, body, send))
         leaves = asyncio.ensure_future(left(receive))
         try:
@@ -77,6 +94,23 @@ class Entry:
             for task in (answer, leaves):
                 task.cancel()
             await asyncio.gather(answer, leaves, return_exceptions=True)
+
+    async def _decode_server(self, headers: Headers) -> str:
+        """One that the router has and takes for healthy, or ""."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_AGAIN_S:
+            return self._decode
+        assert self._session is not None
+        names = [(k, v) for k, v in decoded(headers) if k.lower() == "authorization"]
+        try:
+            async with self._session.get(f"{self._router}/workers", headers=names) as reply:
+                found = (await reply.json())["workers"] if reply.status == 200 else []
+        except (aiohttp.ClientError, ValueError, KeyError):
+            return ""
+        serving = [each for each in found if each.get("is_healthy")]
+        decode = [each["url"] for each in serving if each.get("worker_type") == "decode"]
+        self._decode, self._looked = (decode[0] if decode else ""), now
+        return self._decode
 
     async def _read(self, receive: Any) -> bytes | None:
         parts, size = [], 0
@@ -95,10 +129,9 @@ class Entry:
         self, method: str, url: str, headers: Headers, body: bytes, send: Any
     ) -> None:
         assert self._session is not None
-        names = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in headers]
         try:
             reply = await self._session.request(
-                method, url, data=body or None, headers=names, allow_redirects=False
+                method, url, data=body or None, headers=decoded(headers), allow_redirects=False
             )
         except aiohttp.ClientError as error:
             await refuse(send, 503, f"the router does not answer: {error}")
@@ -121,6 +154,10 @@ def restored(status: int, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, 
     if kind:
         kept.append((b"content-type", kind))
     return (int(hidden) if hidden else status), kept
+
+
+def decoded(headers: Headers) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
 
 
 async def left(receive: Any) -> None:
