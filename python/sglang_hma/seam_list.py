@@ -127,11 +127,36 @@ SEAMS = (
         "on CPU, without cards",
     ),
     Seam(
+        "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32",
+        "what sampling_seed is drawn with is a kernel of sgl_kernel's on a CPU",
+        _from("cpu_ops", "murmur_hash32"),
+        lambda config: config.device == "cpu" and not config.on_card,
+        "on CPU, without cards",
+    ),
+    Seam(
         "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul",
         "a Triton kernel that SGLang runs on a CPU too, for the shared experts of Qwen2-MoE",
         _from("cpu_ops", "gate_sigmoid_mul"),
         lambda config: config.device == "cpu" and not config.on_card,
         "on CPU, without cards",
+    ),
+    *(
+        Seam(
+            f"sglang.srt.{place}",
+            "a client's sampling_seed is used on servers of any flags; SGLang ignores it without "
+            "--enable-deterministic-inference",
+            _from("seeds", ours),
+            lambda _: True,
+            "always",
+        )
+        for place, ours in (
+            (
+                "sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch",
+                "from_batch",
+            ),
+            ("sampling.sampling_batch_info.SamplingBatchInfo.merge_batch", "merge_batch"),
+            ("layers.sampler.Sampler._sample_from_probs", "sample"),
+        )
     ),
     Seam(
         "sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter",
