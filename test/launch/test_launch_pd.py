@@ -307,6 +307,13 @@ def test_base_model_behind_a_key(launch: Launch) -> None:
     assert url.endswith("/v1/completions") and body["model"] == "the/model"
 
 
+def test_servers_without_a_tokenizer(launch: Launch) -> None:
+    run = launch("--router-args", "--fake-no-tokenizer")
+    run.wait_for("  stop: ")
+    url, body = printed_request(run)
+    assert url.endswith("/generate") and body["input_ids"]
+
+
 @pytest.mark.slow
 def test_real_router(launch: Launch) -> None:
     run = launch("--prefill", "2", "--api-key", "secret", driver="real-router")
