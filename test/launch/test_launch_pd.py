@@ -325,6 +325,17 @@ def test_real_router(launch: Launch) -> None:
     assert run.end() == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_real_router_on_ipv6(launch: Launch, host: str) -> None:
+    run = launch("--host", host, driver="real-router")
+    run.wait_for("  stop: ")
+    url, _ = printed_request(run)
+    assert url.startswith("http://[::1]:")
+    run.popen.send_signal(signal.SIGTERM)
+    assert run.end() == 0
+
+
 def test_only_the_run_is_killed() -> None:
     ours, other = uuid.uuid4().hex, uuid.uuid4().hex
     longer = f"{ours}0"
