@@ -217,7 +217,14 @@ FAMILIES = (
         },
         experts=8,
     ),
-    Family("gpt-oss", "gpt_oss", {**ALTERNATING, **LOCAL}, experts=8),
+    # SGLang gives its router the config's dtype, whatever --dtype says.
+    Family(
+        "gpt-oss",
+        "gpt_oss",
+        {**ALTERNATING, **LOCAL},
+        experts=8,
+        written={"dtype": "float32", "torch_dtype": "float32"},
+    ),
     Family(
         "MiniMax-M2",
         "minimax_m2",

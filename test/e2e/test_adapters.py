@@ -19,7 +19,7 @@ from .conftest import COMMON
 from .harness import Pair, running_pair
 
 NEW_TOKENS = 24
-POOL_TOKENS = 1024
+POOL_TOKENS = 2048
 # Less than what is asked for: the base model counts too.
 FLAGS = (*COMMON, "--max-loras-per-batch", "2", "--max-total-tokens", str(POOL_TOKENS))
 
