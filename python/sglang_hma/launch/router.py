@@ -1,7 +1,7 @@
 """python -m sglang_hma.launch.router: SGLang's router behind an entry that loses nothing.
 
 Takes the flags of sglang_router.launch_router. --host, --port and --tls-* are the entry's; the
-router listens on 127.0.0.1. Both end together.
+router listens on 127.0.0.1. Both end together, however either ends.
 """
 
 import argparse
@@ -14,12 +14,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
+
+from sglang_hma.entry.router_process import PARENT_ENV
 
 LOOPBACK = "127.0.0.1"
 PORTS = range(17100, 21990)  # as launch_pd's: below those of outgoing connections
 MAX_BODY = 256 << 20
 # A carried request is a JSON string in a JSON object: six bytes at most for one.
 MOST_GROWTH = 6
+CHILD_ENDS_S = 5.0  # the router has no request left once the entry has answered its own
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -60,32 +64,60 @@ async def serve(given: argparse.Namespace, router: str, child: subprocess.Popen[
         timeout_graceful_shutdown=given.shutdown_grace_period_secs,
     )
     server = uvicorn.Server(config)
-    serving = asyncio.ensure_future(server.serve())
-    ended = asyncio.ensure_future(asyncio.to_thread(child.wait))
+
+    async def listen() -> None:
+        with contextlib.suppress(SystemExit):  # see `stop`; and of a port that is taken
+            await server.serve()
+
+    serving = asyncio.ensure_future(listen())
+    ended = asyncio.ensure_future(end_of(child.pid))
     await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
-        return 0
+        ended.cancel()
+        return 0 if server.started else 1
     server.should_exit = server.force_exit = True
     await serving
-    return child.returncode or 1
+    return child.wait() or 1
+
+
+async def end_of(pid: int) -> None:
+    """Until the child `pid` has ended; a thread that waits for it would outlive the loop."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    descriptor = os.pidfd_open(pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Also what uvicorn raises anew after it has served the last request."""
+    raise SystemExit(0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given, rest = parse(sys.argv[1:] if argv is None else argv)
+    command = [sys.executable, "-m", "sglang_hma.entry.router_process"]
     if "-h" in rest or "--help" in rest:
-        return subprocess.call([sys.executable, "-m", "sglang_hma.entry.router_process", "--help"])
+        return subprocess.call([*command, "--help"])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     port = free_port()
-    command = [sys.executable, "-m", "sglang_hma.entry.router_process", *rest]
-    command += ["--host", LOOPBACK, "--port", str(port)]
+    command += [*rest, "--host", LOOPBACK, "--port", str(port)]
     command += ["--max-payload-size", str(given.max_payload_size * MOST_GROWTH)]
     command += ["--shutdown-grace-period-secs", str(given.shutdown_grace_period_secs)]
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, env=os.environ | {PARENT_ENV: str(os.getpid())})
     try:
         return asyncio.run(serve(given, f"http://{LOOPBACK}:{port}", child))
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, signal.SIGTERM)
-        child.wait()
+        child.terminate()
+        try:
+            child.wait(CHILD_ENDS_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 if __name__ == "__main__":
