@@ -159,6 +159,14 @@ SEAMS = (
         )
     ),
     Seam(
+        "sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
+        "SGLang applies a request's penalties in the order of a set of classes where scheduling "
+        "does not overlap: two processes would answer otherwise",
+        _from("penalties", "orchestrate"),
+        lambda _: True,
+        "always",
+    ),
+    Seam(
         "sglang.srt.lora.lora_manager.LoRAManager.validate_new_adapter",
         "what SGLang leaves out of an adapter's config (rank-stabilized scaling, ranks by layer, "
         "biases ...) is refused when it is loaded, and over rounded weights what was not tried: "

@@ -55,17 +55,36 @@ def sample(
     positions: Any,
     simple_sampling_case: bool,
 ) -> Any:
-    """Around Sampler._sample_from_probs: FlashInfer's kernels take no seeds, torch's operators do
-    (several milliseconds more a step)."""
-    from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
-    from sglang.srt.runtime_context import get_exec
+    """Around Sampler._sample_from_probs: tokens int32 [batch], and what it captured of the weights.
 
-    info = sampling_info
-    seeds = info.sampling_seed
-    if seeds is None or simple_sampling_case or get_exec().kernel.sampling_backend == "pytorch":
+    SGLang draws a column of a request's sorted probabilities where its batch has a request with
+    top_k, top_p or min_p, greedy ones included, and a token's own column where not: the answer
+    would depend on its company. With min_p and seeds it raises, and FlashInfer's kernels take no
+    seeds.
+    """
+    info, seeds = sampling_info, sampling_info.sampling_seed
+    if seeds is None:
         return original(sampler, probs, info, positions, simple_sampling_case)
-    given = (info.top_ks, info.top_ps, info.min_ps, info.need_min_p_sampling)
-    drawn = top_k_top_p_min_p_sampling_from_probs_torch(
-        probs, *given, seeds, positions, return_filtered_probs=False, max_top_k=info.max_top_k
-    )
-    return drawn, None
+    from sglang.srt.layers.sampler import _SamplingMaskCapture, multinomial_with_seed
+
+    weights = probs if simple_sampling_case else filtered(probs, info)
+    drawn = multinomial_with_seed(weights.double().log_(), seeds, positions).view(-1)
+    captured, rows = None, info.sampling_mask_batch_indices
+    if rows is not None:
+        shown = weights[rows]
+        chosen = shown.gather(1, drawn[rows].view(-1, 1)).view(-1)
+        captured = _SamplingMaskCapture(shown, None, chosen, rows)
+    return drawn.to(torch.int32), captured
+
+
+def filtered(probs: torch.Tensor, info: Any) -> torch.Tensor:
+    """float [batch, vocabulary]: 0 for what top_k, top_p and min_p leave out of each row. Of tokens
+    that are as likely as each other the first ones stay."""
+    ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(ordered.shape[-1], device=probs.device)[None]
+    before = ordered.cumsum(-1) - ordered
+    top_ps = info.top_ps[:, None]
+    out = (ranks >= info.top_ks[:, None]) | ((before > top_ps) & (top_ps < 1))
+    if info.need_min_p_sampling:
+        out |= ordered < ordered[:, :1] * info.min_ps[:, None]
+    return torch.empty_like(probs).scatter_(-1, tokens, ordered.masked_fill_(out, 0))

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 TOKENS = 8
 # Differ from run to run, or say how it went.
 OWN = ("id", "created", "rid", "e2e_latency", "cached_tokens", "prompt_tokens_details")
-TIMES = ("_time", "_ts", "_s", "latency", "throughput", "cached_tokens_details", "dp_rank")
+TIMES = ("_time", "_ts", "_s", "_wait", "latency", "throughput", "cached_tokens_details", "dp_rank")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ class Asking:
 
 
 def post(url: str, path: str, body: Any) -> requests.Response:
-    return requests.post(url + path, data=json.dumps(body))
+    return requests.post(url + path, json=body)
 
 
 def same(found: Any, expected: Any, where: str = "") -> None:
@@ -105,6 +105,7 @@ def test_samples(pair: Pair, single: Server, asked: Asking, n: int) -> None:
         {"frequency_penalty": 1.5},
         {"presence_penalty": 1.5},
         {"repetition_penalty": 1.5},
+        {"repetition_penalty": 1.5, "frequency_penalty": 1.5, "presence_penalty": -0.5},
         {"skip_special_tokens": False},
         {"no_stop_trim": True, "stop": ["a", "e"], "ignore_eos": False},
     ],
@@ -196,8 +197,9 @@ def test_mixed_requests_at_once(pair: Pair, single: Server, asked: Asking) -> No
         {},
         {"n": 2},
         {"logit_bias": {"17": 5.0}},
-        {"regex": "[0-9]{4}"},
+        {"regex": "[0-9]{4}", "ignore_eos": False},
         {"temperature": 1.0, "sampling_seed": 7},
+        {"temperature": 1.0, "sampling_seed": 8, "top_k": 30, "min_p": 0.1},
         {"frequency_penalty": 1.0},
     ]
     prompts = [asked.prompt() for _ in range(20)]

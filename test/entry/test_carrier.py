@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from sglang_hma.entry.carrier import CARRIED, FIELD, MARK, MOST_ROOMS, pack, unpack
+from sglang_hma.entry.carrier import CARRIED, FIELD, MARK, MOST_ROOMS, Carried, pack, unpack
 from sglang_hma.entry.rooms import rooms
 
 VALUES = st.recursive(
@@ -36,9 +36,9 @@ def test_an_object_comes_out_with_rooms(
     asked: dict[str, Any], before: str, after: str, path: str
 ) -> None:
     body = before + json.dumps(asked) + after
-    found = unpack(routed(pack(path, body.encode())))
-    assert found is not None and found[0] == path
-    own = json.loads(found[1])
+    found = unpack(routed(pack(path, body.encode(), "text/plain")))
+    assert found is not None and (found.path, found.content_type) == (path, "text/plain")
+    own = json.loads(found.body)
     assert set(own) == {*asked, "bootstrap_host", "bootstrap_port", "bootstrap_room"}
     same = {name: own[name] for name in asked if not name.startswith("bootstrap_")}
     given = {name: asked[name] for name in same}
@@ -57,7 +57,7 @@ def test_what_is_no_object_comes_out_as_it_is(body: str) -> None:
         sent = body.encode()
     except UnicodeEncodeError:
         return
-    assert unpack(routed(pack("/generate", sent))) == ("/generate", sent)
+    assert unpack(routed(pack("/generate", sent, ""))) == Carried("/generate", sent, "")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ def test_what_is_no_object_comes_out_as_it_is(body: str) -> None:
         b'{"text": "sglang_hma_request"}',
         json.dumps({FIELD: {MARK: "{}", "path": "/flush_cache"}}).encode(),
         json.dumps({FIELD: {MARK: 5, "path": "/generate"}}).encode(),
+        json.dumps({FIELD: {MARK: "{}", "path": "/generate", "content_type": "a\nb"}}).encode(),
         json.dumps({FIELD: [MARK]}).encode(),
         b'{"session_params": {"sglang_hma_request": ',
         b"\xff",

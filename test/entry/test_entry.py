@@ -128,6 +128,15 @@ def test_requests_arrive_whole(
         assert len(set(room)) == rooms and given["bootstrap_port"] == [8998] * rooms
 
 
+def test_a_body_s_type_is_the_client_s(behind: tuple[str, Told, Told]) -> None:
+    """SGLang refuses all but one: a page of another site cannot send that one."""
+    for kind in ("text/plain", "application/json; charset=utf-8"):
+        ask(behind, "/generate", {"text": "a"}, **{"Content-Type": kind})
+        assert [told.got[0][2]["content-type"] for told in behind[1:]] == [kind, kind]
+    ask(behind, "/generate", {"text": "a"})
+    assert not [told for told in behind[1:] if "content-type" in told.got[0][2]]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [400, 404, 422])
 def test_refusals_are_the_servers_own(

@@ -15,6 +15,7 @@ from sglang_hma.transfer.messages import PromptLogprobs, frames, parse
 from sglang_hma.transfer.prompt_logprobs import KINDS, Parts, pack, parts, unpack
 
 VOCABULARY = 1000
+PARTS = ("val", "idx")
 
 
 class Logprobs:
@@ -22,7 +23,7 @@ class Logprobs:
 
     def __init__(self, **fields: Any) -> None:
         for kind in KINDS:
-            for part in ("val", "idx"):
+            for part in PARTS:
                 setattr(self, f"{kind}_{part}", fields.get(f"{kind}_{part}"))
 
 
@@ -44,6 +45,9 @@ def made(rng: random.Random, rows: int, top: int, ids: int) -> Logprobs:
             drawn = [[number() for _ in range(width)] for _ in range(rows - 1)]
             fields[f"{kind}_val"] = [None, *drawn]
             fields[f"{kind}_idx"] = [None, *(tokens(width) for _ in range(rows - 1))]
+            first = kind.replace("input", "output")
+            fields[f"{first}_val"] = [[number() for _ in range(width)]]
+            fields[f"{first}_idx"] = [tokens(width)]
     return Logprobs(**fields)
 
 
@@ -63,7 +67,7 @@ def test_they_arrive_as_they_left(seed: int, monkeypatch: pytest.MonkeyPatch) ->
         assert whole is not None
         found = unpack(whole, VOCABULARY)
         for kind in KINDS:
-            for part in ("val", "idx"):
+            for part in PARTS:
                 assert found.get(f"{kind}_{part}") == getattr(left, f"{kind}_{part}")
 
 
@@ -72,7 +76,7 @@ def test_what_prefill_answers_itself_is_empty(seed: int) -> None:
     prompt_logprobs.clear(left)
     assert left.input_token_logprobs_val == left.input_top_logprobs_idx == []
     assert left.input_token_ids_logprobs_val is None
-    assert unpack(pack(left), VOCABULARY) == {}
+    assert set(unpack(pack(left), VOCABULARY)) == {f"output_top_logprobs_{p}" for p in PARTS}
 
 
 def test_a_token_that_is_none_of_the_vocabulary(seed: int) -> None:
@@ -92,7 +96,7 @@ def test_nonsense(packed: bytes) -> None:
 def test_tables_of_nonsense(width: int, plain: bool, values: bytes, tokens: bytes) -> None:
     table = [width, plain, values, tokens]
     try:
-        found = unpack(msgspec.msgpack.encode([[table, None, None]]), VOCABULARY)
+        found = unpack(msgspec.msgpack.encode([[table, None, None, None, None]]), VOCABULARY)
     except ValueError:
         return
     assert len(found["input_token_logprobs_val"]) == len(values) // 4 // width

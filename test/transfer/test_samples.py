@@ -72,3 +72,12 @@ def test_each_sample_is_a_request(asked: dict[str, Any], count: int) -> None:
 def test_prompts_with_different_numbers_of_samples() -> None:
     with pytest.raises(ValueError, match="n is not 2 for all prompts"):
         rows({"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": 3}]})
+
+
+def test_rooms_of_samples() -> None:
+    """One room is the first of as many; too few would keep a sample waiting for ever."""
+    asked = {"text": "a", "sampling_params": {"n": 3}, "bootstrap_host": "h", "bootstrap_port": 1}
+    found = rows(asked | {"bootstrap_room": 7})
+    assert [row["rooms"] for row in found] == [("h", 1, 7), ("h", 1, 8), ("h", 1, 9)]
+    with pytest.raises(ValueError, match="bootstrap_room has 2 entries, and this asks for 3"):
+        rows(asked | {"bootstrap_room": [7, 8]})

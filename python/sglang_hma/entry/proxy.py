@@ -68,8 +68,9 @@ class Entry:
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in HOP_BY_HOP]
         target = scope.get("raw_path", path.encode()).decode("latin-1")
         if method == "POST" and path in CARRIED:
+            kinds = [v.decode("latin-1") for k, v in headers if k.lower() == b"content-type"]
             try:
-                body = pack(path, body)
+                body = pack(path, body, kinds[0] if kinds else "")
             except ValueError as error:
                 await refuse(send, 400, str(error))
                 return

@@ -6,6 +6,7 @@ from sglang_hma.entry.carrier import CONTENT_TYPE, ROUTE, STATUS, unpack
 
 # The router tries these again with another server.
 TRIED_AGAIN = (408, 429)
+OF_THE_CARRIER = (b"content-length", b"content-type")
 
 
 class Unpacking:
@@ -28,11 +29,13 @@ class Unpacking:
         if carried is None:
             await self._application(scope, replay(body, receive, more), send)
             return
-        path, own = carried
-        headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
-        headers.append((b"content-length", b"%d" % len(own)))
+        headers = [(k, v) for k, v in scope["headers"] if k.lower() not in OF_THE_CARRIER]
+        headers.append((b"content-length", b"%d" % len(carried.body)))
+        if carried.content_type:
+            headers.append((b"content-type", carried.content_type.encode("latin-1", "replace")))
+        path = carried.path
         scope = scope | {"path": path, "raw_path": path.encode(), "headers": headers}
-        await self._application(scope, replay(own, receive), hides_refusals(send))
+        await self._application(scope, replay(carried.body, receive), hides_refusals(send))
 
 
 async def read(receive: Any) -> tuple[bytes, Any]:

@@ -1,9 +1,11 @@
-"""Logprobs of a prompt's tokens: prefill computes them, and decode answers with them.
+"""Logprobs that prefill computes, and decode answers with: of a prompt's tokens, and beside the
+first token of the answer.
 
-SGLang leaves them in prefill's answer, from which its router puts those of the prompt's own tokens
-before decode's, and drops the others. Here they travel to decode before prefill says that all is
-sent. A row is a position's: its token's logprob, those of the top tokens, those of the tokens that
-were asked for. The first position of a prompt has none.
+SGLang leaves a prompt's in prefill's answer, from which its router puts those of the prompt's own
+tokens before decode's, and drops the others; of the first token it sends 128 top ones and none of
+those that were asked for by id. Here they travel to decode before prefill says that all is sent. A
+row is a position's: its token's logprob, those of the top tokens, those of the tokens that were
+asked for. The first position of a prompt has none.
 """
 
 from collections.abc import Sequence
@@ -13,8 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-# Of SGLang's ReqLogprob, with how many numbers each row has.
-KINDS = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
+# Of SGLang's ReqLogprob.
+OF_PROMPT = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
+OF_FIRST = ("output_top_logprobs", "output_token_ids_logprobs")  # one row
+KINDS = (*OF_PROMPT, *OF_FIRST)
 MAX_BYTES = 64 << 20  # of one request
 PART_BYTES = 512 << 10
 MAX_PARTS = MAX_BYTES // PART_BYTES
@@ -35,7 +39,7 @@ class Table(msgspec.Struct, frozen=True, array_like=True):
 class Packed(msgspec.Struct, frozen=True, array_like=True):
     """One table for each of KINDS, or None."""
 
-    tables: Annotated[list[Table | None], msgspec.Meta(min_length=3, max_length=3)]
+    tables: Annotated[list[Table | None], msgspec.Meta(min_length=5, max_length=5)]
 
 
 def pack(logprob: Any) -> bytes:
@@ -66,7 +70,7 @@ def unpack(packed: bytes, vocabulary: int) -> dict[str, list[Any]]:
 
 def clear(logprob: Any) -> None:
     """What has been packed does not go into prefill's own answer, which the router would add."""
-    for kind in KINDS:
+    for kind in OF_PROMPT:
         for part in ("val", "idx"):
             if getattr(logprob, f"{kind}_{part}") is not None:
                 setattr(logprob, f"{kind}_{part}", [])
@@ -99,6 +103,7 @@ class Parts:
 def _table(values: Sequence[Any] | None, tokens: Sequence[Any] | None) -> Table | None:
     if not values or not tokens:
         return None
+    values = [row.tolist() if hasattr(row, "tolist") else row for row in values]
     plain = not any(isinstance(row, list | tuple) for row in values)
     rows = [[row] if plain else row for row in values]
     ids = [[row] if plain else row for row in tokens]

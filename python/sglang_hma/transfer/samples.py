@@ -51,7 +51,17 @@ def normalize(original: Callable[[Any], None], obj: Any, count: int) -> None:
     obj.sampling_params = [dict(params) for params in obj.sampling_params]
     obj.batch_size = prompts * count
     for name, value in rooms.items():
-        setattr(obj, name, value if isinstance(value, list) else [value] * obj.batch_size)
+        setattr(obj, name, _each(name, value, obj.batch_size))
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """One for each request. A single room is the first of as many, as SGLang has it of prompts."""
+    if not isinstance(value, list):
+        counts = name == "bootstrap_room" and isinstance(value, int)
+        return [value + index if counts else value for index in range(count)]
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries, and this asks for {count} answers")
+    return value
 
 
 def _as_batch(obj: Any) -> None:

@@ -1,4 +1,4 @@
-"""Decode's answers with the logprobs of the prompt, which prefill has computed and sent."""
+"""Decode's answers with the logprobs that prefill has computed and sent."""
 
 from collections.abc import Callable
 from http import HTTPStatus
@@ -6,11 +6,10 @@ from typing import Any
 
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, is_aborted, prepare_abort
 
-ROWS = (
-    *("input_token_logprobs_val", "input_token_logprobs_idx"),
-    *("input_top_logprobs_val", "input_top_logprobs_idx"),
-    *("input_token_ids_logprobs_val", "input_token_ids_logprobs_idx"),
-)
+from sglang_hma.transfer.prompt_logprobs import OF_FIRST, OF_PROMPT
+
+ROWS = tuple(f"{kind}_{part}" for kind in OF_PROMPT for part in ("val", "idx"))
+FIRST_ROWS = tuple(f"{kind}_{part}" for kind in OF_FIRST for part in ("val", "idx"))
 
 
 def commit(original: Callable[[Any], None], queue: Any, decode_req: Any) -> None:
@@ -23,6 +22,7 @@ def commit(original: Callable[[Any], None], queue: Any, decode_req: Any) -> None
         manager = decode_req.kv_receiver.kv_mgr
         vocabulary = queue.scheduler.model_config.vocab_size
         found = manager.take_logprobs(req.bootstrap_room, vocabulary)
+    rows = {name: len(getattr(req.logprob, name) or ()) for name in FIRST_ROWS} if wanted else {}
     original(decode_req)
     if not wanted or is_aborted(req):
         return
@@ -30,8 +30,14 @@ def commit(original: Callable[[Any], None], queue: Any, decode_req: Any) -> None
         reason = "prefill has sent no logprobs of the prompt"
         prepare_abort(req, reason, status_code=HTTPStatus.INTERNAL_SERVER_ERROR)
         return
-    for name, value in found.items():
-        setattr(req.logprob, name, value)
+    for name in ROWS:
+        if name in found:
+            setattr(req.logprob, name, found[name])
+    for name, before in rows.items():
+        given = getattr(req.logprob, name)
+        # A request that was put aside keeps the row of the token that it repeats.
+        if name in found and given is not None and len(given) == before + 1:
+            given[-1] = found[name][0]
 
 
 def commit_native(original: Any, queue: Any, decode_req: Any) -> None:
