@@ -12,6 +12,8 @@ DRAWN = {"temperature": 1.0, "sampling_seed": 5}
 USER = [{"role": "user", "content": "hello"}]
 TOKEN = 17
 BIAS = {str(TOKEN): 100.0}
+# Of eight as likely ones, another one after a penalty for the first.
+EIGHT = {"logit_bias": {str(TOKEN + index): 100.0 for index in range(8)}}
 JSON_SCHEMA = '{"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}'
 AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [12345]}}}
 TAG = {
@@ -135,9 +137,9 @@ PARAMS = {
     "top_p": Case(0.001, DRAWN),
     "top_k": Case(1, DRAWN),
     "min_p": Case(0.99, DRAWN),
-    "frequency_penalty": Case(2.0, {"logit_bias": {str(TOKEN): 10.0}}),
-    "presence_penalty": Case(2.0, {"logit_bias": {str(TOKEN): 10.0}}),
-    "repetition_penalty": Case(1.9, {"logit_bias": {str(TOKEN): 10.0}}),
+    "frequency_penalty": Case(2.0, EIGHT),
+    "presence_penalty": Case(2.0, EIGHT),
+    "repetition_penalty": Case(0.01),
     "min_new_tokens": Case(4, STOPS | {"stop_token_ids": [TOKEN]}),
     "n": Case(3),
     "beam_width": Case(2),
@@ -164,7 +166,6 @@ PARAMS = {
     "is_normalized": Case(True),
     "ebnf_full_assistant": Case(True),
 }
-LIKELY = {"logit_bias": {str(TOKEN): 10.0}}
 OF_BOTH = {
     "model": Case("another"),
     "bootstrap_host": Case("h"),
@@ -173,9 +174,9 @@ OF_BOTH = {
     "routed_dp_rank": Case(0),
     "disagg_prefill_dp_rank": Case(0),
     "data_parallel_rank": Case(0),
-    "frequency_penalty": Case(2.0, LIKELY),
-    "presence_penalty": Case(2.0, LIKELY),
-    "repetition_penalty": Case(1.9, LIKELY),
+    "frequency_penalty": Case(2.0, EIGHT),
+    "presence_penalty": Case(2.0, EIGHT),
+    "repetition_penalty": Case(0.01),
     "logit_bias": Case(BIAS),
     "max_tokens": Case(3),
     "n": Case(3),
@@ -281,6 +282,43 @@ APIS = (
     Api("CompletionRequest", "/v1/completions", OPENAI | {"prompt": TEXT}, COMPLETION),
     Api("ChatCompletionRequest", "/v1/chat/completions", OPENAI | {"messages": USER}, CHAT),
 )
+
+
+_REASONS = {
+    "a model of text has no use for it": (
+        *("image_data", "video_data", "audio_data", "mm_hashes", "mm_content_hashes"),
+        *("use_audio_in_video", "video_config", "modalities", "need_wait_for_mm_inputs"),
+        *("num_items_assigned", "encoder_urls", "max_dynamic_patch", "min_dynamic_patch"),
+        *("image_max_dynamic_patch", "video_max_dynamic_patch", "images_config"),
+        *("mm_processor_kwargs", "multi_item_delimiter_indices", "token_indices_to_pool"),
+    ),
+    "the router's to say: its own outweighs a client's": (
+        *("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key"),
+        "decode_tp_size",
+    ),
+    "names a data-parallel rank, and there is one": (
+        *("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank"),
+    ),
+    "of logs, traces and metrics, not of the answer": (
+        *("log_metrics", "no_logs", "external_trace_header", "received_time", "custom_labels"),
+        *("routing_key", "conversation_id", "http_worker_ipc", "user"),
+    ),
+    "of caches, not of the answer": (
+        *("extra_key", "cache_salt", "kv_hints", "session_id", "session_params"),
+        "return_cached_tokens_details",
+    ),
+    "of the order of requests, not of the answer": ("priority", "background"),
+    "of the chunks of a stream": ("stream_interval", "return_bytes"),
+    "without its flag, or for another model, SGLang answers as if it were not given": (
+        *("return_routed_experts", "routed_experts_start_len", "return_indexer_topk"),
+        *("require_reasoning", "return_entropy", "custom_params", "return_spec_tokens_details"),
+        *("reasoning_effort", "thinking", "task", "separate_reasoning", "stream_reasoning"),
+        *("chat_template_kwargs", "tools", "parallel_tool_calls", "spaces_between_special_tokens"),
+    ),
+    "SGLang takes it for OpenAI's clients and has no use for it": ("best_of", "suffix"),
+}
+# Why a field's answer is the same without it, on one server too.
+WITHOUT_EFFECT = {name: reason for reason, names in _REASONS.items() for name in names}
 
 
 @cache

@@ -143,8 +143,9 @@ SEAMS = (
     *(
         Seam(
             f"sglang.srt.{place}",
-            "a client's sampling_seed is used on servers of any flags; SGLang ignores it without "
-            "--enable-deterministic-inference",
+            "a client's sampling_seed is used on servers of any flags, whatever its batch (SGLang "
+            "ignores it without --enable-deterministic-inference, and draws by rank where a "
+            "neighbour has top_k, top_p or min_p: sgl-project/sglang#15481)",
             _from("seeds", ours),
             lambda _: True,
             "always",
@@ -249,18 +250,19 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
-        "lists as long as a client's `n` are made before anything is checked",
+        "lists as long as a client's `n` are made before anything is checked; on a "
+        "pair each sample is a request with a room of its own (sgl-project/sglang#30723)",
         _from("transfer.request_values", "normalize"),
-        lambda config: config.role != "null",
-        "prefill, decode",
+        lambda _: True,
+        "always",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         "a token id that is not in the vocabulary, or a number that no tensor takes, ends the "
         "scheduler: refused with HTTP 400",
         _from("transfer.request_values", "create_tokenized_object"),
-        lambda config: config.role != "null",
-        "prefill, decode",
+        lambda _: True,
+        "always",
     ),
     Seam(
         "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
@@ -299,7 +301,8 @@ SEAMS = (
     Seam(
         "sglang.srt.disaggregation.utils.MetadataBuffers.set_buf",
         "a prompt's logprobs travel to decode, which answers with all of them; SGLang leaves them "
-        "in prefill's answer, and its router takes a part of them from there",
+        "in prefill's answer, and its router takes a part of them from there "
+        "(ai-dynamo/dynamo#14453); more than 128 top logprobs would end prefill's scheduler",
         _from("transfer.prefill.prompt_logprobs", "set_buf"),
         lambda config: config.role == "prefill",
         "prefill",

@@ -187,3 +187,26 @@ def test_what_changes_a_server_does_not_reach_it(behind: tuple[str, Told, Told],
     reply = ask(behind, path, {})
     assert path == "/flush_cache" or reply.status_code in (404, 405)
     assert not [where for told in behind[1:] for where, *_ in told.got if where != "/flush_cache"]
+
+
+def test_questions_want_the_router_s_key(tmp_path: Path) -> None:
+    """They go past it, to a server that may have no key of its own."""
+    servers = [Told("prefill"), Told("decode")]
+    places = [
+        Server(told.role, [], tmp_path / told.role, url=f"http://127.0.0.1:{told.port}")
+        for told in servers
+    ]
+    places[0].bootstrap_port = 8998
+    router = launch_router(tmp_path, *places, name="keyed", more=("--api-key", "k"))
+    try:
+        with running(router):
+            for key, status in (("", 401), ("Bearer l", 401), ("k", 401), ("Bearer k", 200)):
+                headers = {"Authorization": key} if key else {}
+                for path in ("/v1/models", "/get_server_info"):
+                    reply = requests.get(router.url + path, headers=headers)
+                    assert reply.status_code == status, reply.text
+                reply = requests.post(f"{router.url}/generate", json={"text": "a"}, headers=headers)
+                assert reply.status_code == status, reply.text
+    finally:
+        for told in servers:
+            told.stop()

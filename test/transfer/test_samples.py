@@ -71,7 +71,19 @@ def test_each_sample_is_a_request(asked: dict[str, Any], count: int) -> None:
 
 def test_prompts_with_different_numbers_of_samples() -> None:
     with pytest.raises(ValueError, match="n is not 2 for all prompts"):
-        rows({"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": 3}]})
+        rows({"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": 3}], "bootstrap_room": 7})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"sampling_params": [{"beam_width": 2}]},
+        {"sampling_params": {}, "return_hidden_states": True},
+    ],
+)
+def test_what_a_pair_would_serve_a_part_of(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"beam_width is 2|return_hidden_states is given"):
+        rows({"text": ["a"], "bootstrap_room": 7} | asked)
 
 
 def test_rooms_of_samples() -> None:

@@ -1,6 +1,7 @@
 """The entry: an ASGI application that hands requests to SGLang's router, and its answers back."""
 
 import asyncio
+import hmac
 import json
 import time
 from collections.abc import Iterable
@@ -21,7 +22,15 @@ KEEP_ALIVE_S = 15.0
 OF_A_SERVER = (
     *("/v1/models", "/get_model_info", "/model_info", "/get_server_info", "/server_info"),
     *("/get_load", "/v1/loads", "/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"),
-    *("/v1/embeddings", "/v1/classify", "/v1/rerank", "/v1/score", "/encode", "/classify"),
+    *(
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/v1/classify",
+        "/v1/rerank",
+        "/v1/score",
+        "/encode",
+        "/classify",
+    ),
 )
 # The metrics of all servers, each with its own label.
 METRICS, OF_ALL_SERVERS = "/metrics", "/engine_metrics"
@@ -30,10 +39,12 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Entry:
-    """`router`: its URL. `limit`: bytes of a request's body."""
+    """`router`: its URL. `limit`: bytes of a request's body. `key`: the router's API key, which is
+    asked for where a request goes past the router."""
 
-    def __init__(self, router: str, limit: int) -> None:
+    def __init__(self, router: str, limit: int, key: str | None = None) -> None:
         self._router, self._limit = router, limit
+        self._authorization = f"Bearer {key}".encode() if key else None
         self._session: aiohttp.ClientSession | None = None
         self._decode, self._looked = "", -LOOK_AGAIN_S
 
@@ -80,7 +91,10 @@ class Entry:
         query = scope.get("query_string", b"").decode("latin-1")
         base = self._router
         if path in OF_A_SERVER:
-            base = await self._decode_server(headers) or base
+            if not self._admits(headers):
+                await refuse(send, 401, "this wants the API key, as Authorization: Bearer KEY")
+                return
+            base = await self._decode_server() or base
         elif path == METRICS:
             target = OF_ALL_SERVERS
         url = f"{base}{target}{'?' if query else ''}{query}"
@@ -96,13 +110,20 @@ class Entry:
                 task.cancel()
             await asyncio.gather(answer, leaves, return_exceptions=True)
 
-    async def _decode_server(self, headers: Headers) -> str:
+    def _admits(self, headers: Headers) -> bool:
+        if self._authorization is None:
+            return True
+        given = next((v for k, v in headers if k.lower() == b"authorization"), b"")
+        return hmac.compare_digest(given, self._authorization)
+
+    async def _decode_server(self) -> str:
         """One that the router has and takes for healthy, or ""."""
         now = time.monotonic()
         if now - self._looked < LOOK_AGAIN_S:
             return self._decode
         assert self._session is not None
-        names = [(k, v) for k, v in decoded(headers) if k.lower() == "authorization"]
+        key = self._authorization
+        names = {"authorization": key.decode("latin-1")} if key else {}
         try:
             async with self._session.get(f"{self._router}/workers", headers=names) as reply:
                 found = (await reply.json())["workers"] if reply.status == 200 else []

@@ -33,6 +33,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--tls-cert-path")
     parser.add_argument("--tls-key-path")
+    parser.add_argument("--api-key")
     parser.add_argument("--max-payload-size", type=int, default=MAX_BODY)
     parser.add_argument("--shutdown-grace-period-secs", type=int, default=180)
     return parser.parse_known_args(argv)
@@ -52,7 +53,7 @@ async def serve(given: argparse.Namespace, router: str, child: subprocess.Popen[
     from sglang_hma.entry.proxy import Entry
 
     config = uvicorn.Config(
-        Entry(router, given.max_payload_size),
+        Entry(router, given.max_payload_size, given.api_key),
         host=given.host,
         port=given.port,
         ssl_certfile=given.tls_cert_path,
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command += [*rest, "--host", LOOPBACK, "--port", str(port)]
     command += ["--max-payload-size", str(given.max_payload_size * MOST_GROWTH)]
     command += ["--shutdown-grace-period-secs", str(given.shutdown_grace_period_secs)]
+    command += ["--api-key", given.api_key] if given.api_key else []
     child = subprocess.Popen(command, env=os.environ | {PARENT_ENV: str(os.getpid())})
     try:
         return asyncio.run(serve(given, f"http://{LOOPBACK}:{port}", child))
