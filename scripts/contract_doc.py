@@ -48,9 +48,11 @@ that turned. {counts}.
 
 Those of its installed package (`sglang.test.kits`) that speak to a URL and need no GPU, run as
 they are on one server and on a pair of the same random model (`python -m benchmark.contract.kits
-URL MODEL` runs them on any): {passed} of {all} pass on both. The others fail on both, for want of
-a trained model (a capital, a repetition) or of its token ids; none comes out otherwise on a pair.
-The OpenAI client's chat, completions, logprobs and streams: `test/e2e/test_clients.py`.
+URL MODEL` runs them on any): {passed} of {all} pass on both. The others fail on both, so on
+one server too, and none comes out otherwise on a pair; most want a trained model (a capital, a
+JSON object that ends), and why each of them fails has not been looked into. The kit of Anthropic's
+client was not run: that client is not installed. The OpenAI client's chat, completions,
+logprobs and streams: `test/e2e/test_clients.py`.
 
 | kit | cases | pass on one server | pass on a pair |
 |---|---|---|---|
@@ -95,7 +97,7 @@ def page() -> str:
         single, pair = (sum(each[index] for each in found.values()) for index in (0, 1))
         both, cases = both + pair, cases + len(found)
         lines.append(f"| `{kit.rpartition('.')[2]}` | {len(found)} | {single} | {pair} |")
-    counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    counts = ", ".join(f"{number} *{outcome}*" for outcome, number in outcomes.items())
     return PAGE.format(
         version=SGLANG_VERSION,
         counts=f"Of {len(rows)} fields: {counts}",
