@@ -91,7 +91,7 @@ models: venv ## Serve a tiny random model of each family and compare with transf
 	$(RUN) -m benchmark.models.serve_families --json build/bench/models.json $(ARGS)
 
 .PHONY: bench-drafts
-bench-drafts: venv demo-model ## What NGRAM speculation on decode gives and costs, beside a pair without; ARGS=--check
+bench-drafts: venv demo-model ## What speculation on decode (NGRAM, or --drafter) gives and costs, beside a pair without; ARGS=--check
 	@mkdir -p build/bench
 	$(RUN) -m benchmark.serving.drafts --json build/bench/drafts.json $(ARGS)
 

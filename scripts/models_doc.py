@@ -50,7 +50,7 @@ the tiny one has not: SGLang's own limits hold.
   last bit that turned a rounding.
 
 As prefill/decode pairs, token for token: Qwen3, Qwen2 and Llama (`test/e2e/test_exact.py`),
-Qwen3-MoE and Mixtral (`test/e2e/test_families.py`).
+Qwen3-MoE and gpt-oss (`test/e2e/test_families.py`).
 
 ## Which do not
 
@@ -65,7 +65,10 @@ Not tried: families whose code comes with the checkpoint, which transformers can
 state-space models, which are refused; models that read more than text.
 """
 
+EXAONE = "SGLang norms Q and K with an epsilon of 1e-06, the model with its rms_norm_eps"
 NOTES = {
+    "EXAONE 4": EXAONE,
+    "EXAONE 4, windows": EXAONE,
     "Gemma": "SGLang computes the exact GELU, the model has its tanh approximation",
     "Phi": "SGLang leaves out the bias of the LM head",
     "Cohere 2 (Command R7B)": "SGLang's window is one token longer than the model's; prompts "

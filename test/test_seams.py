@@ -112,7 +112,7 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 30),
+        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 34),
         ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 23),
     ],
 )

@@ -71,6 +71,17 @@ WITHOUT_WINDOWS = {
     "layer_types": ["full_attention"] * LAYERS,
     "sliding_window_pattern": None,
 }
+# As published: SGLang takes this base, whatever the config has.
+EXAONE_ROPE = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+}
 
 FAMILIES = (
     Family("Llama", "llama", {"attention_bias": True}),
@@ -138,10 +149,15 @@ FAMILIES = (
     Family(
         "EXAONE 4",
         "exaone4",
-        WITHOUT_WINDOWS,
+        WITHOUT_WINDOWS | EXAONE_ROPE,
         written={"sliding_window_pattern": None},
     ),
-    Family("EXAONE 4, windows", "exaone4", ALTERNATING),
+    Family(
+        "EXAONE 4, windows",
+        "exaone4",
+        ALTERNATING | EXAONE_ROPE,
+        written={"sliding_window_pattern": "LG"},
+    ),
     Family("Arcee", "arcee"),
     Family("Apertus", "apertus"),
     Family("ERNIE 4.5", "ernie4_5", architecture="Ernie4_5_ForCausalLM"),

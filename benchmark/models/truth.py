@@ -63,7 +63,25 @@ class Truth:
         given one, so a tie early on hides no later token.
         """
         found = (self.bfp8 if rounded else self.native)(prompt, tokens)[len(prompt) - 1 :]
-        return (found.max(-1).values - found[range(len(tokens)), tokens]).tolist()
+        return _below_best(found, tokens)
+
+    def next_regrets(
+        self, turn: tuple[list[int], list[int]], prompt: list[int], tokens: list[int], kept: int
+    ) -> list[float]:
+        """The same of one server with a prefix cache that has answered `turn`, (prompt, tokens),
+        before: of that it has the first `kept` tokens of `prompt`."""
+        if not kept:
+            return self.regrets(prompt, tokens)
+        cache = _stored_cache()
+        _logprobs(self.rounded, turn[0], cache)
+        cache.packs = False
+        _logprobs(self.model, turn[1][:-1], cache)
+        cache.crop(kept)
+        cache.packs = True
+        found = [_logprobs(self.rounded, prompt[kept:], cache)[-1:]]
+        cache.packs = False
+        found.append(_logprobs(self.model, tokens[:-1], cache))
+        return _below_best(torch.cat(found), tokens)
 
 
 class Conversation:
@@ -96,6 +114,10 @@ class Conversation:
         if len(tokens) == 1:
             return first
         return torch.cat([first, _logprobs(self._truth.model, tokens[:-1], decode)])
+
+
+def _below_best(found: torch.Tensor, tokens: list[int]) -> list[float]:
+    return list((found.max(-1).values - found[range(len(tokens)), tokens]).tolist())
 
 
 @torch.no_grad()

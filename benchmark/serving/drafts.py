@@ -1,4 +1,5 @@
-"""What NGRAM speculation on decode gives and costs: two pairs of the demo model, one that drafts.
+"""What speculation on decode gives and costs: two pairs of a model, one that drafts, with NGRAM or,
+where --drafter names one, with a small model.
 
 Three kinds of answers, as clients ask for them: a text that is repeated with small changes (what an
 editor, a summary with quotes or code completion does), a question that was asked before, and prose.
@@ -19,7 +20,7 @@ from typing import Any
 from benchmark.common import Figure, console, finish, parser, table
 from benchmark.serving.pair import pair
 
-PLAIN, DRAFTS = "one token at a time", "NGRAM, chains of 8"
+PLAIN = "one token at a time"
 TEXTS = Path(__file__).parents[2] / "docs"
 PROSE = (
     "Tell a short story about a lighthouse keeper who finds a letter.",
@@ -77,6 +78,8 @@ def main() -> None:
     options.set_defaults(rounds=5)
     options.add_argument("--tokens", type=int, default=96, help="of an answer")
     options.add_argument("--model", type=Path, default=Path("build/demo-model"))
+    options.add_argument("--drafter", type=Path, help="a small model of the same vocabulary")
+    options.add_argument("--steps", type=int, default=3, help="tokens that it drafts")
     options.add_argument("--port", type=int, default=31800)
     options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
     measure(options.parse_args())
@@ -84,20 +87,22 @@ def main() -> None:
 
 def measure(args: Any) -> None:
     console.print(f"seed {args.seed}", style="dim")
+    drafts, flags = "NGRAM, chains of 8", "--speculative-algorithm NGRAM"
+    if args.drafter:
+        drafts = f"{args.drafter.name}, chains of {args.steps + 1}"
+        flags = f"--speculative-algorithm STANDALONE --speculative-num-steps {args.steps} "
+        flags += f"--speculative-draft-model-path {args.drafter.resolve()}"
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         urls = {}
-        for index, (name, flags) in enumerate(
-            {PLAIN: "", DRAFTS: "--speculative-algorithm NGRAM"}.items()
-        ):
+        for index, (name, more) in enumerate({PLAIN: [], drafts: ["--decode-args", flags]}.items()):
             console.print(f"starting {name}", style="dim")
-            more = ["--decode-args", flags] if flags else []
             log = folder / f"{index}.log"
             urls[name] = stack.enter_context(pair(args.model, args.port + 50 * index, log, more))
-        report(args, urls)
+        report(args, urls, drafts)
 
 
-def report(args: Any, urls: dict[str, str]) -> None:
+def report(args: Any, urls: dict[str, str], drafts: str) -> None:
     rng = random.Random(args.seed)
     found = {kind: {name: Found() for name in urls} for kind in ("edit", "again", "prose")}
     for number in range(args.rounds + 1):
@@ -116,21 +121,21 @@ def report(args: Any, urls: dict[str, str]) -> None:
                     found[kind][name].tokens_a_step.append((answer.tokens - 1) / answer.steps)
     figures, rows = [], []
     for kind, pairs in found.items():
-        plain, drafts = (statistics.median(pairs[name].tpot_s) for name in (PLAIN, DRAFTS))
+        plain, drafted = (statistics.median(pairs[name].tpot_s) for name in (PLAIN, drafts))
         ratios = [
             ours / peer
-            for ours, peer in zip(pairs[DRAFTS].tpot_s, pairs[PLAIN].tpot_s, strict=True)
+            for ours, peer in zip(pairs[drafts].tpot_s, pairs[PLAIN].tpot_s, strict=True)
         ]
         rows.append(
             [
                 kind,
                 f"{plain * 1e3:.1f}",
-                f"{drafts * 1e3:.1f}",
+                f"{drafted * 1e3:.1f}",
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-                f"{statistics.median(pairs[DRAFTS].tokens_a_step):.1f}",
+                f"{statistics.median(pairs[drafts].tokens_a_step):.1f}",
             ]
         )
-        if kind == "again":
+        if kind == "again" and not args.drafter:
             figures.append(
                 Figure(f"TPOT with drafts / without, {kind}", statistics.median(ratios), 0.5, False)
             )

@@ -29,6 +29,7 @@ ARCHITECTURES_ENV = "SGLANG_HMA_ARCHITECTURES"
 MAX_OFFLOAD = 8192  # tokens that a decode server computes in one pass, at most
 PAGE_TOKENS = 32  # hma_kernels.layout.PAGE, for launchers that do not import torch
 MOST_DRAFT_TOKENS = 8  # hma_kernels.ops.MAX_QUERIES, likewise
+DRAFT_ALGORITHMS = ("NGRAM", "STANDALONE")  # --speculative-algorithm
 
 _PLATFORM_CLASSES = {
     "cpu": "sglang_hma.platforms.cpu:HmaCpuPlatform",
@@ -105,6 +106,11 @@ class HmaConfig(msgspec.Struct, frozen=True, kw_only=True):
     def mixes_page_formats(self) -> bool:
         """Whether this server's pool holds BFP8 and BF16 pages side by side."""
         return self.packs_kv and self.role != "prefill"
+
+    @property
+    def may_have_two_pools(self) -> bool:
+        """Whether layers with a window may have a pool of their own (launch/windows.py)."""
+        return self.packs_kv and self.role == "null" and self.device == "cpu"
 
     @property
     def sends_early(self) -> bool:

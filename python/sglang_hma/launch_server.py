@@ -15,7 +15,7 @@ from sglang_hma import torch_ops
 from sglang_hma.config import HmaConfig
 from sglang_hma.launch import arguments, checks, defaults, environment
 from sglang_hma.launch.flags import Refusal
-from sglang_hma.launch.model import check_model
+from sglang_hma.launch.model import check_draft_model, check_model
 from sglang_hma.transfer import own_processes
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def prepare(argv: Sequence[str]) -> "ServerArgs":
     server_args = arguments.parse(config, argv)
     checks.check_arguments(config, server_args)
     model = check_model(config, server_args)
-    environment.serve_model(model)
+    drafter = check_draft_model(server_args, model) if config.packs_kv else None
+    models = [model] if drafter is None else [model, drafter]
+    environment.serve_models(models)
     if config.torch_ops:
         sys.stderr.write(
             "sglang_hma.launch_server: sgl_kernel is not installed: SGLang's layers run on torch's "
@@ -58,7 +60,7 @@ def prepare(argv: Sequence[str]) -> "ServerArgs":
     except RuntimeError as error:
         raise Refusal(str(error)) from error
     if config.device == "cpu":
-        defaults.size_pool(config, server_args, model)
+        defaults.size_pool(config, server_args, *models)
         environment.share_cores(server_args)
     environment.keep_ranks_inside(server_args)
     checks.resolve(config, server_args)

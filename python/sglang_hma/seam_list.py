@@ -87,11 +87,42 @@ SEAMS = (
         "bfp8",
     ),
     Seam(
+        "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator",
+        "the same for the two pools of a model that mixes layers with and without a window",
+        _from("kvcache.sizing", "create_configurator"),
+        lambda config: config.may_have_two_pools,
+        "bfp8, null, on CPU",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator",
+        "slots of both pools or of neither, and room counted by format in each; SGLang would count "
+        "tokens, and fail where they are enough but no page of the right format is left",
+        _from("kvcache.two_pools", "TwoPoolAllocator"),
+        lambda config: config.may_have_two_pools,
+        "bfp8, null, on CPU",
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler_components.invariant_checker"
+        ".SchedulerInvariantChecker._check_swa_pool",
+        "the leak check of the window layers' pool, in pages as well",
+        _from("kvcache.leak_check", "check_window_pool"),
+        lambda config: config.may_have_two_pools,
+        "bfp8, null, on CPU",
+    ),
+    Seam(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator",
         "capacity from the card's memory",
         _from("prefill.ttnn.pool", "CardPoolConfigurator"),
         lambda config: config.on_card,
         "ttnn",
+    ),
+    Seam(
+        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
+        "SGLang refuses what is longer than the pool, and admits only what leaves a page of it: "
+        "what lies between waits for ever, with everybody behind it",
+        _from("kvcache.budget", "get_worker_info"),
+        lambda config: config.packs_kv and config.role != "decode",
+        "bfp8, prefill or null",
     ),
     Seam(
         "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler._mha_host_inputs",
@@ -232,6 +263,28 @@ SEAMS = (
     ),
     *(
         Seam(
+            target,
+            "a request that only prefill refuses (too long for its pool, an adapter that it has "
+            "not): decode is told why at once, and does not wait until it counts as lost",
+            _from("transfer.refusals", name),
+            lambda config: config.role == "prefill",
+            "prefill",
+        )
+        for target, name in (
+            (
+                "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+                "._release_req_states_on_failure",
+                "release_states",
+            ),
+            ("sglang.srt.managers.scheduler.Scheduler.abort_request", "abort_request"),
+            (
+                "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+                "add_request_to_queue",
+            ),
+        )
+    ),
+    *(
+        Seam(
             f"sglang.srt.managers.tokenizer_manager.TokenizerManager.{method}",
             "answers at once, without a token, the half of a request whose short prompt decode "
             "computes",
@@ -323,6 +376,13 @@ SEAMS = (
         "native, decode",
     ),
     Seam(
+        "sglang.srt.disaggregation.decode.prepare_abort",
+        "what prefill has refused is answered with 400 and prefill's reason",
+        _from("transfer.refusals", "prepare_abort"),
+        lambda config: config.role == "decode",
+        "decode",
+    ),
+    Seam(
         "sglang.srt.disaggregation.decode.DecodePreallocQueue",
         "reserves pages by format; tells the peer the landing page instead of the part-full last "
         "page",
@@ -365,7 +425,8 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.build_disagg_draft_input",
-        "NGRAM has no first drafts on a decode server: SGLang's relay fails on the first request",
+        "NGRAM and STANDALONE have no first drafts on a decode server: SGLang's relay fails on the "
+        "first request",
         _from("speculation.handover", "build_disagg_draft_input"),
         lambda config: config.packs_kv and config.role == "decode",
         "bfp8, decode",

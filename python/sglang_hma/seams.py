@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_hma import overrides, torch_ops
-from sglang_hma.config import HmaConfig
+from sglang_hma.config import DRAFT_ALGORITHMS, HmaConfig
 from sglang_hma.seam_list import SEAMS
 
 SGLANG_VERSION = "0.5.23"
@@ -81,7 +81,8 @@ def _load_what_sglang_asks_for(config: HmaConfig) -> None:
     current_platform.get_kv_pool_cls(kind="mha")
     current_platform.get_paged_allocator_cls()
     if config.mixes_page_formats and config.device == "cpu":
-        current_platform.get_speculative_worker_cls("NGRAM")
+        for algorithm in DRAFT_ALGORITHMS:
+            current_platform.get_speculative_worker_cls(algorithm)
     if config.packs_kv:
         pkgutil.resolve_name("sglang_hma.attention.backend")
     if config.role != "null":

@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import requests
 from benchmark.models.truth import Truth
 from test.adapters import make_adapter
 
-from .client import FLIPPED_ROUNDING, assert_drained, generate, payload, words
-from .conftest import COMMON
-from .harness import Pair, running_pair
+from .client import FLIPPED_ROUNDING, answered, assert_drained, generate, payload, words
+from .conftest import COMMON, FAULTY_LINK, Faults
+from .harness import Pair, Server, running_pair, until
 
 NEW_TOKENS = 24
 POOL_TOKENS = 2048
@@ -40,7 +42,10 @@ class Adapted:
 
 
 @pytest.fixture(scope="module")
-def adapted(model: Path, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adapted]:
+def adapted(
+    model: Path, logs: Path, faults: Faults, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Adapted]:
+    env = {"PYTHONPATH": str(FAULTY_LINK), "HMA_TEST_FAULTS": str(faults.file)}
     folder, plain = tmp_path_factory.mktemp("adapters"), Truth.of(model)
     fields: dict[str, dict[str, Any]] = {
         "wide": {"r": 8, "lora_alpha": 12},
@@ -53,7 +58,8 @@ def adapted(model: Path, logs: Path, tmp_path_factory: pytest.TempPathFactory) -
     }
     truths = {None: plain, **{name: plain.with_adapter(each) for name, each in folders.items()}}
     paths = [f"{name}={folders[name]}" for name in ("wide", "thin")]
-    with running_pair(model, logs, *FLAGS, "--lora-paths", *paths, name="lora") as pair:
+    flags = (*FLAGS, "--lora-paths", *paths)
+    with running_pair(model, logs, *flags, name="lora", env=env) as pair:
         yield Adapted(pair, truths, folders)
 
 
@@ -112,21 +118,63 @@ def test_adapters_come_and_go(adapted: Adapted, tmp_path: Path, model: Path, see
     pair, prompt = adapted.pair, words(random.Random(seed), 40)
     servers = (pair.prefill, pair.decode)
 
-    def tell(route: str, **fields: Any) -> list[requests.Response]:
-        return [requests.post(f"{each.url}/{route}", json=fields) for each in servers]
+    def tell(route: str, *told: Server, **fields: Any) -> list[requests.Response]:
+        return [requests.post(f"{each.url}/{route}", json=fields) for each in told or servers]
 
-    def ask() -> requests.Response:
-        return requests.post(f"{pair.url}/generate", json=payload(prompt, lora_path="later"))
+    def ask(name: str = "later") -> requests.Response:
+        return requests.post(f"{pair.url}/generate", json=payload(prompt, lora_path=name))
 
     assert ask().status_code == 400
-    folder = str(adapted.folders["later"])
-    for reply in tell("load_lora_adapter", lora_name="later", lora_path=folder):
-        assert reply.status_code == 200, reply.text
-    adapted.check("later", prompt, ask().json()["output_ids"])
+    # Each server has its own list; what one of them lacks is refused, whichever it is.
+    for name, (first, then) in {"later": servers, "last": servers[::-1]}.items():
+        load = {"lora_name": name, "lora_path": str(adapted.folders["later"])}
+        for reply in tell("load_lora_adapter", first, **load):
+            assert reply.status_code == 200, reply.text
+        refused = ask(name)
+        assert refused.status_code == 400 and name in refused.text, refused.text
+        for reply in tell("load_lora_adapter", then, **load):
+            assert reply.status_code == 200, reply.text
+        adapted.check("later", prompt, ask(name).json()["output_ids"])
     for reply in tell("unload_lora_adapter", lora_name="later"):
         assert reply.status_code == 200, reply.text
-    assert ask().status_code == 400
+    # SGLang reads an adapter that it knows from its folder again.
+    adapted.check("later", prompt, ask().json()["output_ids"])
+    # An adapter in use is not let go: whoever left gave theirs back.
+    for name in ("wide", "thin", "later", "last"):
+        for reply in tell("unload_lora_adapter", lora_name=name):
+            assert reply.status_code == 200, reply.text
     odd = make_adapter(model, tmp_path / "odd", 3, r=4, use_rslora=True)
     for reply in tell("load_lora_adapter", lora_name="odd", lora_path=str(odd)):
         assert reply.status_code == 400 and "use_rslora True" in reply.text, reply.text
     assert_drained(*servers)
+
+
+def test_prefill_is_killed(adapted: Adapted, faults: Faults, seed: int) -> None:
+    """While it sends prompts of several adapters; its next process has those of its flags."""
+    pair, rng = adapted.pair, random.Random(seed)
+    jobs = [(name, words(rng, 150)) for name in (None, "wide", "thin")]
+
+    def ask(name: str | None, prompt: list[int]) -> requests.Response:
+        body = payload(prompt, NEW_TOKENS, lora_path=name)
+        return requests.post(f"{pair.url}/generate", json=body)
+
+    faults.set(hold_after=rng.randrange(6))
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        asking = [pool.submit(ask, *job) for job in jobs]
+        until(faults.held.exists, pair.prefill, pair.decode)
+        for process in pair.prefill.tree():
+            process.send_signal(signal.SIGKILL)
+        pair.prefill.popen.wait()
+        faults.set()
+        pair.prefill.start()
+        for (name, prompt), each in zip(jobs, asking, strict=True):
+            if (reply := each.result()).status_code < 500:
+                adapted.check(name, prompt, reply.json()["output_ids"])
+    pair.prefill.wait_healthy()
+    until(lambda: answered(pair, jobs[0][1]), pair.prefill, pair.decode)
+    for name, prompt in jobs:
+        adapted.check(name, prompt, ask(name, prompt).json()["output_ids"])
+    for name in ("wide", "thin"):
+        reply = requests.post(f"{pair.decode.url}/unload_lora_adapter", json={"lora_name": name})
+        assert reply.status_code == 200, reply.text
+    assert_drained(pair.prefill, pair.decode)

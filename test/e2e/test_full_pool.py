@@ -7,8 +7,8 @@ import pytest
 import requests
 
 from .client import assert_drained, generate, greedy, load, output_ids, payload
-from .conftest import POOL_TOKENS, Faults
-from .harness import Pair, until
+from .conftest import POOL_TOKENS, PREFILL_TOKENS, Faults
+from .harness import Pair, Server, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults]
 
@@ -52,6 +52,39 @@ def test_the_last_running_request_waits_for_those_that_land(
         until(lambda: (queued("retracted") > 0 and not running()) or asked[0].done(), *alive)
         faults.set()
         assert [answer.result() for answer in asked] == quiet
+    assert_drained(pair.prefill, pair.decode)
+
+
+@pytest.mark.parametrize("name", ["single", "prefill"])
+def test_what_a_server_does_not_refuse_it_serves(
+    launched: dict[str, Server], pair: Pair, single: Server, seed: int, name: str
+) -> None:
+    """A prompt as long as its pool allows; a token more is refused at once."""
+    server, rng = launched[name], random.Random(seed)
+    url = pair.url if name == "prefill" else single.url
+    refused_from = server.info()["max_req_input_len"]
+    prompt = [rng.randrange(8, 4000) for _ in range(refused_from)]
+    assert len(output_ids(url, prompt[1:], 4)) == 4
+    rooms = {"bootstrap_host": "127.0.0.1", "bootstrap_room": rng.getrandbits(63)}
+    asked = payload(prompt, 4) | (rooms if name == "prefill" else {})
+    reply = requests.post(f"{server.url}/generate", json=asked)
+    assert reply.status_code == 400 and str(refused_from) in reply.text, reply.text
+    if name == "prefill":  # decode, whose pool is larger, is told
+        reply = requests.post(f"{pair.url}/generate", json=payload(prompt, 4))
+        assert reply.status_code == 400 and str(refused_from) in reply.text, reply.text
+        assert "the prefill server refuses it" in reply.text
+    assert_drained(server)
+
+
+def test_a_cached_prompt_is_computed_again_for_its_logprobs(pair: Pair, seed: int) -> None:
+    """Of more than half of prefill's pool: it has no room for both copies."""
+    rng = random.Random(seed)
+    prompt = [rng.randrange(8, 4000) for _ in range(PREFILL_TOKENS * 3 // 4)]
+    answers = [
+        generate(pair.url, prompt, 4, return_logprob=True, logprob_start_len=start)
+        for start in (-1, 0, 0, 700)
+    ]
+    assert len({tuple(each["output_ids"]) for each in answers}) == 1
     assert_drained(pair.prefill, pair.decode)
 
 

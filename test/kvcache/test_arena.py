@@ -54,6 +54,8 @@ class ArenaMachine(RuleBasedStateMachine):
         fits = self.arena.fits(bfp8=bfp8, bf16=bf16)
         beside = self.arena.available_beside(bf16)
         assert fits == (beside >= bfp8)
+        empty = SlabArena(self.arena.num_slabs)
+        assert empty.any_format_beside(bf16) == empty.any_format_when_empty(bf16)
         pages = self.arena.alloc_both(bfp8=bfp8, bf16=bf16)
         assert (pages is not None) == fits
         if pages is not None:

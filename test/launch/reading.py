@@ -2,13 +2,19 @@
 
 from typing import Any
 
+import pytest
+
 from sglang_hma.config import HmaConfig
 from sglang_hma.launch import arguments, checks
-from sglang_hma.launch.flags import read
+from sglang_hma.launch.flags import Refusal, read
 
 CPU = ("--model-path", "m", "--device", "cpu")
 PREFILL = ("--disaggregation-mode", "prefill")
 DECODE = ("--disaggregation-mode", "decode")
+STANDALONE = (
+    *("--speculative-algorithm", "STANDALONE"),
+    *("--speculative-draft-model-path", "small"),
+)
 NATIVE = ("--hma-kv-format", "native")
 
 
@@ -19,3 +25,11 @@ def start(*argv: str) -> tuple[HmaConfig, Any]:
     server_args = arguments.parse(config, argv)
     checks.check_arguments(config, server_args)
     return config, server_args
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(Refusal) as refused:
+        start(*argv)
+    message = str(refused.value)
+    assert message and "\n" not in message
+    return message

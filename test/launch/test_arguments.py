@@ -11,12 +11,11 @@ from types import ModuleType
 import msgspec
 import pytest
 
-from hma_kernels.ops import MAX_QUERIES
-from sglang_hma.config import CONFIG_ENV, MOST_DRAFT_TOKENS, HmaConfig, WeightFormats
+from sglang_hma.config import CONFIG_ENV, HmaConfig, WeightFormats
 from sglang_hma.launch import arguments, checks
 from sglang_hma.launch.flags import Refusal
 
-from .reading import CPU, DECODE, NATIVE, PREFILL, start
+from .reading import CPU, DECODE, NATIVE, PREFILL, refusal, start
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +29,6 @@ def installed_ttnn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_hma.prefill.ttnn.card.visible_cards", lambda: [0, 1, 2, 3])
-
-
-def refusal(*argv: str) -> str:
-    with pytest.raises(Refusal) as refused:
-        start(*argv)
-    message = str(refused.value)
-    assert message and "\n" not in message
-    return message
 
 
 def yaml(folder: Path, **flags: object) -> tuple[str, str]:
@@ -60,7 +51,10 @@ def yaml(folder: Path, **flags: object) -> tuple[str, str]:
         (["--enable-mixed-chunk"], ["--enable-mixed-chunk does", "leave it out"]),
         (["--enable-mixed"], ["--enable-mixed-chunk does", "leave it out"]),
         (["--speculative-algorithm", "EAGLE"], ["--speculative-algorithm EAGLE"]),
-        (["--speculative-alg=EAGLE3"], ["--speculative-algorithm EAGLE3", "use NGRAM"]),
+        (
+            ["--speculative-alg=EAGLE3"],
+            ["--speculative-algorithm EAGLE3", "hidden states", "use NGRAM", "use STANDALONE"],
+        ),
         (
             ["--speculative-alg=NGRAM", *PREFILL],
             ["--speculative-algorithm NGRAM", "where tokens are generated", "leave it out"],
@@ -316,23 +310,6 @@ def test_defaults_for_each_role(mode: str) -> None:
     assert server_args.disaggregation_transfer_backend == transport
     backup = "cpu_tensor" if mode == "decode" else None
     assert server_args.disaggregation_decode_retraction_backup == backup
-
-
-@pytest.mark.parametrize("role", [DECODE, []])
-def test_drafts_are_chains(role: list[str]) -> None:
-    argv = [*CPU, *role, "--speculative-algorithm", "NGRAM"]
-    _, server_args = start(*argv)
-    assert server_args.speculative_num_draft_tokens == MOST_DRAFT_TOKENS == MAX_QUERIES
-    assert server_args.speculative_ngram_max_bfs_breadth == 1
-    assert start(*argv, "--speculative-num-draft-tokens", "4")[1].speculative_num_draft_tokens == 4
-    assert start(*CPU, *role)[1].speculative_num_draft_tokens is None
-
-
-def test_drafts_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    start(*CPU, *DECODE)
-    message = refusal(*CPU, *DECODE, "--speculative-algorithm", "NGRAM")
-    assert "no no-such-compiler" in message and "name it in CXX" in message
 
 
 def test_defaults_give_way_however_a_flag_is_written(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from sglang_hma.launch import defaults
 from sglang_hma.launch.flags import Refusal
-from sglang_hma.launch.model import SOFTCAP, check_model, left_out
+from sglang_hma.launch.model import SOFTCAP, check_draft_model, check_model, left_out
 
 from .reading import CPU, start
 
@@ -35,6 +35,13 @@ def test_a_pool_on_a_cpu_is_sized_where_nobody_did() -> None:
     config, server_args = start(*CPU)
     defaults.size_pool(config, server_args, Sized(2, 4096))
     assert (server_args.max_total_tokens, server_args.mem_fraction_static) == (65536, 0.95)
+    layers = psutil.virtual_memory().total // (1088 * 50_000)
+    sizes = {}
+    for models in (1, 2):  # a model and one that drafts for it share what there is
+        config, server_args = start(*CPU)
+        defaults.size_pool(config, server_args, *[Sized(layers, 100_000)] * models)
+        sizes[models] = server_args.max_total_tokens
+    assert sizes[2] == sizes[1] // 2 // 1024 * 1024
 
 
 def test_a_pool_holds_one_context_but_no_more_than_its_part_of_memory() -> None:
@@ -86,6 +93,10 @@ TWO_POOLS = {"architectures": ["SomeForCausalLM"], "is_hybrid_swa": True}
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True},
             ["LlamaForCausalLM has mlp_bias", "leaves out"],
         ),
+        (
+            {"architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "rope_theta": 1e4},
+            ["Exaone4ForCausalLM has rope_theta 10000", "takes 1e+06"],
+        ),
         ({"torch_dtype": "float16"}, ["float16", "--dtype bfloat16"]),
         ({"model_type": "nothing"}, ["--model-path is"]),
     ],
@@ -99,6 +110,40 @@ def test_models_that_cannot_be_served(
         check_model(config, server_args)
     message = str(refused.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_dim": 96, "num_hidden_layers": 1}, []),
+        ({"head_dim": 80}, ["head_dim 80", "draft with another model"]),
+        (MLA, ["MLA", "draft with another model"]),
+        ({"vocab_size": 511}, ["it has 511 tokens", "for 512", "the same vocabulary"]),
+        ({"max_position_embeddings": 512}, ["it reads 512 tokens", "add --context-length 512"]),
+        ({"model_type": "nothing"}, ["--speculative-draft-model-path is"]),
+    ],
+)
+def test_models_that_draft(changes: dict[str, object], words: list[str], tmp_path: Path) -> None:
+    for name, config in {"target": PLAIN, "drafter": PLAIN | changes}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    paths = ["--model-path", str(tmp_path / "target")]
+    drafts = ["--speculative-draft-model-path", str(tmp_path / "drafter")]
+    drafts += ["--speculative-algorithm", "STANDALONE"]
+    config, plain = start(*paths, "--device", "cpu")
+    target = check_model(config, plain)
+    assert check_draft_model(plain, target) is None
+    config, server_args = start(*paths, *drafts, "--device", "cpu")
+    if not words:
+        assert check_draft_model(server_args, target).head_dim == 96
+        return
+    with pytest.raises(Refusal) as refused:
+        check_draft_model(server_args, target)
+    message = str(refused.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    if "--context-length" in message:
+        config, server_args = start(*paths, *drafts, "--device", "cpu", "--context-length", "512")
+        assert check_draft_model(server_args, check_model(config, server_args)) is not None
 
 
 def test_a_soft_cap_is_not_left_out_in_silence(tmp_path: Path) -> None:

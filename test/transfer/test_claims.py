@@ -149,6 +149,26 @@ def test_requests_that_never_came_are_told_of_while_they_are_wanted(clock: Clock
     assert len(claims._early) == 0, "claims of requests that never came are forgotten"
 
 
+def test_who_waits_for_a_refused_request_is_told_why(clock: Clock) -> None:
+    claims = Claims(expected=True)
+    claims.claimed(1, A)
+    claims.opened(3)
+    for room in (1, 2, 3):
+        claims.refused(room, f"{room} is refused")
+    assert claims.refusals() == [(1, [A], "1 is refused")]  # 3 is another's
+    assert claims.refusals() == []
+    claims.claimed(2, B)
+    claims.renewed([1], A)  # it was not told
+    claims.claimed(3, A)
+    assert sorted(claims.refusals()) == [(1, [A], "1 is refused"), (2, [B], "2 is refused")]
+    claims.renewed([], A)
+    clock.now_s += Claims.UNOPENED_S + 1
+    assert claims.refusals() == claims.unopened() == []
+    for room in range(10, 10 + 2 * Claims.MAX_REFUSED):
+        claims.refused(room, "")
+    assert len(claims._refused) == Claims.MAX_REFUSED
+
+
 def test_claims_of_a_server_that_has_died_are_forgotten(clock: Clock) -> None:
     """It sends no list that is without them. One that was only cut off claims them again."""
     claims = Claims(expected=True)

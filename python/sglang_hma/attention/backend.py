@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from typing_extensions import override
 
 from hma_kernels import DecodePlan, PageTable, describe, extend_attention
-from hma_kernels.portable.page_table import page_table
+from sglang_hma.attention.layers import layers_of
 from sglang_hma.kvcache.pool import Bfp8KVPool, MixedKVPool
 from sglang_hma.prefill import phase
 
@@ -26,16 +25,26 @@ class HmaAttnBackend(AttentionBackend):
         super().__init__()
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
-        if not isinstance(self.token_to_kv_pool, Bfp8KVPool):
+        try:
+            self.parts, self.where = layers_of(self.token_to_kv_pool)
+        except RuntimeError as error:
             raise RuntimeError(
-                f"--attention-backend {BACKEND_NAME} reads BFP8 pages, but SGLang built "
-                f"{type(self.token_to_kv_pool).__name__}"
-            )
-        self.pool: Bfp8KVPool = self.token_to_kv_pool
+                f"--attention-backend {BACKEND_NAME} reads BFP8 pages, but {error}"
+            ) from None
+        self.pool: Bfp8KVPool = self.parts[0].pool
         logger.info("Attention backend %s, %s", BACKEND_NAME, describe(self.pool.kv.device))
-        self.forward_metadata: PageTable | None = None
-        self.plans: dict[tuple[int, int], DecodePlan] = {}
+        # A draft model has one set of weights, and leaves the target's as they are.
+        self.weights = phase.PhaseWeights() if runner.is_draft_worker else phase.weights
         self.q_indptr: torch.Tensor | None = None
+
+    @property
+    def forward_metadata(self) -> PageTable | None:
+        """SGLang keeps it beside a CUDA graph, and drops it where there is nothing to do."""
+        return self.parts[0].table
+
+    @forward_metadata.setter
+    def forward_metadata(self, table: PageTable | None) -> None:
+        self.parts[0].table = table
 
     @override
     def support_triton(self) -> bool:
@@ -51,27 +60,26 @@ class HmaAttnBackend(AttentionBackend):
         if mode.is_idle():
             return
         generates = mode.is_decode() or mode.is_target_verify()
-        phase.weights.enter(prefill=not generates)
+        self.weights.enter(prefill=not generates)
         rows = forward_batch.req_pool_indices
-        if mode.is_decode():
-            self._plan_decode(self._page_table(rows, forward_batch.seq_lens))
-        elif mode.is_target_verify():
+        self.q_indptr, seq_lens = None, forward_batch.seq_lens
+        if mode.is_target_verify():
             chain = forward_batch.spec_info.draft_token_num
-            table = self._page_table(rows, forward_batch.seq_lens + chain)
-            self._plan_decode(table, torch.arange(len(rows) + 1) * chain)
-        else:
-            self.forward_metadata = self._page_table(rows, forward_batch.extend_prefix_lens)
+            seq_lens = seq_lens + chain
+            self.q_indptr = torch.arange(len(rows) + 1) * chain
+        elif not generates:
+            seq_lens = forward_batch.extend_prefix_lens
             lens = torch.tensor([0, *forward_batch.extend_seq_lens_cpu], dtype=torch.int64)
             self.q_indptr = lens.cumsum(0)
-
-    def _plan_decode(self, table: PageTable, q_indptr: torch.Tensor | None = None) -> None:
-        self.forward_metadata, self.q_indptr, self.plans = table, q_indptr, {}
+        for part in self.parts:
+            part.begin(self.req_to_token_pool.req_to_token, rows, seq_lens)
 
     @override
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         from hma_kernels.triton.page_table import StaticPageTables
 
         assert isinstance(self.pool, MixedKVPool), "a prefill server does not decode"
+        assert len(self.parts) == 1, "two pools were not tried with CUDA graphs"
         slots = self.req_to_token_pool.req_to_token
         self.graph_tables = StaticPageTables(
             slots, self.pool.slab_is_bf16, max_batch=max_bs, max_tokens=slots.shape[1]
@@ -81,16 +89,13 @@ class HmaAttnBackend(AttentionBackend):
     @override
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a CUDA graph is captured or replayed; plans of one batch size share its table."""
-        phase.weights.enter(prefill=False)
+        self.weights.enter(prefill=False)
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
-        self.forward_metadata, self.q_indptr = self.graph_tables.fill(rows, seq_lens), None
-        self.plans = self.graph_plans.setdefault(len(rows), {})
-        for plan in self.plans.values():
+        (part,) = self.parts
+        part.table, self.q_indptr = self.graph_tables.fill(rows, seq_lens), None
+        part.plans = self.graph_plans.setdefault(len(rows), {})
+        for plan in part.plans.values():
             plan.refresh()
-
-    def _page_table(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> PageTable:
-        formats = self.pool.slab_is_bf16 if isinstance(self.pool, MixedKVPool) else None
-        return page_table(self.req_to_token_pool.req_to_token, rows, seq_lens, formats)
 
     @override
     def forward_decode(
@@ -105,24 +110,25 @@ class HmaAttnBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         require_plain(layer, kwargs)
-        assert isinstance(self.pool, MixedKVPool), "a prefill server does not decode"
+        part, number = self.where[layer.layer_id]
+        assert isinstance(part.pool, MixedKVPool), "a prefill server does not decode"
         k, v = require_own_kv(layer, k, v)
         if save_kv_cache:
-            loc = KVWriteLoc.for_batch(forward_batch)
-            self.pool.write_generated(layer.layer_id, loc, k, v)
+            slots = part.slots(forward_batch.out_cache_loc)
+            part.pool.write_generated(number + part.pool.start_layer, slots, k, v)
         key = (layer.tp_q_head_num, layer.sliding_window_size)
-        if key not in self.plans:
-            assert self.forward_metadata is not None
-            self.plans[key] = DecodePlan(
-                self.pool.kv,
-                self.forward_metadata,
+        if key not in part.plans:
+            assert part.table is not None
+            part.plans[key] = DecodePlan(
+                part.pool.kv,
+                part.table,
                 num_q_heads=layer.tp_q_head_num,
                 sliding_window=layer.sliding_window_size,
                 q_indptr=self.q_indptr,
             )
-        out = self.plans[key].run(
+        out = part.plans[key].run(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            layer.layer_id - self.pool.start_layer,
+            number,
             scale=layer.scaling,
             logit_cap=layer.logit_cap,
             sinks=sinks,
@@ -147,17 +153,18 @@ class HmaAttnBackend(AttentionBackend):
         k, v = require_own_kv(layer, k, v)
         if not save_kv_cache:
             raise NotImplementedError("prefill without writing the KV cache")
-        loc = KVWriteLoc.for_batch(forward_batch)
-        self.pool.wait_for_layer(layer.layer_id)
-        k, v = self.pool.write_prompt(layer.layer_id, loc, k, v)
-        assert self.forward_metadata is not None and self.q_indptr is not None
+        part, number = self.where[layer.layer_id]
+        part.pool.wait_for_layer(number + part.pool.start_layer)
+        slots = part.slots(forward_batch.out_cache_loc)
+        k, v = part.pool.write_prompt(number + part.pool.start_layer, slots, k, v)
+        assert part.table is not None and self.q_indptr is not None
         out = extend_attention(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             k,
             v,
-            self.pool.kv,
-            layer.layer_id - self.pool.start_layer,
-            self.forward_metadata,
+            part.pool.kv,
+            number,
+            part.table,
             self.q_indptr,
             scale=layer.scaling,
             logit_cap=layer.logit_cap,

@@ -26,7 +26,7 @@ from sglang_hma.kvcache.arena import PageFormat, PageIds, SlabArena
 from sglang_hma.kvcache.budget import AdmittedBudget, MixedPrefillBudget
 from sglang_hma.kvcache.held_pages import Fence, HeldPages, NoFence, StreamFence
 from sglang_hma.kvcache.pool import MixedKVPool
-from sglang_hma.kvcache.usage import Usage, show_usage
+from sglang_hma.kvcache.usage import Usage, pool_label, show_usage
 
 BFP8, BF16 = PageFormat.BFP8, PageFormat.BF16
 
@@ -48,7 +48,8 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         self.tokens_ahead = 1
         super().__init__(*args, **kwargs)
         for fmt in (BFP8, BF16):
-            show_usage(self, fmt.name.lower(), partial(usage_of, fmt))
+            name = fmt.name.lower() + pool_label(self._kvcache)
+            show_usage(self, name, partial(usage_of, fmt))
 
     @override
     def clear(self) -> None:
@@ -113,13 +114,8 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
         self, spans: list[tuple[int, int]], last_slots: list[int]
     ) -> torch.Tensor | None:
         self._reclaim()
-        counts = [page_counts(start, end, end) for start, end in spans]
-        num_bfp8, num_bf16 = (sum(column) for column in zip(*counts, strict=True))
-        kept = tail_to_come(spans)
-        if self.arena.any_format_beside(num_bf16 + kept) < num_bfp8:
-            kept = 0
-        spilled = max(0, num_bfp8 - max(0, self.arena.available_beside(num_bf16 + kept)))
-        pages = self._take(num_bfp8 - spilled, num_bf16 + spilled)
+        counts, num_bfp8, num_bf16 = self._prompt_pages(spans)
+        pages = self._take(num_bfp8, num_bf16)
         if pages is None:
             return None
         # A request's BFP8 pages come first: where they run out, BF16 pages stand in.
@@ -130,6 +126,30 @@ class SlabPageAllocator(PagedTokenToKVPoolAllocator):
             chosen += islice(bf16, full + tails - len(chosen))
             slots.append(slots_of(chosen, start, end, last_slot))
         return self.to_device(torch.from_numpy(np.concatenate(slots)))
+
+    def _prompt_pages(self, spans: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], int, int]:
+        """Of each span its (BFP8, BF16) pages by the rules; and how many of each kind to take for
+        all of them, where BF16 pages stand in."""
+        counts = [page_counts(start, end, end) for start, end in spans]
+        num_bfp8, num_bf16 = (sum(column) for column in zip(*counts, strict=True))
+        kept = tail_to_come(spans)
+        if self.arena.any_format_beside(num_bf16 + kept) < num_bfp8:
+            kept = 0
+        spilled = max(0, num_bfp8 - max(0, self.arena.available_beside(num_bf16 + kept)))
+        return counts, num_bfp8 - spilled, num_bf16 + spilled
+
+    def fits_extend(self, spans: list[tuple[int, int]]) -> bool:
+        """Whether `alloc_extend` would succeed."""
+
+        def fits() -> bool:
+            _, num_bfp8, num_bf16 = self._prompt_pages(spans)
+            return self.arena.fits(bfp8=num_bfp8, bf16=num_bf16)
+
+        return self.evict_until(None, fits)
+
+    def fits_generated(self, pages: int) -> bool:
+        """Whether so many BF16 pages could be taken."""
+        return self.evict_until(None, lambda: self.arena.available(BF16) >= pages)
 
     def alloc_landing(self, prompt_len: int, end: int, start: int = 0) -> torch.Tensor | None:
         """Slots int64 [end - start] on the host for a request whose prompt a peer will write.

@@ -62,10 +62,18 @@ class SlabArena:
         return self._spare[PageFormat.BFP8] + slabs * BFP8_PAGES_PER_SLAB if slabs >= 0 else -1
 
     def any_format_beside(self, bf16: int) -> int:
-        """Pages of either format that could be handed out beside `bf16` BF16 pages, at least 0."""
+        """Pages of either format that could be handed out beside `bf16` BF16 pages; 0 if those do
+        not fit."""
+        bfp8 = self.available_beside(bf16)
         slabs = self._slabs_needed(0, bf16)
         spare_bf16 = self._spare[PageFormat.BF16] + slabs * BF16_PAGES_PER_SLAB - bf16
-        return max(0, self.available_beside(bf16)) + max(0, spare_bf16)
+        return bfp8 + spare_bf16 if bfp8 >= 0 else 0
+
+    def any_format_when_empty(self, bf16: int) -> int:
+        """`any_format_beside` with nothing handed out."""
+        slabs = -(-bf16 // BF16_PAGES_PER_SLAB)
+        bfp8 = (self.num_slabs - slabs) * BFP8_PAGES_PER_SLAB
+        return bfp8 + slabs * BF16_PAGES_PER_SLAB - bf16 if bfp8 >= 0 else 0
 
     def fits_when_empty(self, *, bfp8: int, bf16: int) -> bool:
         slabs = -(-bfp8 // BFP8_PAGES_PER_SLAB) - (-bf16 // BF16_PAGES_PER_SLAB)

@@ -1,7 +1,7 @@
 """How many pages of each format are handed out, for /metrics."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sglang_hma.gauges import GAUGES
 
@@ -26,3 +26,9 @@ def show_usage(allocator: Allocator, page_format: str, usage: Callable[[Allocato
         lambda there: usage(there)[1],
         format=page_format,
     )
+
+
+def pool_label(pool: Any) -> str:
+    """Behind a format's name: SGLang calls the pool of layers with a window SWA where a model has
+    two pools."""
+    return " window" if getattr(pool, "allocation_label", None) == "SWA" else ""

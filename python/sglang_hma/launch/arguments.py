@@ -159,7 +159,7 @@ def parse(config: HmaConfig, argv: Sequence[str]) -> "ServerArgs":
     from sglang.srt.server_args import prepare_server_args
 
     # Of two values the last one counts: a default stands before what the user gave.
-    ours_first = [*defaults(config), *draft_defaults(config, given.speculative_algorithm)]
+    ours_first = [*defaults(config), *draft_defaults(config, given)]
     if given.enable_lora or given.lora_paths:
         ours_first += adapter_defaults(config)
     return prepare_server_args([*ours_first, *theirs])

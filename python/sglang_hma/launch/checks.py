@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_hma import cluster_secret
-from sglang_hma.config import MOST_DRAFT_TOKENS, PAGE_TOKENS, HmaConfig, Role
+from sglang_hma.config import DRAFT_ALGORITHMS, MOST_DRAFT_TOKENS, PAGE_TOKENS, HmaConfig, Role
 from sglang_hma.launch.flags import Parser, Refusal, parser_of, read
 
 
@@ -78,10 +78,15 @@ WITH_BFP8 = (
     _off("enable_pd_role_switch", BOTH_PHASES),
     Rule(
         "speculative_algorithm",
-        (None, "NGRAM"),
-        "draft models need a second KV pool",
-        "use NGRAM or leave it out",
+        (None, *DRAFT_ALGORITHMS),
+        "only NGRAM and STANDALONE draft from tokens alone; the others read hidden states of the "
+        "prompt, which prefill does not send",
+        "use NGRAM, use STANDALONE with --speculative-draft-model-path, or leave it out",
     ),
+    _only("speculative_eagle_topk", "drafts are verified as chains", None, 1),
+    _off("speculative_adaptive", "not tried with BFP8 pages"),
+    _only("speculative_draft_attention_backend", HMA_READS, None, "hma"),
+    _off("speculative_draft_kv_cache_dtype", "drafts' KV lies in the target's page formats", None),
     Rule(
         "speculative_num_draft_tokens",
         lambda value: value is None or value <= MOST_DRAFT_TOKENS,
@@ -246,6 +251,8 @@ def _does_not_go(rule: Rule, value: Any, asks: str) -> Refusal:
 
 def check_arguments(config: HmaConfig, server_args: Any) -> None:
     """Refuse what the user asked for, if it cannot work. `server_args` are not resolved yet."""
+    if config.packs_kv and server_args.speculative_algorithm == "STANDALONE":
+        _check_draft_model(server_args)
     for asks, table in rules(config):
         for rule in table:
             value = getattr(server_args, rule.field)
@@ -264,7 +271,7 @@ def check_arguments(config: HmaConfig, server_args: Any) -> None:
             "with adapters: leave it or the --lora flags out"
         )
     compiler = os.environ.get("CXX", "c++")
-    if drafts and shutil.which(compiler) is None:
+    if drafts and server_args.speculative_algorithm == "NGRAM" and shutil.which(compiler) is None:
         raise Refusal(
             f"--speculative-algorithm is {server_args.speculative_algorithm}, whose corpus SGLang "
             f"compiles at its first start, and there is no {compiler}: install a C++ compiler, or "
@@ -280,6 +287,20 @@ def check_arguments(config: HmaConfig, server_args: Any) -> None:
     for name, why in ENVIRONMENT:
         if config.role != "null" and getattr(envs, name).get():
             raise Refusal(f"{name} is {os.environ[name]} in the environment ({why}): unset it")
+
+
+def _check_draft_model(server_args: Any) -> None:
+    if server_args.speculative_draft_model_path is None:
+        raise Refusal(
+            "--speculative-algorithm is STANDALONE, and no model is there to draft: add "
+            "--speculative-draft-model-path, a small model of the same vocabulary"
+        )
+    if server_args.speculative_num_steps >= MOST_DRAFT_TOKENS:
+        raise Refusal(
+            f"--speculative-num-steps is {server_args.speculative_num_steps}, and decode attention "
+            f"takes at most {MOST_DRAFT_TOKENS} tokens of a request: use {MOST_DRAFT_TOKENS - 1} "
+            "or fewer"
+        )
 
 
 def check_resolved(config: HmaConfig, server_args: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import psutil
 
-from sglang_hma.config import MOST_DRAFT_TOKENS, PAGE_TOKENS, SHARE_ENV, HmaConfig
+from sglang_hma.config import DRAFT_ALGORITHMS, MOST_DRAFT_TOKENS, PAGE_TOKENS, SHARE_ENV, HmaConfig
 
 CPU_KV_SHARE_OF_MEMORY = 0.2
 MODEST_TOKENS = 64 * 1024
@@ -31,6 +31,7 @@ LIVE_ROUTER_DEFAULTS = (
     *SOON_BACK,
     *TRIES,
 )
+DRAFT_STEPS = 3  # of a draft model, as SGLang has them
 NO_CUDA_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
 
 
@@ -43,7 +44,6 @@ def defaults(config: HmaConfig) -> list[str]:
     on_cpu = config.device == "cpu"
     if config.packs_kv:
         flags += ["--attention-backend", "hma", "--page-size", str(PAGE_TOKENS)]
-        flags += ["--disable-hybrid-swa-memory"]  # layers with windows share the one pool
         flags += ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
     else:
         if config.role != "null":
@@ -67,14 +67,23 @@ def defaults(config: HmaConfig) -> list[str]:
     return flags
 
 
-def draft_defaults(config: HmaConfig, algorithm: str | None) -> list[str]:
-    """Of --speculative-algorithm NGRAM: chains that decode attention takes. SGLang's 12 tokens are
-    more, and its trees of breadth 10 go with pages of one token."""
-    if algorithm != "NGRAM" or not config.packs_kv:
+def draft_defaults(config: HmaConfig, given: Any) -> list[str]:
+    """Chains that decode attention takes. NGRAM's 12 tokens are more, and its trees of breadth 10
+    go with pages of one token. A draft model's chain is one token longer than its steps."""
+    if given.speculative_algorithm not in DRAFT_ALGORITHMS or not config.packs_kv:
         return []
+    if given.speculative_algorithm == "NGRAM":
+        return [
+            *("--speculative-num-draft-tokens", str(MOST_DRAFT_TOKENS)),
+            *("--speculative-ngram-max-bfs-breadth", "1"),
+        ]
+    tokens = given.speculative_num_draft_tokens
+    if given.speculative_num_steps is not None or tokens is None:
+        tokens = (given.speculative_num_steps or DRAFT_STEPS) + 1
     return [
-        *("--speculative-num-draft-tokens", str(MOST_DRAFT_TOKENS)),
-        *("--speculative-ngram-max-bfs-breadth", "1"),
+        *("--speculative-num-steps", str(tokens - 1)),
+        *("--speculative-num-draft-tokens", str(tokens)),
+        *("--speculative-eagle-topk", "1"),
     ]
 
 
@@ -83,16 +92,20 @@ def adapter_defaults(config: HmaConfig) -> list[str]:
     return ["--lora-backend", "torch_native"] if config.device == "cpu" or config.torch_ops else []
 
 
-def size_pool(config: HmaConfig, server_args: Any, model: Any) -> None:
+def size_pool(config: HmaConfig, server_args: Any, model: Any, *drafters: Any) -> None:
     """A KV cache for a CPU box: MODEST_TOKENS or one whole context, as far as they go into this
-    server's part of CPU_KV_SHARE_OF_MEMORY."""
+    server's part of CPU_KV_SHARE_OF_MEMORY, those of models that draft included."""
     if (server_args.max_total_tokens, server_args.mem_fraction_static) != (None, None):
         return
     servers = max(1, int(os.environ.get(SHARE_ENV, "1")))
     budget = psutil.virtual_memory().total * CPU_KV_SHARE_OF_MEMORY / servers
     tp_size = server_args.tp_size
-    elements = model.num_hidden_layers * model.get_num_kv_heads(tp_size) * tp_size
-    elements *= model.head_dim + model.v_head_dim
+    elements = sum(
+        each.num_hidden_layers
+        * (each.get_num_kv_heads(tp_size) * tp_size)
+        * (each.head_dim + each.v_head_dim)
+        for each in (model, *drafters)
+    )
     bytes_per_element = 17 / 16 if config.packs_kv else model.dtype.itemsize
     tokens = int(budget / (elements * bytes_per_element)) // 1024 * 1024
     wanted = max(MODEST_TOKENS, -(-model.context_len // 1024) * 1024)

@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -199,9 +199,10 @@ def silence() -> None:
         warnings.filterwarnings("ignore", category=UserWarning, module=whole)
 
 
-def serve_model(model: Any) -> None:
+def serve_models(models: Iterable[Any]) -> None:
     """Tell sglang_hma.served_model what SGLang is about to look for there."""
-    os.environ[ARCHITECTURES_ENV] = ",".join(model.hf_config.architectures or ())
+    names = {name: None for model in models for name in model.hf_config.architectures or ()}
+    os.environ[ARCHITECTURES_ENV] = ",".join(names)
 
 
 def keep_ranks_inside(server_args: Any) -> None:

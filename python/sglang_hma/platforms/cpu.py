@@ -5,6 +5,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 from typing_extensions import override
 
+from sglang_hma.config import DRAFT_ALGORITHMS
 from sglang_hma.platforms.common import HmaPlatformMixin
 
 
@@ -24,11 +25,19 @@ class HmaCpuPlatform(HmaPlatformMixin, CpuDeviceMixin, SRTPlatform):
 
     @override
     def get_speculative_worker_cls(self, algorithm: str) -> type | None:
-        if algorithm != "NGRAM":
-            return None
-        from sglang_hma.speculation.ngram import NgramWorker
+        if algorithm == "NGRAM":
+            from sglang_hma.speculation.ngram import NgramWorker
 
-        return NgramWorker
+            return NgramWorker
+        if algorithm == "STANDALONE":
+            from sglang_hma.speculation.draft_model import DraftModelWorker
+
+            return DraftModelWorker
+        return None
+
+    @override
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in DRAFT_ALGORITHMS
 
     @override
     def is_pin_memory_available(self, device: object = None) -> bool:

@@ -3,6 +3,9 @@
 Such a server holds both sets and points the parameters at the one that a forward needs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -28,3 +31,14 @@ class PhaseWeights:
 
 
 weights = PhaseWeights()
+as_stored = ContextVar("as_stored", default=False)
+
+
+@contextmanager
+def weights_as_stored() -> Iterator[None]:
+    """prefill.reference leaves models alone that are loaded meanwhile: those that only draft."""
+    token = as_stored.set(True)
+    try:
+        yield
+    finally:
+        as_stored.reset(token)

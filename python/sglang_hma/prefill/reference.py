@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 def prepare_model(model: Module) -> None:
     """Apply the weight formats of this server's role to a freshly loaded model."""
+    if phase.as_stored.get():
+        return
     config = HmaConfig.require()
     exact = config.packs_kv and config.device == "cpu"
     if config.rounds_prefill_weights:

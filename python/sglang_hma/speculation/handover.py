@@ -1,6 +1,7 @@
 """Requests whose prompts a prefill server has computed begin to draft.
 
-SGLang 0.5.23 has no first drafts for NGRAM on a decode server: its relay would fail on them.
+SGLang 0.5.23 has no first drafts for NGRAM or STANDALONE on a decode server: its relay would fail
+on them.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def build_disagg_draft_input(
     original: Callable[..., Any], algorithm: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Around SpeculativeAlgorithm.build_disagg_draft_input."""
-    if not algorithm.is_ngram():
+    if not (algorithm.is_ngram() or algorithm.is_standalone()):
         return original(algorithm, batch, *args, **kwargs)
     from sglang.srt.runtime_context import get_spec
 

@@ -101,6 +101,7 @@ class Claims:
     FORGOTTEN_S = 180.0  # a silent rank's claims of requests that never came
     MAX_CLAIMANTS = 1024  # ranks of one request, and ranks that are remembered without one
     MAX_PROBED = 64  # ranks that have claimed nothing that was here
+    MAX_REFUSED = 4096
 
     def __init__(self, *, expected: bool) -> None:
         self.expected = expected  # False with stock decode servers, which claim nothing
@@ -108,6 +109,7 @@ class Claims:
         # Of open requests: whether each claimant still wants it.
         self._claimants: dict[int, dict[Address, bool]] = {}
         self._early = EarlyClaims()
+        self._refused: dict[int, str] = {}  # why, the oldest first
         self._heard_s: dict[Address, float] = {}  # the one heard last stands last
         self._gone_s: dict[Address, float] = {}  # of those in `_heard_s`: when that was seen
         self._liveness = PeerLiveness()
@@ -129,6 +131,16 @@ class Claims:
             self._opened_s.pop(room, None)
             self._claimants.pop(room, None)
             self._early.take(room)
+
+    def refused(self, room: int, reason: str) -> None:
+        """The request has arrived here, and will not be served."""
+        with self._lock:
+            if room in self._opened_s:
+                return  # another request has this room
+            self._refused.pop(room, None)
+            self._refused[room] = reason
+            if len(self._refused) > self.MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]
 
     def claimed(self, room: int, address: Address) -> None:
         """May come before `opened`: the router sends to both servers at once."""
@@ -199,6 +211,17 @@ class Claims:
                 return now - self._heard_s.get(rank, 0.0) > self.FORGOTTEN_S
 
             return list(self._early.overdue(now, self.UNOPENED_S, is_silent).items())
+
+    def refusals(self) -> list[tuple[int, list[Address], str]]:
+        """(room, decode ranks that want it, reason) of requests that were refused here. A rank that
+        claims a room again is named again: it may not have been told."""
+        with self._lock:
+            found = []
+            for room in [room for room in self._refused if self._early.holds(room)]:
+                ranks = [rank for rank, wants in self._early.take(room).items() if wants]
+                if ranks:
+                    found.append((room, ranks, self._refused[room]))
+            return found
 
     def count_unclaimed(self) -> int:
         """Requests that are here and that no decode rank has claimed."""

@@ -63,6 +63,9 @@ class EarlyClaims:
         for room, claim in self._by_rank.get(rank, {}).items():
             claim.wants = room in rooms
 
+    def holds(self, room: int) -> bool:
+        return room in self._by_room
+
     def take(self, room: int) -> dict[Address, bool]:
         """Whether each rank that has claimed a room wants it; the claims are removed."""
         wants = {rank: claim.wants for rank, claim in self._by_room.get(room, {}).items()}

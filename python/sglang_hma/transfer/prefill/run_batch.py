@@ -79,6 +79,8 @@ def _send_early(scheduler: Any, allocator: HoldingAllocator, req: Any, forward: 
     page = allocator.page_size
     end = min(req.extend_end, len(req.origin_input_ids)) // page * page
     cached = (req.prefix_len - req.host_hit_length) // page * page
+    if _computes_cached_tokens(req, page):
+        end = cached
     # Cached pages are locked in the cache until the request has ended, computed ones are not.
     for end_idx, gate, hold in (
         (cached, LayerGate.open(forward.layers), None),
@@ -87,3 +89,11 @@ def _send_early(scheduler: Any, allocator: HoldingAllocator, req: Any, forward: 
         if end_idx > req.start_send_idx:
             send = partial(scheduler.send_kv_chunk, req, last_chunk=False, end_idx=end_idx)
             sender.send_early(EarlySend(gate, forward), send, hold=hold)
+
+
+def _computes_cached_tokens(req: Any, page: int) -> bool:
+    """Whether a prompt may have whole pages in the cache that it computes again, since its logprobs
+    are asked for. In the cache's place they would be held until the request ends, both copies of
+    them: more than the pool may have. They leave after the pass, from the cache."""
+    last_page = (len(req.origin_input_ids) - 1) // page * page
+    return bool(req.return_logprob and 0 <= req.logprob_start_len < last_page)

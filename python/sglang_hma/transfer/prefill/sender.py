@@ -265,6 +265,8 @@ class PrefillSender:
             reason = f"the prefill server got no request for it in {self.claims.UNOPENED_S:g} s"
             logger.error("Room %s is waited for by %s, but %s", room, ranks, reason)
             self.manager.report_unopened(room, ranks, reason)
+        for room, ranks, reason in self.claims.refusals():
+            self.manager.report_unopened(room, ranks, reason)
         if now - self._strays_s > STRAYS_S:
             self._strays_s = now
             self.manager.forget_strays()
