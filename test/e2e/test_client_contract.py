@@ -182,12 +182,38 @@ def test_logprobs_of_a_prompt(
         ("/v1/rerank", {"query": "a", "documents": ["b"]}),
         ("/tokenize", {"prompt": "hello world"}),
         ("/v1/tokenize", {"prompt": "hello world"}),
+        ("/v1/responses", {"input": "hello"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hello"}]}),
     ],
 )
 def test_as_one_server(pair: Pair, single: Server, path: str, body: dict[str, Any]) -> None:
     if path.startswith("/v1/"):
         body = {"model": "m", "temperature": 0, "max_tokens": 4} | body
     compare(pair, single, path, body)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/models", "/get_model_info", "/model_info", "/get_server_info", "/server_info"),
+        *("/get_load", "/v1/loads", "/metrics"),
+    ],
+)
+def test_questions(pair: Pair, single: Server, path: str) -> None:
+    found, expected = (requests.get(f"{url}{path}") for url in (pair.url, single.url))
+    assert found.status_code == expected.status_code == 200, found.text
+    kinds = [each.headers["content-type"].partition(";")[0] for each in (found, expected)]
+    assert kinds[0] == kinds[1]
+    if kinds[0] != "application/json":
+        names = [
+            {line.split()[2] for line in each.text.splitlines() if line.startswith("# TYPE sglang")}
+            for each in (found, expected)
+        ]
+        assert names[0] >= names[1] and names[1]
+    elif isinstance(expected.json(), list):
+        assert [set(each) for each in found.json()] == [set(each) for each in expected.json()]
+    else:
+        assert set(found.json()) == set(expected.json())
 
 
 def test_mixed_requests_at_once(pair: Pair, single: Server, asked: Asking) -> None:

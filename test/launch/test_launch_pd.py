@@ -200,12 +200,13 @@ def test_running_requests_finish_and_new_ones_are_refused(launch: Launch, tmp_pa
     with held_request(launch, hold) as (run, asked):
         run.popen.send_signal(signal.SIGTERM)
         run.wait_for("sglang-hma stopping: requests that run have 60 s; a second Ctrl-C kills")
-        url = f"http://127.0.0.1:{run.port}/v1/chat/completions"
+        # Decode answers it at once, where the router's socket is still open.
+        url = f"http://127.0.0.1:{run.port}/v1/models"
         refusals: list[urllib.error.HTTPError] = []
 
         def refused() -> bool:
             try:
-                urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=STUCK_S)
+                urllib.request.urlopen(url, timeout=STUCK_S)
             except urllib.error.HTTPError as error:
                 refusals.append(error)
             except OSError:  # between the router's socket and the launcher's
