@@ -36,7 +36,8 @@ class Told:
     async def answer(self, request: Request) -> Response:
         if request.method == "GET":
             if request.url.path == "/metrics":
-                return PlainTextResponse(f"# TYPE {self.role} gauge\n{self.role} 1\n")
+                own = f"# TYPE {self.role} gauge\n{self.role} 1\n"
+                return PlainTextResponse(f"{own}# TYPE sglang_hma:a_b gauge\nsglang_hma:a_b 1\n")
             found = {"model_path": "m", "data": [{"id": "m"}], "role": self.role}
             return JSONResponse(found | {"path": str(request.url.path)})
         try:
@@ -175,9 +176,10 @@ def test_questions_are_answered_as_by_one_server(behind: tuple[str, Told, Told],
 
 
 def test_metrics_of_all_servers(behind: tuple[str, Told, Told]) -> None:
-    found = requests.get(f"{behind[0]}/metrics").text
+    found = "\n" + requests.get(f"{behind[0]}/metrics").text
     for told in behind[1:]:
         assert f"{told.role}{{" in found and str(told.port) in found
+    assert found.count("\nsglang_hma:a_b{") == 2 and "\n# TYPE sglang_hma:a_b gauge\n" in found
 
 
 @pytest.mark.parametrize(

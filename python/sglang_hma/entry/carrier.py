@@ -2,7 +2,7 @@
 
 The router reads a request into a type of its own and sends on what that type has. So the entry
 hands it `/generate` requests with nothing of their own but what the router acts on (whether the
-answer is a stream, how many rooms it takes, what text to route by), and with the client's bytes in
+answer is a stream, how many rooms it takes), and with the client's bytes in
 a field that it copies. The servers behind it take them out again.
 """
 

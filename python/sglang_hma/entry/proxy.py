@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -34,6 +35,8 @@ OF_A_SERVER = (
 )
 # The metrics of all servers, each with its own label.
 METRICS, OF_ALL_SERVERS = "/metrics", "/engine_metrics"
+# The router writes underscores for the colons in their names.
+RENAMED = re.compile(rb"^((?:# (?:HELP|TYPE) )?(?:sglang_hma|sglang))_", re.MULTILINE)
 LOOK_AGAIN_S = 1.0
 Headers = list[tuple[bytes, bytes]]
 
@@ -160,6 +163,12 @@ class Entry:
             return
         async with reply:
             status, sent = restored(reply.status, reply.raw_headers)
+            if url.partition("?")[0] == f"{self._router}{OF_ALL_SERVERS}":
+                text = RENAMED.sub(rb"\1:", await reply.read())
+                kept = [each for each in sent if each[0].lower() != b"content-length"]
+                await send({"type": "http.response.start", "status": status, "headers": kept})
+                await send({"type": "http.response.body", "body": text})
+                return
             await send({"type": "http.response.start", "status": status, "headers": sent})
             async for chunk in reply.content.iter_any():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -32,11 +32,11 @@ TRANSFER = (
     *(
         Seam(
             target,
-            "a request that only prefill refuses (too long for its pool, an adapter that it has "
-            "not): decode is told why at once, and does not wait until it counts as lost",
+            "a request that only one of the two refuses (too long for its pool, an adapter that it "
+            "has not): the other is told at once, and does not wait until it counts as lost",
             ours("transfer.refusals", name),
-            lambda config: config.role == "prefill",
-            "prefill",
+            lambda config: config.role != "null",
+            "prefill, decode",
         )
         for target, name in (
             (
@@ -116,6 +116,14 @@ TRANSFER = (
         ours("transfer.refusals", "prepare_abort"),
         lambda config: config.role == "decode",
         "decode",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.prefill.prepare_abort",
+        "what decode has given up is answered with 400: decode's own answer counts, and the router "
+        "prefers a 500 of prefill's",
+        ours("transfer.refusals", "prepare_abort_on_prefill"),
+        lambda config: config.role == "prefill",
+        "prefill",
     ),
     Seam(
         "sglang.srt.disaggregation.decode.DecodePreallocQueue",

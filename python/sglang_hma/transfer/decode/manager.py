@@ -27,12 +27,14 @@ from sglang_hma.transfer.manager import HmaKVManager
 from sglang_hma.transfer.metrics import STUCK_PEERS
 from sglang_hma.transfer.page_slices import Pages, PageSlice
 from sglang_hma.transfer.prompt_logprobs import Parts
+from sglang_hma.transfer.request_fields import FAKE_HOST, configured_peers
 from sglang_hma.transfer.short_prompts import is_short
 from sglang_hma.transfer.tcp_table import addresses_of, own_ports
 
 logger = logging.getLogger(__name__)
 
 # Where Mooncake listens, and between which ports.
+MOST_GIVING_UP = 32  # threads, of seconds each
 MOONCAKE_PORTS = (("MC_MIN_RPC_PORT", "15000"), ("MC_MAX_RPC_PORT", "17000"))
 
 
@@ -48,6 +50,8 @@ class HmaDecodeManager(HmaKVManager):
         self._asker = RouteAsker()
         self.news = News()
         self.rank_routes: dict[str, Mapping[routes.Place, dict[str, Any]]] = {}
+        self._peers = configured_peers()
+        self._giving_up = threading.BoundedSemaphore(MOST_GIVING_UP)
         self.refused: dict[int, str] = {}  # rooms whose prefill server was refused, and why
         self.receiver: DecodeReceiver | None = None
         self._prompt_logprobs: dict[int, Parts] = {}  # by room
@@ -170,6 +174,30 @@ class HmaDecodeManager(HmaKVManager):
             for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ()))
             if self.request_status.get(room) not in (None, KVPoll.Failed, KVPoll.Success)
         ]
+
+    def give_up(self, room: int, bootstrap_addr: str) -> None:
+        """A request was refused here, whose prefill server would wait for it. Nobody is told while
+        many are, nor a server that no request may name."""
+        host, _, port = bootstrap_addr.rpartition(":")
+        if host == FAKE_HOST or self._peers.refuse(host, int(port)) is not None:
+            return
+        if not self._giving_up.acquire(blocking=False):
+            return
+        info = self.prefill_info_table.get(bootstrap_addr)
+
+        def tell() -> None:
+            try:
+                if info is not None:
+                    route = {"dp_size": info.dp_size, "attn_tp_size": info.attn_tp_size}
+                elif (answer := routes.fetch(bootstrap_addr)) is not None:
+                    route = answer.route
+                else:
+                    return
+                abort_at_prefill(self._send_multipart_locked, bootstrap_addr, route, [room])
+            finally:
+                self._giving_up.release()
+
+        threading.Thread(target=tell, daemon=True).start()
 
     def _abort_there(self, bootstrap_addr: str, route: dict[str, Any], rooms: list[int]) -> None:
         """Their other halves would wait, and the router with them."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, TransferInfo
 from typing_extensions import override
 
@@ -28,6 +29,7 @@ from sglang_hma.transfer.prefill.outgoing import Destination
 from sglang_hma.transfer.prefill.sender import PrefillSender
 from sglang_hma.transfer.prefill.strays import Strays
 from sglang_hma.transfer.prefill.trace import Trace
+from sglang_hma.transfer.refusals import GIVEN_UP
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +219,15 @@ class HmaPrefillManager(HmaKVManager):
             rank=(self.attn_tp_rank, self.attn_tp_size),
             generation=self.intake.generation(info.room, session),
         )
+
+    @override
+    def _handle_abort_notification(self, msg: list[bytes]) -> bool:
+        """As SGLang's, with a reason."""
+        told = AbortNotification.from_zmq(msg) if msg[:1] == [ABORT_TAG] else None
+        ended = (None, KVPoll.Success, KVPoll.Failed)
+        if told is not None and self.request_status.get(told.room) not in ended:
+            self.record_failure(told.room, GIVEN_UP)
+        return bool(super()._handle_abort_notification(msg))
 
     @override
     def _maybe_ack_drained_abort(self, room: int) -> None:
