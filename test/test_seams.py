@@ -112,8 +112,8 @@ BEGIN = "sglang_hma.launch_server: error: "
 @pytest.mark.parametrize(
     ("refused", "argv", "hooks"),
     [
-        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 28),
-        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 20),
+        ("--enable-mixed", ["--disaggregation-mode", "decode", "--hma-cluster-secret-file"], 37),
+        ("--page-size=1", ["--disaggregation-mode", "prefill", "--hma-kv-format", "native"], 27),
     ],
 )
 def test_losses_are_noticed(

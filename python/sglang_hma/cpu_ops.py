@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+_MASK = 0xFFFFFFFF
+
 
 def softcap_logits(
     original: Callable[..., Any],
@@ -37,3 +39,33 @@ def gate_sigmoid_mul(
     gate = torch.sigmoid(hidden_states.double() @ gate_weight.double()).float()[:, None]
     product = gate * shared_output.float()
     output.copy_(output.float() + product if do_add else product)
+
+
+def murmur_hash32(
+    original: Callable[..., Any],
+    seed: torch.Tensor,
+    positions: torch.Tensor,
+    col_indices: torch.Tensor,
+) -> torch.Tensor:
+    """MurmurHash3 (x86, 32 bits, seed 0) of 16 bytes: a row's 64-bit seed and 32-bit position and a
+    column's 32-bit index. seed, positions [n], col_indices [m] -> uint32 [n, m]."""
+    numbers = seed.view(torch.int64)
+    words = (numbers & _MASK, (numbers >> 32) & _MASK, positions.long() & _MASK)
+    state = torch.zeros_like(numbers)
+    for word in words:
+        state = _murmur_mix(state, word)
+    state = _murmur_mix(state[:, None], col_indices.long()[None] & _MASK) ^ 16
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        state = ((state ^ (state >> shift)) * factor) & _MASK
+    return (state ^ (state >> 16)).to(torch.uint32)
+
+
+def _murmur_mix(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    # Of a product that wraps the lower 32 bits are right.
+    word = _rotated((word * 0xCC9E2D51) & _MASK, 15)
+    mixed = _rotated(state ^ ((word * 0x1B873593) & _MASK), 13)
+    return (mixed * 5 + 0xE6546B64) & _MASK
+
+
+def _rotated(number: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((number << bits) | (number >> (32 - bits))) & _MASK

@@ -168,7 +168,7 @@ def child_env() -> dict[str, str]:
 def first_request(options: Options, decode_url: str) -> str:
     """A shell line with a request that has just been answered.
 
-    Raises FleetError if neither a chat nor a plain completion comes through.
+    Raises FleetError if neither a chat nor a completion nor token ids come through.
     """
     url, key = url_of(options.host, options.port), api_key(options)
     headers = {"Content-Type": "application/json"}
@@ -178,14 +178,17 @@ def first_request(options: Options, decode_url: str) -> str:
     if status != 200:
         raise FleetError(f"{decode_url}/v1/models answers HTTP {status}: {reply[:300]}")
     model = json.loads(reply)["data"][0]["id"]
-    # A base model has no chat template and refuses the first of these.
+    # A base model has no chat template and refuses the first of these, and servers without a
+    # tokenizer the second.
+    asked = {"model": model, "max_tokens": 16, "temperature": 0}
+    sampling = {"max_new_tokens": 16, "temperature": 0}
     prompts: dict[str, dict[str, Any]] = {
-        "/v1/chat/completions": {"messages": [{"role": "user", "content": QUESTION}]},
-        "/v1/completions": {"prompt": "The capital of France is"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": QUESTION}], **asked},
+        "/v1/completions": {"prompt": "The capital of France is", **asked},
+        "/generate": {"input_ids": [1, 2, 3], "sampling_params": sampling},
     }
     refusals = []
-    for path, prompt in prompts.items():
-        fields = {"model": model, **prompt, "max_tokens": 16, "temperature": 0}
+    for path, fields in prompts.items():
         body = json.dumps(fields, separators=(",", ":"))
         status, reply = request(url + path, headers, options.timeout, body)
         if status == 200:

@@ -1,4 +1,4 @@
-"""Where sglang-hma attaches to SGLang: the hooks of seam_list.py, applied and verified.
+"""Where sglang-hma attaches to SGLang: the hooks of seam_list, applied and verified.
 
 SGLang logs and swallows plugin errors, so `verify` looks at each target again and stops a server
 on which one did not take hold, or whose SGLang has lost or changed a method that a class of ours

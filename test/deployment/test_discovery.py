@@ -72,7 +72,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         own, metrics = free_port(), free_port()
         flags += ["--host", "127.0.0.1", "--port", str(own), "--prometheus-port", str(metrics)]
         flags += ["--service-discovery-port", str(port)]
-        command = [sys.executable, "-m", "sglang_router.launch_router", *flags]
+        command = [sys.executable, "-m", "sglang_hma.launch.router", *flags]
         env = {
             "KUBECONFIG": str(account),
             "NO_PROXY": os.environ.get("NO_PROXY", "") + ",127.0.0.1",

@@ -126,8 +126,8 @@ def flush(server: Server) -> None:
     server.check_alive()
     reply = requests.post(f"{server.url}/flush_cache", params={"timeout": DRAIN_S})
     if reply.status_code != 200:
-        load, state = requests.get(f"{server.url}/get_load"), server.info()["internal_states"][0]
-        raise AssertionError((server.name, reply.text, load.text, state))
+        state = server.info()["internal_states"][0]
+        raise AssertionError((server.name, reply.text, load(server), state))
 
 
 def assert_drained(*servers: Server) -> None:

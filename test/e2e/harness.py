@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,12 +184,15 @@ def launch(
     return server
 
 
-def launch_router(logs: Path, prefill: Server, decode: Server, name: str = "router") -> Server:
+def launch_router(
+    logs: Path, prefill: Server, decode: Server, name: str = "router", more: Sequence[str] = ()
+) -> Server:
     port = free_port()
     command = [*Commands().router, "--pd-disaggregation"]
     command += ["--policy", "random", *ROUTER_DEFAULTS, *PATIENT_ROUTER]
     command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
     command += ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]
+    command += more
     router = Server(
         name,
         command,

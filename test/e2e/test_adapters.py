@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from benchmark.models.truth import Truth
+from sglang_hma.transfer.refusals import GIVEN_UP
 from test.adapters import make_adapter
 
 from .client import FLIPPED_ROUNDING, assert_drained, generate, payload, words
@@ -131,6 +132,8 @@ def test_adapters_come_and_go(adapted: Adapted, tmp_path: Path, model: Path, see
             assert reply.status_code == 200, reply.text
         refused = ask(name)
         assert refused.status_code == 400 and name in refused.text, refused.text
+        if then is pair.decode:
+            pair.prefill.wait_logged(GIVEN_UP)
         for reply in tell("load_lora_adapter", then, **load):
             assert reply.status_code == 200, reply.text
         adapted.check("later", prompt, ask(name).json()["output_ids"])

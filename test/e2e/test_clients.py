@@ -103,7 +103,7 @@ def choose(s):
 
 state = choose.run()
 assert state["d"] in ("yes", "no"), state.error()
-print("select ok")
+print("select ok", state["d"])
 """
 
 
@@ -113,11 +113,13 @@ def test_frontend_programs(python: WarmPython, pair: Pair) -> None:
 
 
 def test_select(python: WarmPython, pair: Pair, single: Server) -> None:
-    """The router of this version takes one text a request; `select` sends a list."""
-    done = python("-c", SELECT, single.url)
-    assert "select ok" in done.stdout, done.stdout + done.stderr
-    routed = python("-c", SELECT, pair.url)
-    assert "invalid type: sequence, expected a string" in routed.stderr, routed.stderr
+    """`select` sends a list of texts, and asks for the logprobs of each."""
+    picked = []
+    for url in (single.url, pair.url):
+        done = python("-c", SELECT, url)
+        assert "select ok" in done.stdout, done.stdout + done.stderr
+        picked.append(done.stdout)
+    assert picked[0] == picked[1]
 
 
 def test_openai_client(pair: Pair) -> None:

@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fake-flood", action="store_true", help="print without end")
     parser.add_argument("--fake-semaphore", action="store_true", help="leave one in /dev/shm")
     parser.add_argument("--fake-no-chat", action="store_true", help="refuse chat: no template")
+    parser.add_argument("--fake-no-tokenizer", action="store_true", help="refuse text")
     return parser.parse_known_args(argv)[0]
 
 
@@ -129,8 +130,10 @@ def serve(argv: list[str], role: str) -> None:
                 time.sleep(0.1)
             if args.fake_no_chat and "messages" in body:
                 self.reply(400, {"error": {"message": "no chat template"}})
+            elif args.fake_no_tokenizer and "input_ids" not in body:
+                self.reply(400, {"error": {"message": "no tokenizer"}})
             else:
-                self.reply(200, {"model": body["model"], "choices": [{"text": "hi"}]})
+                self.reply(200, {"model": body.get("model"), "choices": [{"text": "hi"}]})
 
         def log_message(self, format: str, *values: Any) -> None:
             print(format % values, flush=True)

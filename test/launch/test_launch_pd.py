@@ -200,12 +200,13 @@ def test_running_requests_finish_and_new_ones_are_refused(launch: Launch, tmp_pa
     with held_request(launch, hold) as (run, asked):
         run.popen.send_signal(signal.SIGTERM)
         run.wait_for("sglang-hma stopping: requests that run have 60 s; a second Ctrl-C kills")
-        url = f"http://127.0.0.1:{run.port}/v1/chat/completions"
+        # Decode answers it at once, where the router's socket is still open.
+        url = f"http://127.0.0.1:{run.port}/v1/models"
         refusals: list[urllib.error.HTTPError] = []
 
         def refused() -> bool:
             try:
-                urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=STUCK_S)
+                urllib.request.urlopen(url, timeout=STUCK_S)
             except urllib.error.HTTPError as error:
                 refusals.append(error)
             except OSError:  # between the router's socket and the launcher's
@@ -307,6 +308,13 @@ def test_base_model_behind_a_key(launch: Launch) -> None:
     assert url.endswith("/v1/completions") and body["model"] == "the/model"
 
 
+def test_servers_without_a_tokenizer(launch: Launch) -> None:
+    run = launch("--router-args", "--fake-no-tokenizer")
+    run.wait_for("  stop: ")
+    url, body = printed_request(run)
+    assert url.endswith("/generate") and body["input_ids"]
+
+
 @pytest.mark.slow
 def test_real_router(launch: Launch) -> None:
     run = launch("--prefill", "2", "--api-key", "secret", driver="real-router")
@@ -314,6 +322,17 @@ def test_real_router(launch: Launch) -> None:
     printed_request(run)
     log = (run.logs / "router.log").read_text()
     assert "INFO" in log and "\033[" not in log
+    run.popen.send_signal(signal.SIGTERM)
+    assert run.end() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_real_router_on_ipv6(launch: Launch, host: str) -> None:
+    run = launch("--host", host, driver="real-router")
+    run.wait_for("  stop: ")
+    url, _ = printed_request(run)
+    assert url.startswith("http://[::1]:")
     run.popen.send_signal(signal.SIGTERM)
     assert run.end() == 0
 

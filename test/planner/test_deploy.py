@@ -36,7 +36,7 @@ def servers(lines: list[str]) -> Iterator[tuple[str, argparse.Namespace]]:
     for line in lines:
         host, command = line.split(" $ ")
         program, flags = shlex.split(command)[:3], shlex.split(command)[3:]
-        if program[2] != "sglang_router.launch_router":
+        if not program[2].endswith("router"):
             yield host.split("-")[0], server_parser().parse_args(flags)
 
 

@@ -10,11 +10,12 @@ from sglang.srt.disaggregation.common.utils import pack_int_lists
 from sglang_hma.kvcache.format import KVFormat
 from sglang_hma.transfer import sglang_messages
 from sglang_hma.transfer.handshake import Handshake, OwnMemory
-from sglang_hma.transfer.messages import Introduction
+from sglang_hma.transfer.messages import PROTOCOL, Introduction
 
 OURS = KVFormat.bfp8(kv_heads=4, head_dim=64, v_head_dim=64, layers=2)
 PAGE_BYTES, PAGES, ROWS = 8704, 100, 8
 START = 1 << 40
+NEWER = PROTOCOL + 1
 
 
 def handshake() -> Handshake:
@@ -93,9 +94,14 @@ def refusal(message: list[bytes], ours: Handshake | None = None) -> str | None:
         ([introduction()], 3, ["registered 3 KV buffers", "4"]),
         ([b"HMA-KV" + str(OURS).encode()], 4, ["does not say which protocol it speaks"]),
         (
-            [introduction().replace(b"/3 ", b"/4 ", 1)],
+            [introduction().replace(b"/%d " % PROTOCOL, b"/%d " % NEWER, 1)],
             4,
-            ["10.0.0.2", "version 4", "this server version 3", "the same sglang-hma"],
+            [
+                "10.0.0.2",
+                f"version {NEWER}",
+                f"this server version {PROTOCOL}",
+                "the same sglang-hma",
+            ],
         ),
         ([introduction()[:-1]], 4, ["10.0.0.2"]),
     ],

@@ -265,6 +265,7 @@ def test_what_decode_takes() -> None:
 
 def test_other_protocol_versions_are_named(caplog: pytest.LogCaptureFixture) -> None:
     tag, _, body = messages.frames(messages.Claim(77, "10.0.0.2", 5000))
-    for version, words in ((b"4", "version 4"), (b"\xff", "version unknown")):
+    newer = messages.PROTOCOL + 1
+    for version, words in ((b"%d" % newer, f"version {newer}"), (b"\xff", "version unknown")):
         assert intake().screen([tag, version, body]) is None
-        assert words in caplog.text and "this server version 3" in caplog.text
+        assert words in caplog.text and f"this server version {messages.PROTOCOL}" in caplog.text

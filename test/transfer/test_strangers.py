@@ -11,6 +11,7 @@ import torch
 from sglang.srt.disaggregation.base.conn import KVPoll
 
 from sglang_hma.transfer.limited_log import LINES
+from sglang_hma.transfer.messages import PROTOCOL
 
 from .real_managers import HOST, Pair, free_port, push, push_and_settle, until
 
@@ -108,7 +109,7 @@ def test_decode_survives(managers: Pair, message: list[bytes]) -> None:
         {"_14": b"\1" * 8, "_15": b"8"},
         {"_19": b""},
         {"_20": b"HMA-KV/1 junk"},
-        {"_20": b"HMA-KV/2 \x93\xa1x\x01\x01"},
+        {"_20": b"HMA-KV/%d \x93\xa1x\x01\x01" % PROTOCOL},
     ],
     ids=str,
 )

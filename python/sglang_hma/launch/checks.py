@@ -161,6 +161,15 @@ ON_CARDS = (
     _off("enable_hierarchical_cache", "pages come from the card's own memory"),
 )
 
+DECODE_ANSWERS = "decode answers, and has only its own: prefill sends none"
+ONE_SERVERS = "a session is of one server's cache"
+IN_A_PAIR = (
+    _off("enable_return_routed_experts", DECODE_ANSWERS),
+    _off("enable_return_indexer_topk", DECODE_ANSWERS),
+    _off("enable_streaming_session", ONE_SERVERS),
+    _off("enable_session_radix_cache", ONE_SERVERS),
+)
+
 NO_DRAFTS = "speculative_algorithm"
 ON_PREFILL = (_off(NO_DRAFTS, "drafts are verified where tokens are generated", None),)
 NO_HOST_CACHE = "enable_hierarchical_cache"
@@ -192,6 +201,8 @@ ENVIRONMENT = (
 def rules(config: HmaConfig) -> list[tuple[str, Sequence[Rule]]]:
     """What applies, each with what asks for it."""
     found: list[tuple[str, Sequence[Rule]]] = []
+    if config.role != "null":
+        found.append((f"--disaggregation-mode {config.role}", IN_A_PAIR))
     if config.on_card:
         found.append(("--hma-prefill-runtime ttnn", ON_CARDS))
     if config.packs_kv:

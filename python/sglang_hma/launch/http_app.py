@@ -12,6 +12,7 @@ from sglang.srt.utils import kill_process_tree
 from sglang_hma.config import HmaConfig
 from sglang_hma.launch.guarded import Engine, Guarded
 from sglang_hma.launch.operator_routes import OperatorRoutes
+from sglang_hma.launch.unpacking import Unpacking
 
 
 def started() -> Engine | None:
@@ -56,3 +57,4 @@ app.add_middleware(
     drain_timeout=config.drain_timeout,
     hang_timeout=config.hang_timeout,
 )
+app.add_middleware(Unpacking)

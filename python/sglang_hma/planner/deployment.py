@@ -109,7 +109,8 @@ def of_pair(model: str, role: Role, host: str) -> list[str]:
 
 def router(plan: Plan, *flags: str) -> list[str]:
     """Its command; `flags` say where the servers are."""
-    command = ["python", "-m", "sglang_router.launch_router"]
+    module = "sglang_hma.launch.router" if plan.prefill else "sglang_router.launch_router"
+    command = ["python", "-m", module]
     if plan.prefill:
         command += ["--pd-disaggregation", "--policy", "power_of_two", *LIVE_ROUTER_DEFAULTS]
     else:

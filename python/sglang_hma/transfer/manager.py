@@ -151,6 +151,11 @@ class HmaKVManager(MooncakeKVManager):
         """Send a message to a peer's control port; a peer that is gone is noticed elsewhere."""
         self.send(address, messages.frames(message))
 
+    def tell_surely(self, address: Address, message: messages.Message) -> bool:
+        """As `tell`; False if the peer takes none, and then it is not sent."""
+        endpoint = NetworkAddress(*address).to_tcp()
+        return self.outbox.put(endpoint, messages.frames(message), kept=True)
+
     def send(self, address: Address, frames: list[bytes]) -> None:
         """As `tell`, for SGLang's own messages."""
         self.outbox.put(NetworkAddress(*address).to_tcp(), frames)

@@ -12,6 +12,8 @@ from typing import Annotated
 
 import msgspec
 
+from sglang_hma.transfer.prompt_logprobs import MAX_PARTS, PART_BYTES
+
 # Raised whenever a server of the version before would misread a message or a field.
 PROTOCOL = 3
 VERSION = str(PROTOCOL).encode()
@@ -22,6 +24,7 @@ LANDED_TAG = b"HMA-LANDED"
 RESEND_TAG = b"HMA-RESEND"
 VERIFIED_TAG = b"HMA-VERIFIED"
 METADATA_TAG = b"HMA-METADATA"
+LOGPROBS_TAG = b"HMA-LOGPROBS"
 HELLO_TAG = b"HMA-HELLO"
 INTRODUCTION_TAG = b"HMA-KV"
 
@@ -99,6 +102,16 @@ class Metadata(msgspec.Struct, frozen=True, array_like=True):
     digest: Word
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Prefill to decode, before it says that all is sent: a part of the logprobs of the prompt
+    (prompt_logprobs.pack)."""
+
+    room: Word
+    part: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PARTS)]
+    parts: Annotated[int, msgspec.Meta(ge=1, le=MAX_PARTS)]
+    data: Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)]
+
+
 class Resend(msgspec.Struct, frozen=True, array_like=True):
     """Decode to prefill: send this range again, for the `attempt`-th time; its digests differ."""
 
@@ -151,7 +164,7 @@ class Introduction(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.msgpack.decode(body, type=cls)
 
 
-Message = Claim | Renewal | Landed | Metadata | Resend | Verified | Hello
+Message = Claim | Renewal | Landed | Metadata | PromptLogprobs | Resend | Verified | Hello
 
 TYPES: dict[bytes, type[Message]] = {
     CLAIM_TAG: Claim,
@@ -160,6 +173,7 @@ TYPES: dict[bytes, type[Message]] = {
     RESEND_TAG: Resend,
     VERIFIED_TAG: Verified,
     METADATA_TAG: Metadata,
+    LOGPROBS_TAG: PromptLogprobs,
     HELLO_TAG: Hello,
 }
 TAGS = {kind: tag for tag, kind in TYPES.items()}

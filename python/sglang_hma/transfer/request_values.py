@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
+from sglang_hma.transfer import samples
 from sglang_hma.transfer.request_fields import shown
 
 # Of one prompt. SGLang makes lists as long as a client says before it looks at anything else.
@@ -32,7 +33,28 @@ def normalize(original: Any, obj: Any) -> Any:
     for params in given if isinstance(given, list) else [given]:
         if params is not None and (reason := refuse_samples(params)):
             raise ValueError(reason)
+    if obj.bootstrap_room is None:
+        return original(obj)
+    if reason := refuse_of_a_pair(obj):
+        raise ValueError(reason)
+    count = samples.samples(obj)
+    if count > 1:
+        return samples.normalize(original, obj, count)
     return original(obj)
+
+
+def refuse_of_a_pair(obj: Any) -> str | None:
+    """Why a request is refused of which SGLang would serve a part, or None."""
+    given = obj.sampling_params
+    for params in given if isinstance(given, list) else [given]:
+        beams = params.get("beam_width") if isinstance(params, dict) else None
+        if beams is not None and beams != 1:
+            return f"beam_width is {shown(beams)}: prefill and decode servers have no beam search"
+    if obj.return_hidden_states:
+        return (
+            "return_hidden_states is given: decode has none of the prompt's, which prefill computes"
+        )
+    return None
 
 
 def refuse_samples(params: object) -> str | None:
@@ -65,8 +87,10 @@ def create_tokenized_object(
     if (reason := refuse_labels(labels, frozenset(allowed or ()))) is not None:
         raise ValueError(reason)
     made = original(manager, obj, input_text, input_ids, input_embeds, mm_inputs, token_type_ids)
-    reason = refuse(made, manager.model_config.vocab_size)
-    if reason is None and get_disagg().disaggregation_mode == "prefill":
+    role = get_disagg().disaggregation_mode
+    of_ids = role != "null" or (input_embeds is None and mm_inputs is None)
+    reason = refuse(made, manager.model_config.vocab_size, of_ids)
+    if reason is None and role == "prefill":
         reason = refuse_prefill_rank(made, manager.elastic_worker_count)
     if reason is not None:
         raise ValueError(reason)
@@ -120,10 +144,23 @@ def refuse_labels(labels: object, allowed: frozenset[str]) -> str | None:
     return None
 
 
-def refuse(made: Any, vocabulary: int) -> str | None:
-    """Why a tokenized request of SGLang's is refused, or None. `vocabulary`: tokens."""
+def refuse(made: Any, vocabulary: int, of_ids: bool = True) -> str | None:
+    """Why a tokenized request of SGLang's is refused, or None. `vocabulary`: tokens. `of_ids`: the
+    prompt is token ids and nothing else, as prefill and decode servers have it."""
     if reason := refuse_types(made):
         return reason
+    if isinstance(getattr(made, "positional_embed_overrides", None), dict):
+        return "positional_embed_overrides is given: no JSON says what it takes"
+    if of_ids and (reason := _refuse_prompt(made, vocabulary)):
+        return reason
+    if hasattr(made, "logprob_start_len"):
+        return _refuse_returned(made, vocabulary) or _refuse_sampling(
+            made.sampling_params, vocabulary
+        )
+    return None
+
+
+def _refuse_prompt(made: Any, vocabulary: int) -> str | None:
     for name in ("input_embeds", "positional_embed_overrides"):
         if getattr(made, name, None) is not None:
             return f"{name} is given: prefill and decode servers take text or input_ids"
@@ -133,10 +170,6 @@ def refuse(made: Any, vocabulary: int) -> str | None:
     if not (min(ids) >= 0 and max(ids) < vocabulary):
         wrong = next(one for one in ids if not 0 <= one < vocabulary)
         return f"input_ids has {wrong}, and the vocabulary's ids are from 0 to {vocabulary - 1}"
-    if hasattr(made, "logprob_start_len"):
-        return _refuse_returned(made, vocabulary) or _refuse_sampling(
-            made.sampling_params, vocabulary
-        )
     return None
 
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
 from sglang_hma.gauges import GAUGES
-from sglang_hma.transfer import messages
+from sglang_hma.transfer import messages, prompt_logprobs
 from sglang_hma.transfer.claims import ClaimRenewer
 from sglang_hma.transfer.decode import routes
 from sglang_hma.transfer.decode.news import News
@@ -26,12 +26,15 @@ from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
 from sglang_hma.transfer.metrics import STUCK_PEERS
 from sglang_hma.transfer.page_slices import Pages, PageSlice
+from sglang_hma.transfer.prompt_logprobs import Parts
+from sglang_hma.transfer.request_fields import FAKE_HOST, configured_peers
 from sglang_hma.transfer.short_prompts import is_short
 from sglang_hma.transfer.tcp_table import addresses_of, own_ports
 
 logger = logging.getLogger(__name__)
 
 # Where Mooncake listens, and between which ports.
+MOST_GIVING_UP = 32  # threads, of seconds each
 MOONCAKE_PORTS = (("MC_MIN_RPC_PORT", "15000"), ("MC_MAX_RPC_PORT", "17000"))
 
 
@@ -47,8 +50,11 @@ class HmaDecodeManager(HmaKVManager):
         self._asker = RouteAsker()
         self.news = News()
         self.rank_routes: dict[str, Mapping[routes.Place, dict[str, Any]]] = {}
+        self._peers = configured_peers()
+        self._giving_up = threading.BoundedSemaphore(MOST_GIVING_UP)
         self.refused: dict[int, str] = {}  # rooms whose prefill server was refused, and why
         self.receiver: DecodeReceiver | None = None
+        self._prompt_logprobs: dict[int, Parts] = {}  # by room
         super().__init__(*args, **kwargs)
         config = HmaConfig.require()
         if config.prefill_peers is None:
@@ -61,7 +67,7 @@ class HmaDecodeManager(HmaKVManager):
             sizes = zip(self.kv_args.aux_data_ptrs, self.kv_args.aux_item_lens, strict=True)
             rows = [PageSlice.part(buffer, size) for buffer, size in sizes]
             self.receiver = DecodeReceiver(self, self.buffers, memory, session, rows)
-            self.intake.handler = self.receiver.on_message
+        self.intake.handler = self._on_message
         low, high = (int(os.environ.get(name, value)) for name, value in MOONCAKE_PORTS)
         ports = own_ports(low, high) - {int(self.rank_port)}
         GAUGES.gauge(
@@ -169,6 +175,30 @@ class HmaDecodeManager(HmaKVManager):
             if self.request_status.get(room) not in (None, KVPoll.Failed, KVPoll.Success)
         ]
 
+    def give_up(self, room: int, bootstrap_addr: str) -> None:
+        """A request was refused here, whose prefill server would wait for it. Nobody is told while
+        many are, nor a server that no request may name."""
+        host, _, port = bootstrap_addr.rpartition(":")
+        if host == FAKE_HOST or self._peers.refuse(host, int(port)) is not None:
+            return
+        if not self._giving_up.acquire(blocking=False):
+            return
+        info = self.prefill_info_table.get(bootstrap_addr)
+
+        def tell() -> None:
+            try:
+                if info is not None:
+                    route = {"dp_size": info.dp_size, "attn_tp_size": info.attn_tp_size}
+                elif (answer := routes.fetch(bootstrap_addr)) is not None:
+                    route = answer.route
+                else:
+                    return
+                abort_at_prefill(self._send_multipart_locked, bootstrap_addr, route, [room])
+            finally:
+                self._giving_up.release()
+
+        threading.Thread(target=tell, daemon=True).start()
+
     def _abort_there(self, bootstrap_addr: str, route: dict[str, Any], rooms: list[int]) -> None:
         """Their other halves would wait, and the router with them."""
         args = (self._send_multipart_locked, bootstrap_addr, route, rooms)
@@ -237,9 +267,31 @@ class HmaDecodeManager(HmaKVManager):
         if self.receiver is not None and self.is_hma_prefill(bootstrap_addr):
             self.receiver.expect(room, pages, control_ports(infos), row)
 
+    def _on_message(self, message: messages.Message) -> None:
+        if isinstance(message, messages.PromptLogprobs):
+            if self.rooms.is_published(message.room):
+                arrived = self._prompt_logprobs.setdefault(message.room, Parts())
+                arrived.add(message.part, message.parts, message.data)
+        elif self.receiver is not None:
+            self.receiver.on_message(message)
+
+    def take_logprobs(self, room: int, vocabulary: int) -> dict[str, list[Any]] | None:
+        """Of a request's prompt, as SGLang's ReqLogprob has them; None if prefill sent none, or
+        nonsense."""
+        arrived = self._prompt_logprobs.pop(room, None)
+        packed = arrived.whole() if arrived is not None else None
+        if packed is None:
+            return None
+        try:
+            return prompt_logprobs.unpack(packed, vocabulary)
+        except ValueError as error:
+            logger.error("Room %s: no logprobs of its prompt: %s", room, error)
+            return None
+
     def forget(self, room: int) -> None:
         super().forget(room)
         self.refused.pop(room, None)
+        self._prompt_logprobs.pop(room, None)
         self._claim_renewer.drop(room)
         if self.receiver is not None:
             self.receiver.forget(room)

@@ -34,9 +34,11 @@ from sglang_hma.addresses import canonical_host
 from sglang_hma.gauges import GAUGES
 from sglang_hma.kvcache.format import WINDOW
 from sglang_hma.kvcache.two_pools import TwoPoolAllocator
+from sglang_hma.transfer.decode import prompt_answers
 from sglang_hma.transfer.decode.local_prefill import ShortPrompts
 from sglang_hma.transfer.decode.manager import control_ports
 from sglang_hma.transfer.liveness import PeerLiveness
+from sglang_hma.transfer.refusals import tell_of
 from sglang_hma.transfer.request_fields import configured_peers, refuse_one
 
 # Of a rank that alone decides when it goes on; SGLang's timeouts and deferred releases pass by.
@@ -119,14 +121,16 @@ class HmaDecodePreallocQueue(DecodePreallocQueue):
     def _check_if_req_exceed_kv_capacity(self, req: Any) -> bool:
         prompt, end = len(req.origin_input_ids), self._pre_alloc_fill_len(req)
         allocator = self.token_to_kv_pool_allocator
-        if allocator.fits_landing(prompt, end, when_empty=True):
-            return bool(super()._check_if_req_exceed_kv_capacity(req))
-        message = (
-            f"Request {req.rid} needs KV pages for {prompt} prompt tokens and one more; "
-            f"the whole pool holds {allocator.pools[0].size} tokens. Raise --max-total-tokens."
-        )
-        prepare_abort(req, message, status_code=400)
-        self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+        if not allocator.fits_landing(prompt, end, when_empty=True):
+            message = (
+                f"Request {req.rid} needs KV pages for {prompt} prompt tokens and one more; "
+                f"the whole pool holds {allocator.pools[0].size} tokens. Raise --max-total-tokens."
+            )
+            prepare_abort(req, message, status_code=400)
+            self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+        elif not super()._check_if_req_exceed_kv_capacity(req):
+            return False
+        tell_of(self.scheduler, req)
         return True
 
     @override
@@ -296,7 +300,7 @@ class HmaDecodeTransferQueue(DecodeTransferQueue):
         req = decode_req.req
         if is_fake(req):
             self._empty_pages(req)
-        super()._commit_transfer_to_req(decode_req)
+        prompt_answers.commit(super()._commit_transfer_to_req, self, decode_req)
         if is_aborted(req) or len(req.origin_input_ids) % PAGE == 0:
             return
         self.scheduler.token_to_kv_pool_allocator.commit_landing(req.hma_last_prompt_page)

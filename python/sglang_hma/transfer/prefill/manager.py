@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 from sglang.srt.disaggregation.mooncake.conn import KVArgsRegisterInfo, TransferInfo
 from typing_extensions import override
 
 from sglang_hma.config import HmaConfig
-from sglang_hma.transfer import messages
+from sglang_hma.transfer import messages, prompt_logprobs
 from sglang_hma.transfer.bootstrap import registration
 from sglang_hma.transfer.integrity import memory_of
 from sglang_hma.transfer.liveness import Address
 from sglang_hma.transfer.manager import HmaKVManager
 from sglang_hma.transfer.message_intake import PrefillIntake
+from sglang_hma.transfer.messages import PromptLogprobs
 from sglang_hma.transfer.page_slices import Block, Pages
 from sglang_hma.transfer.prefill import gauges
 from sglang_hma.transfer.prefill.jobs import EarlySend
@@ -28,6 +30,7 @@ from sglang_hma.transfer.prefill.outgoing import Destination
 from sglang_hma.transfer.prefill.sender import PrefillSender
 from sglang_hma.transfer.prefill.strays import Strays
 from sglang_hma.transfer.prefill.trace import Trace
+from sglang_hma.transfer.refusals import GIVEN_UP
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class HmaPrefillManager(HmaKVManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sender: PrefillSender | None = None
         self._strays = Strays()
+        self._prompt_logprobs: dict[int, list[bytes]] = {}  # parts, by room
         super().__init__(*args, **kwargs)
         if self.plain_pages:
             self.sender = self._make_sender(HmaConfig.require())
@@ -227,6 +231,15 @@ class HmaPrefillManager(HmaKVManager):
         )
 
     @override
+    def _handle_abort_notification(self, msg: list[bytes]) -> bool:
+        """As SGLang's, with a reason."""
+        told = AbortNotification.from_zmq(msg) if msg[:1] == [ABORT_TAG] else None
+        ended = (None, KVPoll.Success, KVPoll.Failed)
+        if told is not None and self.request_status.get(told.room) not in ended:
+            self.record_failure(told.room, GIVEN_UP)
+        return bool(super()._handle_abort_notification(msg))
+
+    @override
     def _maybe_ack_drained_abort(self, room: int) -> None:
         """Decode may reuse a failed request's pages only when nothing can land in them."""
         if self.sender is None or self.sender.is_drained(room):
@@ -246,11 +259,13 @@ class HmaPrefillManager(HmaKVManager):
         """A request was aborted. SGLang may not speak of it again: what decode has said of it is
         then a stray's."""
         self.rooms.close(room)
+        self._prompt_logprobs.pop(room, None)
         if self.sender is not None:
             self.sender.claims.closed(room)
 
     def forget(self, room: int) -> None:
         super().forget(room)
+        self._prompt_logprobs.pop(room, None)
         if self.sender is not None:
             self.sender.claims.closed(room)
 
@@ -267,6 +282,34 @@ class HmaPrefillManager(HmaKVManager):
 
     def succeed(self, room: int) -> None:
         self.update_status(room, KVPoll.Success)
+
+    def keep_logprobs(self, room: int, packed: bytes) -> None:
+        """Of a request's prompt, for decode."""
+        self._prompt_logprobs[room] = prompt_logprobs.parts(packed)
+
+    @override
+    def send_kv_status_message(
+        self,
+        *,
+        targets: list[Address],
+        bootstrap_room: int,
+        status: KVPoll,
+        failure_reason: str | None = None,
+    ) -> None:
+        """As SGLang's; what decode must have when it hears of a success goes before it."""
+        if status == KVPoll.Success:
+            parts = self._prompt_logprobs.pop(bootstrap_room, [])
+            for index, data in enumerate(parts):
+                part = PromptLogprobs(bootstrap_room, index, len(parts), data)
+                if not all(self.tell_surely(target, part) for target in targets):
+                    self.fail(bootstrap_room, "decode takes no messages")
+                    return
+        super().send_kv_status_message(
+            targets=targets,
+            bootstrap_room=bootstrap_room,
+            status=status,
+            failure_reason=failure_reason,
+        )
 
     def report_sent(self, room: int) -> None:
         self.send_kv_status_message(
