@@ -86,6 +86,7 @@ class Wire:
 def manager() -> HmaPrefillManager:
     """A manager without sockets, whose rooms end when the test says so."""
     made = object.__new__(HmaPrefillManager)
+    made._prompt_logprobs = {}
     made.request_status, made.transfer_infos, made.req_to_decode_prefix_len = {}, {}, {}
     made.sender, made.intake = Wire(), Mute()
     made.kv_args = SimpleNamespace(state_types=[])
