@@ -62,7 +62,7 @@ class Greedy:
         """From a reply to a request WITH_MARGINS."""
         margins = [
             best[0] - second[0] > sure_by
-            for best, second in reply["meta_info"]["output_top_logprobs"]
+            for best, second, *_ in reply["meta_info"]["output_top_logprobs"]
         ]
         tokens = list(reply["output_ids"])
         return cls(tokens, margins.index(False) if False in margins else len(tokens))

@@ -8,8 +8,6 @@ from sglang_hma.cpu_ops import murmur_hash32
 
 from .client import FLIPPED_ROUNDING
 
-SHOWN = 64  # top logprobs of each token
-
 
 def noise(seed: int, position: int, vocabulary: int) -> torch.Tensor:
     """Gumbel noise, float64 [vocabulary], of a token's place, as SGLang draws it with a seed."""
@@ -20,24 +18,21 @@ def noise(seed: int, position: int, vocabulary: int) -> torch.Tensor:
 
 
 def is_sure(reply: dict[str, Any], prompt: int, sampling: dict[str, Any], vocabulary: int) -> bool:
-    """Of a reply with SHOWN top logprobs, at temperature 1, to a prompt of so many tokens. Raises
+    """Of a reply with all logprobs, at temperature 1, to a prompt of so many tokens. Raises
     AssertionError if a clear winner was not drawn."""
     least = sampling.get("min_p", 0.0)
     for index, shown in enumerate(reply["meta_info"]["output_top_logprobs"]):
         values = torch.tensor([value for value, *_ in shown], dtype=torch.float64)
         tokens = torch.tensor([token for _, token, *_ in shown])
-        # What is not shown is at most as likely as the last one that is.
-        likely = torch.full((vocabulary,), float(values[-1]), dtype=torch.float64)
         if least:
             edge = values[0] + torch.tensor(least).log()
-            if bool(((values - edge).abs() < FLIPPED_ROUNDING).any()) or values[-1] > edge:
+            if bool(((values - edge).abs() < FLIPPED_ROUNDING).any()):
                 return False
-            likely.fill_(-torch.inf)
             values = values.masked_fill(values < edge, -torch.inf)
-        likely[tokens] = values
+        likely = torch.empty(vocabulary, dtype=torch.float64).index_copy_(0, tokens, values)
         scores = likely + noise(sampling["sampling_seed"], prompt + index - 1, vocabulary)
         (first, second), (best, _) = scores.topk(2)
-        if first - second < FLIPPED_ROUNDING or best not in tokens:
+        if first - second < FLIPPED_ROUNDING:
             return False
         assert int(best) == reply["output_ids"][index], (index, int(best))
     return True

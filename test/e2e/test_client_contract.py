@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from .client import FLIPPED_ROUNDING, Greedy, assert_drained, payload, words
-from .draws import SHOWN, is_sure
+from .draws import is_sure
 from .harness import Pair, Server
 
 pytestmark = pytest.mark.e2e
@@ -38,7 +38,7 @@ class Asking:
         """For requests with these sampling parameters beside a payload's."""
         while True:
             drawn = words(self.rng, self.rng.randrange(5, 80))
-            body = payload(drawn, TOKENS, return_logprob=True, top_logprobs_num=SHOWN)
+            body = payload(drawn, TOKENS, return_logprob=True, top_logprobs_num=self._vocabulary)
             body["sampling_params"] |= sampling
             reply = post(self._url, "/generate", body).json()
             if "sampling_seed" in sampling:
@@ -238,7 +238,7 @@ def test_mixed_requests_at_once(pair: Pair, single: Server, asked: Asking) -> No
         {"logit_bias": {"17": 5.0}},
         {"regex": "[0-9]{4}", "ignore_eos": False},
         {"temperature": 1.0, "sampling_seed": 7},
-        {"temperature": 1.0, "sampling_seed": 8, "top_k": 50, "min_p": 0.05},
+        {"temperature": 1.0, "sampling_seed": 8, "top_k": 900, "min_p": 0.6},
         {"frequency_penalty": 1.0},
     ]
     prompts = [[asked.prompt(**_of_one(extra)) for _ in range(4)] for extra in extras]

@@ -79,3 +79,7 @@ def test_the_answer_of_what_was_given_up(message: str, status: int) -> None:
 
     prepare_abort_on_prefill(original, None, message, status_code=500)
     assert said == [(message, status)]
+
+
+def test_an_embedding_has_no_other_half() -> None:
+    assert place_of(object()) is None

@@ -39,8 +39,10 @@ def release_states(original: Any, manager: Any, request_states: Mapping[str, Any
 
 
 def place_of(request: Any) -> str | None:
-    """Of the other half of a request: its room and its prefill server's bootstrap address."""
-    room, host, port = request.bootstrap_room, request.bootstrap_host, request.bootstrap_port
+    """Of the other half of a request, if it has one (an embedding has none): its room and its
+    prefill server's bootstrap address."""
+    names = ("bootstrap_room", "bootstrap_host", "bootstrap_port")
+    room, host, port = (getattr(request, name, None) for name in names)
     if type(room) is not int or not isinstance(host, str) or type(port) is not int:
         return None
     try:
