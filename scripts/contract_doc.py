@@ -64,9 +64,14 @@ logprobs and streams: `test/e2e/test_clients.py`.
   was put aside in a full pool ends without it.
 - `beam_width` and `return_hidden_states` are refused on a pair: prefill would have to send what
   SGLang does not.
-- Sessions (`/open_session`) are of one server's cache: their routes are not on the entry.
-- A prompt that only prefill refuses (its pool is smaller than decode's) is one that decode waits
-  for, as with SGLang's router alone.
+- Sessions (`/open_session`) are of one server's cache: their routes are not on the entry, and
+  `--enable-streaming-session` and `--enable-session-radix-cache` are refused on a pair, as
+  `--enable-return-routed-experts` and `--enable-return-indexer-topk` are: decode answers, and has
+  only its own.
+- What only one of the two servers refuses (a prompt that is too long for its pool, an adapter that
+  it has not) is answered with 400 and its reason; the other gives its half up at once.
+- A server's failure (a status from 500 on) is told in the router's words. `/get_load` SGLang has
+  no more; `/v1/responses` it serves where openai-harmony is installed, and fails with 500 elsewhere.
 """
 
 
