@@ -71,7 +71,7 @@ logprobs and streams: `test/e2e/test_clients.py`.
 - What only one of the two servers refuses (a prompt that is too long for its pool, an adapter that
   it has not) is answered with 400 and its reason; the other gives its half up at once.
 - A server's failure (a status from 500 on) is told in the router's words. `/get_load` SGLang has
-  no more; `/v1/responses` it serves where openai-harmony is installed, and fails with 500 elsewhere.
+  no more; `/v1/responses` it serves where openai-harmony is installed, and fails elsewhere (500).
 """
 
 
