@@ -5,24 +5,21 @@ SGLang counts all pools at every step (SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_*) 
 too many or too few. The truth is transformers in float64.
 """
 
-import asyncio
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import requests
 
 from benchmark.models.checkpoint import make_checkpoint
 from benchmark.models.families import FAMILIES, WINDOW
 from benchmark.models.truth import Truth
 from hma_kernels import PAGE
 
-from .client import FLIPPED_ROUNDING, all_at_once, assert_drained, generate, output_ids, payload
+from .client import FLIPPED_ROUNDING, assert_drained, generate, output_ids
 from .conftest import CHUNK, COMMON
 from .harness import Pair, Server, running_pair, until
-from .test_two_pools import FULL, STRICT, WINDOW_POOL, prompt, right, used
+from .test_two_pools import FULL, STRICT, WINDOW_POOL, prompt, put_aside, used
 
 pytestmark = pytest.mark.e2e
 
@@ -101,32 +98,7 @@ def test_of_layers_with_a_window_the_last_one_is_sent(pair: Pair, seed: int) -> 
 
 
 def test_requests_that_compete_for_pages(pair: Pair, truth: tuple[Path, Truth], seed: int) -> None:
-    """Some share prefixes, some are put aside on decode, some are given up."""
-    rng = random.Random(seed)
-    shared = prompt(rng, 200)
-    jobs = [
-        (shared[: rng.choice((0, 0, 100, 200))] + prompt(rng, rng.randrange(1, 260)), 100)
-        for _ in range(24)
-    ]
-    long = payload(prompt(rng, 300), 1500)
-    with ThreadPoolExecutor(2) as pool:
-        for number in range(2):
-            extra = {**long, "rid": f"given-up-{number}"}
-            pool.submit(requests.post, f"{pair.url}/generate", json=extra)
-        answers = pool.submit(asyncio.run, all_at_once(pair.url, jobs))
-        until(lambda: "Decode batch" in pair.decode.text(), pair.decode)
-        for number in range(2):
-            for server in (pair.prefill, pair.decode):
-                requests.post(f"{server.url}/abort_request", json={"rid": f"given-up-{number}"})
-        replies = answers.result()
-    put_aside = 0
-    for (asked, tokens), (status, reply) in zip(jobs, replies, strict=True):
-        assert status == 200 and len(reply["output_ids"]) == tokens
-        often = reply["meta_info"]["num_retractions"]
-        assert right(truth[1], asked, reply["output_ids"], often), (len(asked), often)
-        put_aside += often
-    print(f"put aside {put_aside} times")
-    assert_drained(pair.prefill, pair.decode)
+    put_aside(pair.url, (pair.prefill, pair.decode), truth[1], seed, 24)
 
 
 def test_no_page_is_kept(pair: Pair, seed: int) -> None:
