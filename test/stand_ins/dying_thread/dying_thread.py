@@ -10,9 +10,9 @@ def register() -> None:
 
     handle = MooncakeKVManager._handle_abort_notification
 
-    def fails(self: Any, message: list[bytes]) -> bool:
-        if message[:2] == [b"ABORT", str(ROOM).encode()]:
+    def fails(self: Any, msg: list[bytes]) -> bool:
+        if msg[:2] == [b"ABORT", str(ROOM).encode()]:
             raise RuntimeError("a bug of this thread")
-        return bool(handle(self, message))
+        return bool(handle(self, msg))
 
     MooncakeKVManager._handle_abort_notification = fails
