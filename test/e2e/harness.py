@@ -185,10 +185,17 @@ def launch(
 
 
 def launch_router(
-    logs: Path, prefill: Server, decode: Server, name: str = "router", more: Sequence[str] = ()
+    logs: Path,
+    prefill: Server,
+    decode: Server,
+    name: str = "router",
+    more: Sequence[str] = (),
+    entry: bool = True,
 ) -> Server:
+    """Without `entry` SGLang's own router alone, which servers of stock SGLang want."""
     port = free_port()
-    command = [*Commands().router, "--pd-disaggregation"]
+    bare = (sys.executable, "-m", "sglang_router.launch_router")
+    command = [*(Commands().router if entry else bare), "--pd-disaggregation"]
     command += ["--policy", "random", *ROUTER_DEFAULTS, *PATIENT_ROUTER]
     command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
     command += ["--prefill", prefill.url, str(prefill.bootstrap_port), "--decode", decode.url]

@@ -69,7 +69,7 @@ def test_native_equals_transformers(native: Pair, model: Path, seed: int) -> Non
 
 def refused(prefill: Server, decode: Server, logs: Path, name: str) -> requests.Response:
     """The router's answer for a pair that must not exchange pages."""
-    router = launch_router(logs, prefill, decode, name)
+    router = launch_router(logs, prefill, decode, name, entry=decode.name != "stock-decode")
     with running(router):
         return requests.post(f"{router.url}/generate", json=payload(list(range(10, 80)), 4))
 
