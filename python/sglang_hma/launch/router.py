@@ -19,7 +19,8 @@ from types import FrameType
 from sglang_hma.entry.router_process import PARENT_ENV
 
 LOOPBACK = "127.0.0.1"
-PORTS = range(17100, 21990)  # as launch_pd's: below those of outgoing connections
+# Below those of outgoing connections; not launch_pd's, whose servers take theirs after seconds.
+PORTS = range(22100, 24990)
 MAX_BODY = 256 << 20
 # A carried request is a JSON string in a JSON object: six bytes at most for one.
 MOST_GROWTH = 6
