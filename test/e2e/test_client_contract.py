@@ -60,8 +60,9 @@ def same(found: Any, expected: Any, where: str = "") -> None:
         assert {name for name in found if not _own(name)} == names, where
         for name in names:
             same(found[name], expected[name], f"{where}.{name}")
-    elif isinstance(expected, list):
-        assert isinstance(found, list) and len(found) == len(expected), (where, found, expected)
+    elif isinstance(expected, list | tuple):
+        assert isinstance(found, list | tuple), (where, found)
+        assert len(found) == len(expected), (where, found, expected)
         for index, (one, another) in enumerate(zip(found, expected, strict=True)):
             same(one, another, f"{where}[{index}]")
     elif isinstance(expected, float):

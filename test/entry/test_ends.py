@@ -51,14 +51,16 @@ def test_the_router_ends_with_the_entry(entry: Server, number: signal.Signals) -
         entry.stop()
 
 
-def test_the_entry_ends_with_the_router(entry: Server) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGALRM])
+def test_the_entry_ends_as_the_router_does(entry: Server, number: signal.Signals) -> None:
     entry.start()
     try:
         entry.wait_healthy()
         _, router = tree = entry.tree()
-        router.kill()
+        router.send_signal(number)
         ended(tree)
-        assert entry.popen.wait() not in (0, None)
+        assert entry.popen.wait() == -number
+        assert "Traceback" not in entry.text()
         with pytest.raises(requests.ConnectionError):
             requests.get(f"{entry.url}/liveness")
     finally:

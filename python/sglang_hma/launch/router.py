@@ -1,7 +1,7 @@
 """python -m sglang_hma.launch.router: SGLang's router behind an entry that loses nothing.
 
 Takes the flags of sglang_router.launch_router. --host, --port and --tls-* are the entry's; the
-router listens on 127.0.0.1. Both end together, however either ends.
+router listens on 127.0.0.1. Both end together, and the entry as its router did.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ PORTS = range(22100, 24990)
 MAX_BODY = 256 << 20
 # A carried request is a JSON string in a JSON object: six bytes at most for one.
 MOST_GROWTH = 6
+LAST_WORDS_S = 2
 CHILD_ENDS_S = 5.0  # the router has no request left once the entry has answered its own
 
 
@@ -77,7 +79,9 @@ async def serve(given: argparse.Namespace, router: str, child: subprocess.Popen[
     if serving.done():
         ended.cancel()
         return 0 if server.started else 1
-    server.should_exit = server.force_exit = True
+    # The requests in flight are refused in words; one that does not take that is cut off.
+    server.config.timeout_graceful_shutdown = LAST_WORDS_S
+    server.should_exit = True
     await serving
     return child.wait() or 1
 
@@ -99,6 +103,15 @@ def stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
+def die_of(number: int) -> int:
+    """By the signal that killed the router, so that whoever watches this process sees which."""
+    with contextlib.suppress(OSError):  # SIGKILL has no handler
+        signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the router's own core is the one to read
+    os.kill(os.getpid(), number)
+    return 128 + number
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     given, rest = parse(sys.argv[1:] if argv is None else argv)
     command = [sys.executable, "-m", "sglang_hma.entry.router_process"]
@@ -113,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command += ["--api-key", given.api_key] if given.api_key else []
     child = subprocess.Popen(command, env=os.environ | {PARENT_ENV: str(os.getpid())})
     try:
-        return asyncio.run(serve(given, f"http://{LOOPBACK}:{port}", child))
+        code = asyncio.run(serve(given, f"http://{LOOPBACK}:{port}", child))
+        return code if code >= 0 else die_of(-code)
     finally:
         child.terminate()
         try:
