@@ -1,7 +1,6 @@
 """Small random models and what transformers makes of them in float32."""
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -201,7 +200,7 @@ CASES = [
 
 class Bounds(NamedTuple):
     """Least correlation of logits, of K and V; how far the expected logit of the best id may lie
-    behind the largest, in deviations, but for one position."""
+    behind the largest, in deviations, but for one position in 32."""
 
     logits: float
     kv: float
@@ -245,8 +244,10 @@ def check_agreement(card: Card, rng: np.random.Generator, case: Case) -> None:
         expected = by_transformers(model, tokens)
         found = [correlation(logits, expected.logits)]
         behind = behind_the_best(logits, expected.logits)
-        noise = 2 * math.sqrt(max(0.0, 1 - found[0]))  # of a difference of two logits
-        assert (behind > least.clear).sum() <= 1 and behind.max() <= max(6 * noise, least.clear)
+        # Of each position: where experts are nearly tied another one may run, and there alone.
+        noise = (logits - expected.logits).std(-1) / expected.logits.std()
+        assert (behind > least.clear).sum() <= max(1, length // 32)
+        assert (behind <= (8 * noise).clamp(min=least.clear)).all()
         for layer, kv in enumerate(expected.kv):
             for which, values in enumerate(kv):
                 got = bfp8_unpack(runtime.host[layer][which][used][:, :, None])
