@@ -207,6 +207,8 @@ def real_pair(secret_files: Mapping[str, str] | None = None) -> Iterator[Pair]:
     """`secret_files`: each role's --hma-cluster-secret-file."""
     secrets = secret_files or {}
     environment = {"MC_FORCE_TCP": "1", "SGLANG_HOST_IP": HOST, "MC_LOG_LEVEL": "ERROR"}
+    # A bootstrap server that gets no processor for some seconds is not away.
+    environment["SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE"] = "1000000"
     names = *environment, *HmaConfig().environment(), own_processes.KEY_ENV
     before = {name: os.environ.get(name) for name in names}
     with ExitStack() as stack:
