@@ -3,8 +3,11 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -136,6 +139,21 @@ def test_a_body_s_type_is_the_client_s(behind: tuple[str, Told, Told]) -> None:
         assert [told.got[0][2]["content-type"] for told in behind[1:]] == [kind, kind]
     ask(behind, "/generate", {"text": "a"})
     assert not [told for told in behind[1:] if "content-type" in told.got[0][2]]
+
+
+def test_headers_are_the_client_s(behind: tuple[str, Told, Told]) -> None:
+    """With none of the entry's own: an answer is not compressed for a client that reads none."""
+    behind[2].got.clear()
+    place = urlsplit(behind[0])
+    with closing(HTTPConnection(str(place.hostname), place.port)) as client:
+        client.putrequest("POST", "/tokenize", skip_accept_encoding=True)
+        client.putheader("Content-Length", "13")
+        client.putheader("x-name", "é".encode())
+        client.endheaders(b'{"text": "a"}')
+        assert client.getresponse().status == 200
+    headers = behind[2].got[0][2]
+    assert headers["x-name"].encode("latin-1") == "é".encode()
+    assert not {"accept-encoding", "user-agent", "content-type"} & set(headers)
 
 
 @pytest.mark.parametrize("stream", [False, True])

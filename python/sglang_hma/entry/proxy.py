@@ -17,6 +17,8 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     b"transfer-encoding upgrade host content-length expect".split()
 )
+# What aiohttp would add to a request that has none.
+NOT_THE_CLIENTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 KEEP_ALIVE_S = 15.0
 # What the router does not know or answers for itself, and a decode server as one server does: about
 # the model, its tokenizer and its load. Nothing that changes a server.
@@ -67,6 +69,7 @@ class Entry:
             timeout=aiohttp.ClientTimeout(total=None),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=NOT_THE_CLIENTS,
         )
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -188,7 +191,15 @@ def restored(status: int, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, 
 
 
 def decoded(headers: Headers) -> list[tuple[str, str]]:
-    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+    """As aiohttp writes them, which is in UTF-8."""
+    return [(name.decode("latin-1"), _value(value)) for name, value in headers]
+
+
+def _value(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 async def left(receive: Any) -> None:
